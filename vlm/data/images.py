@@ -1,0 +1,185 @@
+"""Opening images from anywhere as plain RGB, within bounds, or saying what is wrong with them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlm.data.example import ImageSource, StoredImage
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte of RGB
+MAX_BYTES = 256 * 2**20
+
+# Only raster formats decoded by Pillow itself: opening an EPS file would start Ghostscript on the user's data.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """An image that cannot be used: where it is, why, and what to do about it."""
+
+    def __init__(self, where: str, why: str, fix: str) -> None:
+        super().__init__(where, why, fix)  # all three in args, so that it survives the way back from a worker process
+        self.where, self.why, self.fix = where, why, fix
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.why}; {self.fix}"
+
+
+def open_image(
+    source: ImageSource, *, where: str = "", max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> Image.Image:
+    """Open an image as RGB: upright by its EXIF tag, alpha composited on white, 16 bits scaled to 8, first frame.
+
+    Args:
+        source: a path, encoded bytes, an image in memory or a place in a data set.
+        where: the row that names the image, put before the image's own name in errors.
+        max_pixels: the largest width x height; checked on the header, before any pixel is decoded.
+        max_bytes: the largest file; checked before it is read.
+
+    Raises:
+        ImageError: the image is missing, empty, too large, truncated, or not an image.
+    """
+    name = _name(source, where)
+    payload = _fetch(source, name)
+    if isinstance(payload, Image.Image):
+        image = payload
+    else:
+        data = _read(payload, name, max_bytes)
+        try:
+            Image.init()
+            image = Image.open(BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ImageError(name, f"too many pixels ({error})", "resize it before training") from error
+        except Exception as error:  # Pillow's plugins raise a dozen different types on broken headers
+            why = f"not an image that can be read ({len(data)} bytes, starts with {data[:8]!r})"
+            raise ImageError(name, why, f"re-save it as PNG or JPEG; formats read: {', '.join(FORMATS)}") from error
+
+    width, height = image.size
+    if width * height > max_pixels:
+        why = f"{width} x {height} is {width * height:,} pixels, more than the {max_pixels:,} allowed"
+        raise ImageError(name, why, "resize it before training")
+    if width * height == 0:
+        raise ImageError(name, f"an image of {width} x {height} has no pixels", "remove it or save it again")
+    try:
+        image.load()
+    except Exception as error:  # as above: decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
+        raise ImageError(name, f"truncated or damaged ({error})", "download or save it again") from error
+    return _to_rgb(_upright(image), name)
+
+
+def image_sha256(source: ImageSource, *, where: str = "", max_bytes: int = MAX_BYTES) -> str:
+    """The SHA-256 (hex) of the encoded image; of size, mode and pixels for an image in memory. Nothing is decoded.
+
+    Raises:
+        ImageError: the image is missing, empty or too large.
+    """
+    name = _name(source, where)
+    payload = _fetch(source, name)
+    if isinstance(payload, Image.Image):
+        digest = hashlib.sha256(f"{payload.mode} {payload.size}".encode())
+        digest.update(payload.tobytes())
+        return digest.hexdigest()
+    return hashlib.sha256(_read(payload, name, max_bytes)).hexdigest()
+
+
+def _name(source: ImageSource, where: str) -> str:
+    if isinstance(source, str):
+        own = source
+    elif isinstance(source, StoredImage):
+        own = f"column {source.column!r}" if source.index is None else f"column {source.column!r}, image {source.index}"
+        own = own if where else f"row {source.row}, {own}"
+    else:
+        own = f"image of {len(source):,} bytes" if isinstance(source, bytes) else "image in memory"
+    return f"{where}: {own}" if where else own
+
+
+def _fetch(source: ImageSource, name: str) -> str | bytes | Image.Image:
+    payload = source.fetch() if isinstance(source, StoredImage) else source
+    if isinstance(payload, str | bytes | Image.Image):
+        return payload
+    if isinstance(payload, os.PathLike):
+        return os.fspath(payload)
+    why = "no image here" if payload is None else f"not an image but {type(payload).__name__}"
+    raise ImageError(name, why, "give a path, encoded bytes or an image")
+
+
+def _read(payload: str | bytes, name: str, max_bytes: int) -> bytes:
+    if isinstance(payload, str):
+        if payload.startswith(("http://", "https://")):
+            raise ImageError(name, "a web address, and data is never fetched while training", "download it first")
+        path = Path(payload)
+        if not path.exists():
+            raise ImageError(name, "the file does not exist", "check the image folder and the file name in this row")
+        if not path.is_file():  # a folder, or a device that never ends
+            raise ImageError(name, "not a regular file", "check the image folder and the file name in this row")
+        size = path.stat().st_size
+    else:
+        size = len(payload)
+    if size > max_bytes:
+        raise ImageError(name, f"{size:,} bytes, more than the {max_bytes:,} allowed", "re-save it smaller")
+    if size == 0:
+        raise ImageError(name, "the image has zero bytes", "download or save it again")
+    if isinstance(payload, bytes):
+        return payload
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(name, f"cannot be read ({error.strerror})", "check the file and its permissions") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # a damaged EXIF block says nothing about the pixels; viewers show such an image unrotated too
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _wide_to_rgb(image, name)
+    try:
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, rgba).convert("RGB")
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ImageError(name, f"mode {image.mode} has no way to RGB", "re-save it as PNG or JPEG") from error
+
+
+def _wide_to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """16-bit, 32-bit and float grey to RGB by their full range. Pillow's own `convert` clips them at 255: all white."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F":
+        if not (low >= 0 and high <= 255):  # also catches NaN
+            why = f"floating-point pixels from {low:g} to {high:g}; 0 to 1 or 0 to 255 is understood"
+            raise ImageError(name, why, "scale it and re-save it with 8 bits")
+        scaled = values * 255 if high <= 1 else values
+    else:
+        if not (low >= 0 and high <= 65535):
+            why = f"integer pixels from {low:g} to {high:g}; 0 to 65535 is understood"
+            raise ImageError(name, why, "scale it and re-save it with 8 or 16 bits")
+        scaled = values / 257  # 65535 = 255 * 257
+        if isinstance(transparent := image.info.get("transparency"), int):
+            scaled[values == transparent] = 255
+    return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
