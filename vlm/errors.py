@@ -1,0 +1,17 @@
+"""Errors that are meant for the person at the keyboard, and the "did you mean" that goes with them."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can put right. The command line prints its message alone, without a traceback, and exits 2."""
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """Return a clause to end a message with: the closest of the `known` names, or all of them when none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"known: {', '.join(names)}"
