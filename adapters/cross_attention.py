@@ -1,0 +1,98 @@
+"""Gated cross-attention: text tokens look at visual tokens from inside the decoder.
+
+Shapes: B rows, L text tokens, I images a row (padded), M visual tokens an image, S = I * M, D hidden size.
+Follows Flamingo (arXiv 2204.14198, section 3.2): tanh gates that start at zero, so that an untouched language model's
+output is unchanged, and each text token sees the latest image before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class VisionStates:
+    """What the rows of a batch can look at.
+
+    Attributes:
+        states: `[B, S, D]` visual tokens of each row's images, one image after the other.
+        mask: `[B, L, S]` boolean, which of them each text token sees.
+        tokens_per_image: M.
+        keys_values: keys and values of `states` by block, kept while generating so that an image's are computed once.
+        reads: how many blocks have looked, so that a decoder that drops keyword arguments is noticed.
+    """
+
+    states: Tensor
+    mask: Tensor
+    tokens_per_image: int
+    keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    reads: int = 0
+
+    @classmethod
+    def of(cls, visual_tokens: Tensor, image_index: Tensor) -> VisionStates:
+        """From `visual_tokens [images, M, D]`, all rows' images in order, and `image_index [B, L]`, which of them
+        (-1: none) each text token sees."""
+        num_images, tokens, _ = visual_tokens.shape
+        per_row = [row[row >= 0].unique().tolist() for row in image_index]
+        width = max(1, max(len(images) for images in per_row))
+        gather = torch.full((len(per_row), width), -1, device=image_index.device)
+        for row, images in enumerate(per_row):
+            gather[row, : len(images)] = torch.tensor(images, device=gather.device)
+        states = visual_tokens[gather.clamp(min=0)].flatten(1, 2)
+        sees = (image_index[:, :, None] == gather[:, None, :]) & (gather >= 0)[:, None, :]
+        return cls(states, sees.repeat_interleave(tokens, dim=2), tokens)
+
+    def for_next_tokens(self, length: int) -> VisionStates:
+        """For `length` tokens generated after these: they see what the last token saw."""
+        latest = self.mask[:, -1:].expand(-1, length, -1)
+        return VisionStates(self.states, latest, self.tokens_per_image, self.keys_values)
+
+
+class GatedCrossAttention(nn.Module):
+    """`hidden [B, L, D]` plus tanh-gated attention to the visual tokens and a tanh-gated feed-forward."""
+
+    def __init__(self, hidden_size: int, num_heads: int, index: int, norm_eps: float = 1e-6) -> None:
+        super().__init__()
+        self.num_heads, self.index = num_heads, index
+        self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.states_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.attention_gate = nn.Parameter(torch.zeros(1))
+        self.feed_forward = nn.Sequential(
+            nn.RMSNorm(hidden_size, eps=norm_eps),
+            nn.Linear(hidden_size, 4 * hidden_size, bias=False),
+            nn.GELU(),
+            nn.Linear(4 * hidden_size, hidden_size, bias=False),
+        )
+        self.feed_forward_gate = nn.Parameter(torch.zeros(1))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _keys_values(self, vision: VisionStates) -> tuple[Tensor, Tensor]:
+        if self.index in vision.keys_values:
+            return vision.keys_values[self.index]
+        states = self.states_norm(vision.states)
+        keys_values = self._heads(self.k_proj(states)), self._heads(self.v_proj(states))
+        if not torch.is_grad_enabled():
+            vision.keys_values[self.index] = keys_values
+        return keys_values
+
+    def forward(self, hidden: Tensor, vision: VisionStates) -> Tensor:
+        vision.reads += 1
+        keys, values = self._keys_values(vision)
+        # A softmax over nothing is NaN: tokens before the first image attend to anything and the result is dropped.
+        sees_any = vision.mask.any(dim=-1, keepdim=True)
+        mask = (vision.mask | ~sees_any).unsqueeze(1)
+        query = self._heads(self.q_proj(self.norm(hidden)))
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        attended = self.o_proj(attended.transpose(1, 2).flatten(2))
+        hidden = hidden + self.attention_gate.tanh() * attended * sees_any
+        return hidden + self.feed_forward_gate.tanh() * self.feed_forward(hidden) * sees_any

@@ -1,0 +1,63 @@
+"""The configuration of a vision encoder, a bridge and a language model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from vlm.adapters import PROJECTORS, unknown_name
+
+FUSIONS = ("prefix", "cross_attention", "prefix+cross_attention")
+
+
+class VLMConfig(PreTrainedConfig):
+    """Configuration of [`VLMForConditionalGeneration`].
+
+    Args:
+        vision_config: any configuration `AutoModel` knows, timm's through `TimmWrapperConfig`.
+        text_config: any configuration `AutoModelForCausalLM` knows.
+        projector: `{"type": NAME, **options}` with a name of [`vlm.adapters.PROJECTORS`] and that projector's own options.
+        fusion: `prefix` puts the visual tokens into the sequence (LLaVA), `cross_attention` lets decoder layers attend
+            to them (Flamingo), `prefix+cross_attention` does both (NVLM-H).
+        cross_attention_every: with cross-attention, every how many decoder layers a gated block is inserted.
+        image_token_id: the token that holds an image's place in `input_ids`.
+        image_seq_length: how many such tokens an image takes: the projector's tokens with `prefix`, else 1.
+        vision_feature_layer: which hidden state of the encoder is used, as in LLaVA (-2 there). `None` is the encoder's
+            own `last_hidden_state`, after its final norm; for SigLIP that is not the same as -1.
+        vision_feature_select_strategy: `default` leaves the class and register tokens out, `full` keeps them.
+    """
+
+    model_type = "vlm"
+    sub_configs_defaults = {  # noqa: RUF012 - the name and form transformers looks for
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    projector: dict[str, Any] | None = None
+    fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix"
+    cross_attention_every: int = 4
+    image_token_id: int = 0
+    image_seq_length: int = 1
+    vision_feature_layer: int | None = None
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.projector = dict(self.projector or {"type": "mlp"})
+        if self.projector.get("type") not in PROJECTORS:
+            raise unknown_name("projector", str(self.projector.get("type")), PROJECTORS)
+        super().__post_init__(**kwargs)
+        # The head belongs to the language model, whose own configuration says whether it is tied.
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+
+    @property
+    def uses_prefix(self) -> bool:
+        return "prefix" in self.fusion
+
+    @property
+    def uses_cross_attention(self) -> bool:
+        return "cross_attention" in self.fusion

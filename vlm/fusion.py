@@ -1,0 +1,72 @@
+"""Cross-attention fusion: gated blocks put between the layers of any decoder that forwards keyword arguments."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vlm.adapters import GatedCrossAttention, VisionStates
+
+
+class CrossAttentionBlock(GradientCheckpointingLayer, GatedCrossAttention):
+    """[`GatedCrossAttention`] that takes part in the model's gradient checkpointing."""
+
+
+class FusedDecoderLayer(nn.Module):
+    """A decoder layer with a gated cross-attention block before it (Flamingo's order)."""
+
+    def __init__(self, layer: nn.Module, cross_attention: CrossAttentionBlock) -> None:
+        super().__init__()
+        self.layer = layer
+        self.cross_attention = cross_attention
+
+    def __getattr__(self, name: str) -> Any:
+        # Decoders read attributes of their layers (`attention_type`, ...): answer with the original layer's.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, vision_states: VisionStates | None = None, **kwargs: Any
+    ) -> Any:
+        if vision_states is not None:
+            hidden_states = self.cross_attention(hidden_states, vision_states)
+        return self.layer(hidden_states, *args, **kwargs)
+
+
+def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
+    """The list of a language model's decoder layers. Raises ValueError if there is none of the configured length."""
+    depth = language_model.config.num_hidden_layers
+    for module in language_model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(f"{type(language_model).__name__} has no list of {depth} decoder layers: no place for cross-attention")
+
+
+def _takes_kwargs(function: Any) -> bool:
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+
+
+def insert_cross_attention(language_model: PreTrainedModel, every: int) -> None:
+    """Put a gated block before every `every`-th decoder layer, in place.
+
+    Raises ValueError for a decoder whose layers do not get the keyword arguments of its `forward` (Bloom, Falcon).
+    """
+    layers = decoder_layers(language_model)
+    if not all(_takes_kwargs(f) for f in (language_model.forward, language_model.base_model.forward, layers[0].forward)):
+        raise ValueError(
+            f"{type(language_model).__name__} does not pass keyword arguments to its layers, which cross-attention needs. "
+            "Use fusion: prefix, or another language model."
+        )
+    if not 1 <= every <= len(layers):
+        raise ValueError(f"cross_attention_every is {every}; this language model has {len(layers)} layers")
+    config = language_model.config
+    eps = getattr(config, "rms_norm_eps", 1e-6)
+    for index in range(every - 1, len(layers), every):
+        block = CrossAttentionBlock(config.hidden_size, config.num_attention_heads, index, eps)
+        layers[index] = FusedDecoderLayer(layers[index], block)

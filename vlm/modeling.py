@@ -1,0 +1,207 @@
+"""The model: pixels -> vision tower -> projector -> fusion -> language model.
+
+    pixel_values [images, 3, H, W]
+        -> vision_tower           [images, N, D_v]   any encoder, see `vlm.encoder`
+        -> multi_modal_projector  [images, M, D_t]   visual tokens, see `vlm.adapters`
+        -> prefix                 in place of the image tokens of `input_ids` [B, L]
+           and/or cross_attention gated blocks between the decoder's layers, see `vlm.fusion`
+        -> language_model         logits [B, L, V]   any AutoModelForCausalLM
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from vlm.adapters import VisionStates, build_projector
+from vlm.configuration import VLMConfig
+from vlm.encoder import encode, vision_hidden_size
+from vlm.fusion import insert_cross_attention
+
+
+@dataclass
+class VLMOutput(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` and, with cross-attention, the `vision_states` that the next tokens look at."""
+
+    vision_states: Any = None
+
+
+class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A vision encoder joined to a language model by a projector, as prefix, by cross-attention, or both."""
+
+    config_class = VLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: VLMConfig,
+        vision_tower: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        hidden_size = vision_hidden_size(config.vision_config) or self.vision_tower.timm_model.num_features
+        self.multi_modal_projector = build_projector(config.projector, hidden_size, config.text_config.hidden_size)
+        if config.uses_cross_attention:
+            insert_cross_attention(self.language_model, config.cross_attention_every)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_vision_features(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """`[images, 3, H, W]` to what the projector reads: `[images, P + h * w, D_v]` and the grid `(h, w)`.
+
+        This is the part that a frozen encoder computes once per image and that can be kept.
+        """
+        features = encode(self.vision_tower, pixel_values.to(self.vision_tower.dtype), self.config.vision_feature_layer)
+        if self.config.vision_feature_select_strategy == "full":
+            return torch.cat([features.prefix, features.patches], dim=1), features.grid
+        return features.patches, features.grid
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,
+        vision_features: Tensor | None = None,
+        vision_grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Visual tokens `[images, M, D_t]` of pixels, or of features that `get_vision_features` gave earlier."""
+        if vision_features is None:
+            assert pixel_values is not None
+            vision_features, vision_grid = self.get_vision_features(pixel_values)
+        dtype = next(self.multi_modal_projector.parameters()).dtype
+        return self.multi_modal_projector(vision_features.to(dtype), vision_grid)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        vision_features: Tensor | None = None,
+        vision_grid: tuple[int, int] | None = None,
+        vision_states: VisionStates | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> VLMOutput:
+        """Logits of `input_ids [B, L]`, whose image tokens stand for the images of `pixel_values [images, 3, H, W]`.
+
+        `attention_mask` is `[B, L]`, or `[B, 1, L, L]` boolean for rows that hold several conversations.
+        `vision_features` and `vision_grid` (see `get_vision_features`) may come in place of `pixel_values`.
+        Raises ValueError if image tokens and images do not match.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None or vision_features is not None:
+            visual_tokens = self.get_image_features(pixel_values, vision_features, vision_grid)
+            image_mask = self._image_mask(input_ids, visual_tokens)
+            if self.config.uses_prefix:
+                visual = visual_tokens.to(inputs_embeds.dtype)
+                inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), visual)
+            if self.config.uses_cross_attention:
+                vision_states = VisionStates.of(visual_tokens, self._image_index(image_mask, attention_mask))
+        elif vision_states is not None:
+            vision_states = vision_states.for_next_tokens(inputs_embeds.shape[1])
+        if vision_states is not None:
+            kwargs["vision_states"] = vision_states
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        if vision_states is not None and not vision_states.reads:
+            raise RuntimeError(f"{type(self.language_model).__name__} dropped the images on the way to its layers")
+        return VLMOutput(
+            loss=outputs.loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            vision_states=vision_states,
+        )
+
+    def _image_mask(self, input_ids: Tensor | None, visual_tokens: Tensor) -> Tensor:
+        """`[B, L]`, where the image tokens are; raises ValueError if they are not as many as the images need."""
+        if input_ids is None:
+            raise ValueError("images need input_ids, whose image tokens say where they belong; inputs_embeds have none")
+        image_mask = input_ids == self.config.image_token_id
+        expected = len(visual_tokens) * self.config.image_seq_length
+        if (found := int(image_mask.sum())) != expected:
+            raise ValueError(
+                f"input_ids hold {found} image tokens; {len(visual_tokens)} images of {self.config.image_seq_length} "
+                f"tokens need {expected}. Let the processor expand the image tokens."
+            )
+        return image_mask
+
+    def _image_index(self, image_mask: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """`[B, L]`: the number, over all rows, of the latest image that each token may look at; -1 for none."""
+        ordinal = (image_mask.flatten().cumsum(0).view_as(image_mask) - 1) // self.config.image_seq_length
+        ordinal = ordinal.masked_fill(~image_mask, -1)
+        if attention_mask is None or attention_mask.ndim == 2:
+            return ordinal.cummax(dim=1).values
+        visible = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
+        return ordinal[:, None, :].masked_fill(~visible, -1).amax(dim=-1)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        # The images are in the cache after the first step; without a cache every step reads them again.
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs["pixel_values"] = inputs["vision_features"] = None
+        else:
+            inputs["vision_states"] = None
+        return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: VLMOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        model_kwargs["vision_states"] = outputs.vision_states
+        return model_kwargs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeat rows for beams and samples; a row's images stay together and in order."""
+        images: dict[str, Tensor] = {}
+        if expand_size > 1 and input_ids is not None:
+            counts = ((input_ids == self.config.image_token_id).sum(dim=1) // self.config.image_seq_length).tolist()
+            for name in ("pixel_values", "vision_features"):
+                if (value := model_kwargs.pop(name, None)) is not None:
+                    rows = [row.repeat(expand_size, *[1] * (row.ndim - 1)) for row in value.split(counts)]
+                    images[name] = torch.cat(rows)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **images}
