@@ -1,0 +1,145 @@
+"""Real weights out of files that were never meant for `from_pretrained`: an int8 ONNX graph and a GGUF file.
+
+Both are read as data; nothing in them is executed, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase
+
+# The preprocessing of the released CLIP ViT-B/16: resize the short side to 224, centre crop, and CLIP's own statistics.
+CLIP_PREPROCESSOR = {
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_convert_rgb": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+class ConversionError(ValueError):
+    """A weight file does not hold what its table entry promises."""
+
+
+def onnx_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read the weights of an ONNX file under the names of the modules that exported them, in float32.
+
+    Plain initializers keep their names. The weight of a `MatMulInteger` node is stored [in, out] in int8 with a scale
+    and a zero point for each output column; it becomes `((W - zero_point) * scale).T`, the [out, in] of `nn.Linear`,
+    under the module path in the node's name (`/visual_projection/MatMul_quant` -> `visual_projection.weight`).
+    The graph is not run: it also quantises the activations, which loses much more than the weights did.
+    """
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as e:
+        raise ImportError("Reading CLIP from a package needs onnx: pip install 'vlm-bridge[quickstart]'") from e
+
+    graph = onnx.load(path).graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    state = {name: array for name, array in arrays.items() if not name.startswith("onnx::") and array.ndim > 0}
+    for node in graph.node:
+        if node.op_type != "MatMulInteger":
+            continue
+        quantized, zero_point = arrays[node.input[1]], arrays[node.input[3]]
+        scale = arrays[node.input[1].removesuffix("_quantized") + "_scale"]
+        weight = (quantized.astype(np.float32) - zero_point.astype(np.float32)) * scale
+        module = ".".join(node.name.strip("/").split("/")[:-1])
+        state[f"{module}.weight"] = weight.T
+    return {
+        name: torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
+        for name, array in state.items()
+        if np.issubdtype(array.dtype, np.floating)
+    }
+
+
+def build_clip_vision(state: dict[str, torch.Tensor], **config_overrides: object) -> CLIPVisionModelWithProjection:
+    """CLIP's image tower with exactly these weights (names with the `vision_model.` prefix, as released).
+
+    Raises:
+        ConversionError: if a key is missing, left over, or of another shape.
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    patch = state["vision_model.embeddings.patch_embedding.weight"]
+    width, _, patch_size, _ = patch.shape
+    positions = state["vision_model.embeddings.position_embedding.weight"].shape[0] - 1
+    settings: dict[str, object] = {
+        "hidden_size": width,
+        "intermediate_size": state["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": 1 + max(int(name.split(".")[3]) for name in state if ".encoder.layers." in name),
+        "num_attention_heads": width // 64,
+        "image_size": round(positions**0.5) * patch_size,
+        "patch_size": patch_size,
+        "projection_dim": state["visual_projection.weight"].shape[0],
+        "hidden_act": "quick_gelu",
+    }
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**(settings | config_overrides))).eval()
+    own = set(model.state_dict())
+    if not any(name.startswith("vision_model.embeddings") for name in own):  # transformers 5 may drop the prefix
+        state = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as e:
+        raise ConversionError(f"These are not the weights of a CLIP image tower. {e}") from e
+    return model
+
+
+def convert_clip(onnx_file: Path, target: Path) -> None:
+    """Write the CLIP image tower of an int8 ONNX file to `target` in Hugging Face format, with its image processor."""
+    from transformers import CLIPImageProcessor
+
+    build_clip_vision(onnx_state_dict(onnx_file)).save_pretrained(target)
+    CLIPImageProcessor(**CLIP_PREPROCESSOR).save_pretrained(target)
+
+
+def convert_gguf(gguf_file: Path, target: Path) -> None:
+    """Write a GGUF language model to `target` in Hugging Face format with its tokenizer, dequantised to float32.
+
+    float32 because a 4-bit weight is `scale * q + minimum` in half precision and neither bfloat16 nor float16 holds the
+    sum exactly.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, name = str(gguf_file.parent), gguf_file.name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    if not tokenizer.chat_template:
+        raise ConversionError(f"{name} carries no chat template, so it is not the instruct model that was asked for.")
+    _restore_pre_tokenizer(gguf_file, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    # transformers keeps calling the model quantised after it has dequantised it, and then refuses to save it.
+    for owner, attribute in ((model, "hf_quantizer"), (model, "is_quantized"), (model.config, "quantization_config")):
+        if hasattr(owner, attribute):
+            delattr(owner, attribute)
+    if hasattr(model.config, "_model_name_or_path"):  # the training run's name, which is no model anyone can load
+        del model.config._model_name_or_path
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _restore_pre_tokenizer(gguf_file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Split digits one by one, as SmolLM's own tokenizer does: the conversion from GGUF only keeps the byte-level part.
+
+    It shows where digits follow two or more spaces. The rule is the one llama.cpp names `smollm`.
+    """
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    field = GGUFReader(gguf_file).get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
