@@ -1,0 +1,432 @@
+"""A recipe: one YAML file that says which model, on what data, trained how, and measured by what.
+
+    recipe = load("quickstart", ["train.max_steps=50"])      # a packaged recipe, or the path of a file
+
+The classes below are the reference of every key. A recipe is checked whole before any weight is loaded: an unknown key,
+a wrong type or a contradiction is reported with its file and line, all at once (RecipeError).
+
+Relative paths in a recipe are looked for beside the recipe file first, then in the current folder. `~` and
+`${VLM_HOME}` (the cache folder, ~/.cache/vlm unless the environment says otherwise) are expanded.
+"""
+
+import copy
+import importlib.resources
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vlm import recipe_train
+from vlm.errors import nearest
+from vlm.recipe_errors import FoundError, to_recipe_error
+from vlm.recipe_source import COMMAND_LINE, Path_, Places, RecipeError, apply_overrides, read_yaml
+
+__all__ = ["Recipe", "RecipeError", "from_dict", "home", "load", "packaged", "packaged_text"]
+
+PARTS = ("vision", "projector", "fusion", "language")
+PATH_KEYS = ("path", "images", "annotations", "questions", "metadata", "data_dir", "data_files")
+"""The keys of a data source that may name a file or folder."""
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def home() -> Path:
+    """Return the cache folder of vlm: the environment variable VLM_HOME, or ~/.cache/vlm."""
+    return Path(os.environ.get("VLM_HOME") or "~/.cache/vlm").expanduser()
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class Adapter(_Section):
+    """The bridge between the two models."""
+
+    projector: dict[str, Any] = {"type": "mlp"}
+    """Its type, and the options of that type: `mlp`, or `{type: average_pool, num_image_tokens: 49}`."""
+    fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix"
+    """Visual tokens stand in the sequence, decoder layers attend to them, or both."""
+    cross_attention_every: int = Field(default=4, ge=1)
+    """With cross-attention: one block for every so many decoder layers."""
+
+    @field_validator("projector", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"type": value}
+        if isinstance(value, dict) and not isinstance(value.get("type"), str):
+            raise FoundError([(("type",), "is missing; for example `type: mlp`")])
+        return value
+
+    @field_validator("projector")
+    @classmethod
+    def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
+        from vlm.adapters import PROJECTORS
+
+        kind = value["type"]
+        if kind not in PROJECTORS:
+            raise ValueError(f"there is no projector '{kind}'; {nearest(kind, PROJECTORS)}")
+        options = [*inspect.signature(PROJECTORS[kind]).parameters][2:]  # after the two hidden sizes
+        unknown = [key for key in value if key not in ("type", *options)]
+        if unknown:
+            known = [
+                f"{kind} has no such option; {nearest(key, options) if options else 'it has none'}" for key in unknown
+            ]
+            raise FoundError([((key,), why) for key, why in zip(unknown, known, strict=True)])
+        return value
+
+
+class Model(_Section):
+    """Either `pretrained`, a vision-language model as it is, or `vision` and `language`, joined by `adapter`."""
+
+    pretrained: str | None = None
+    """A whole vision-language model to fine-tune: Hub name or folder."""
+    vision: str | None = None
+    """The vision encoder: Hub name (`timm/...` too) or folder."""
+    language: str | None = None
+    """The language model: Hub name or folder."""
+    adapter: Adapter = Adapter()
+    vision_feature_layer: int | None = None
+    """Which hidden state of the encoder is read, -2 in LLaVA; null is its output, after its final norm."""
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    """`default` drops the class and register tokens, `full` keeps them (the names of LLaVA's config)."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side of the square given to the encoder, in pixels; null is the encoder's own."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model from the Hub. Only for a model whose code you have read."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Model":
+        joined = {
+            "vision",
+            "language",
+            "adapter",
+            "vision_feature_layer",
+            "vision_feature_select_strategy",
+            "image_size",
+        }
+        if self.pretrained:
+            if beside := sorted(joined & self.model_fields_set - _at_default(self)):
+                why = "does not go with `pretrained`, which is a whole model already; remove one of them"
+                raise FoundError([((key,), why) for key in beside])
+        elif not (self.vision and self.language):
+            gap = [key for key in ("vision", "language") if not getattr(self, key)]
+            why = "is missing; a model needs `vision` and `language`, or `pretrained` alone"
+            raise FoundError([((key,), why) for key in gap])
+        return self
+
+
+def _at_default(model: BaseModel) -> set[str]:
+    return {key for key, field in type(model).model_fields.items() if getattr(model, key) == field.default}
+
+
+Source = dict[str, Any]
+"""Where examples come from: `format` and the keys of that format (see vlm.data.readers)."""
+
+
+class Data(_Section):
+    """The examples, and how they are laid out in rows."""
+
+    train: Source
+    validation: Source | None = None
+    """Held-out examples for the loss during training and the metrics after it."""
+    max_bad: float = Field(default=0.01, ge=0, le=1)
+    """Share of examples that may be unreadable (they are reported and left out) before training refuses to start."""
+    max_length: int = Field(default=2048, ge=1)
+    """Longest example, in tokens: its images, its prompt and all its answers."""
+    too_long: Literal["skip", "drop_branches", "error"] = "skip"
+    """An example over `max_length`: leave it out and count it, drop answers until it fits, or stop."""
+    max_tokens_per_row: int = Field(default=1024, ge=1)
+    """Examples are packed into rows of about this many tokens; memory grows with it."""
+    cache_features: bool = True
+    """Run a frozen vision encoder once per image and keep what it said on disk."""
+
+    @field_validator("train", "validation")
+    @classmethod
+    def _has_format(cls, source: Source | None) -> Source | None:
+        if source is None:
+            return None
+        try:
+            from vlm.data.readers import READERS
+        except ImportError:  # TODO: readers are being written
+            return source
+
+        if "format" not in source:
+            raise FoundError([(("format",), f"is missing; one of {', '.join(READERS)}")])
+        if source["format"] not in READERS:
+            raise FoundError(
+                [(("format",), f"there is no format '{source['format']}'; {nearest(source['format'], READERS)}")]
+            )
+        return source
+
+
+class Lora(_Section):
+    """Low-rank adapters on the language model, in the words of peft.LoraConfig (arXiv 2106.09685)."""
+
+    r: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Any = "all-linear"
+    """`all-linear`, or a list of module names such as `[q_proj, v_proj]`."""
+    use_rslora: bool = False
+    learning_rate: Rate | None = None
+    """Default: `learning_rate` of the stage's `train` section."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _modules(cls, value: Any) -> Any:
+        names = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+        if value != "all-linear" and not names:
+            raise ValueError(f"must be all-linear or a list of module names, not {value!r}")
+        return value
+
+
+class Stage(_Section):
+    """One training run over the data: which parts learn, at what rate, and how. What is not named stays frozen."""
+
+    name: str = Field(default="train", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the stage's folder inside the run folder."""
+    trainable: dict[str, float | None] = {}
+    """Part (vision, projector, fusion, language) to learning rate. A list of parts uses `train.learning_rate` for each.
+    After validation every part has a number."""
+    lora: Lora | None = None
+    train: dict[str, Any] = {}
+    """Fields of transformers.TrainingArguments, under their own names. After validation without `learning_rate`, which
+    has been handed to the parts."""
+
+    @field_validator("trainable", mode="before")
+    @classmethod
+    def _parts(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            value = dict.fromkeys(map(str, value))
+        if not isinstance(value, dict):
+            raise ValueError(f"must be a section such as `projector: 1e-3`, or a list of parts, not {value!r}")
+        found: list[tuple[Path_, str]] = []
+        for part, rate in value.items():
+            if part not in PARTS:
+                found.append(((part,), f"there is no such part of the model; {nearest(part, PARTS)}"))
+            elif rate is not None and not (_number(rate) and 0 < rate < float("inf")):
+                found.append(((part,), f"must be a learning rate such as 1e-4, not {rate!r}"))
+        if found:
+            raise FoundError(found)
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _training_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if found := recipe_train.check(value):
+            raise FoundError([((key,), why) for key, why in found])
+        return value
+
+    @model_validator(mode="after")
+    def _rates(self) -> "Stage":
+        if not self.trainable and self.lora is None:
+            raise FoundError([(("trainable",), "nothing would learn; for example `trainable: {projector: 1e-3}`")])
+        if self.lora and "language" in self.trainable:
+            raise FoundError(
+                [(("trainable", "language"), "LoRA trains the language model already; remove this or `lora`")]
+            )
+        bare = [part for part, rate in self.trainable.items() if rate is None]
+        bare_lora = self.lora is not None and self.lora.learning_rate is None
+        if "learning_rate" in self.train and not bare and not bare_lora:
+            why = "has no effect: every part under `trainable` and `lora` has a rate of its own; change those"
+            raise FoundError([(("train", "learning_rate"), why)])
+        if bare or bare_lora:
+            rate = float(self.train.get("learning_rate") or recipe_train.default_learning_rate())
+            self.trainable = {part: own or rate for part, own in self.trainable.items()}
+            if self.lora and bare_lora:
+                self.lora = self.lora.model_copy(update={"learning_rate": rate})
+            self.train = {key: value for key, value in self.train.items() if key != "learning_rate"}
+        return self
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Part to learning rate, LoRA's under the name `lora`."""
+        rates = {part: float(rate) for part, rate in self.trainable.items() if rate}
+        return rates | ({"lora": float(self.lora.learning_rate)} if self.lora and self.lora.learning_rate else {})
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class Evaluation(_Section):
+    """What is measured on `data.validation` when training is done."""
+
+    metrics: list[str] = []
+    """Names from vlm.eval.metrics.METRICS; empty: only the loss."""
+    max_new_tokens: int = Field(default=32, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    """Use only so many examples."""
+    batch_size: int = Field(default=16, ge=1)
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, value: list[str]) -> list[str]:
+        if value:
+            from vlm.eval.metrics import METRICS
+
+            wrong = [(i, name) for i, name in enumerate(value) if name not in METRICS]
+            if wrong:
+                raise FoundError(
+                    [((i,), f"there is no metric '{name}'; {nearest(name, METRICS)}") for i, name in wrong]
+                )
+        return value
+
+
+class Recipe(_Section):
+    """The whole recipe. A recipe with one stage may write `trainable`, `lora` and `train` at the top level instead."""
+
+    shorthand: ClassVar[tuple[str, ...]] = ("trainable", "lora", "train")
+
+    name: str = Field(default="recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Default: the name of the file."""
+    model: Model
+    data: Data
+    stages: list[Stage] = Field(min_length=1)
+    evaluation: Evaluation = Evaluation()
+    output_dir: str = ""
+    """The run folder, relative to the current folder. Default: runs/<name>."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_stage(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        short = [key for key in cls.shorthand if key in raw]
+        if "stages" in raw and short:
+            why = "this recipe has `stages`; write it inside one of them (on the command line: stages.0.{}...)"
+            raise FoundError([((key,), why.format(key)) for key in short])
+        if "stages" in raw:
+            return raw
+        rest = {key: value for key, value in raw.items() if key not in short}
+        return rest | {"stages": [{key: raw[key] for key in short if raw[key] is not None}]}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        found: list[tuple[Path_, str]] = []
+        for i, stage in enumerate(self.stages):
+            if "fusion" in stage.trainable and not self.model.pretrained and self.model.adapter.fusion == "prefix":
+                why = "`fusion: prefix` has no weights; remove it, or choose cross_attention in model.adapter"
+                found.append((("stages", i, "trainable", "fusion"), why))
+            if stage.name in [earlier.name for earlier in self.stages[:i]]:
+                found.append((("stages", i, "name"), f"there are two stages called '{stage.name}'; give each a name"))
+        if self.evaluation.metrics and self.data.validation is None:
+            found.append((("evaluation", "metrics"), "there is nothing to measure on; add `data.validation`"))
+        if found:
+            raise FoundError(found)
+        self.output_dir = str(Path(self.output_dir or f"runs/{self.name}").expanduser())
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the recipe with every default written out, as plain values: what `from_dict` gives back unchanged."""
+        return self.model_dump(mode="json")
+
+
+def from_dict(
+    raw: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    base_dir: Path | None = None,
+    places: Places | None = None,
+    file: str = "recipe",
+) -> Recipe:
+    """Check a recipe given as plain values.
+
+    Args:
+        overrides: `key.path=value` strings, set before the check.
+        base_dir: the folder of the recipe file, for relative paths.
+        places: where each key was written, for the messages.
+        file: what the recipe is called in the messages.
+
+    Raises RecipeError with every problem found.
+    """
+    values = copy.deepcopy(dict(raw))
+    places = dict(places or {})
+    if "stages" not in values:  # one stage at the top level: `stages.0.train` is `train`
+        overrides = [override.removeprefix("stages.0.") for override in overrides]
+        if beyond := [override for override in overrides if override.startswith("stages.")]:
+            raise RecipeError(f"{COMMAND_LINE}  {beyond[0]}: {file} has one stage, stages.0")
+    apply_overrides(values, places, overrides)
+    _expand(values, base_dir)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise to_recipe_error(error, Recipe, places, file, shorthand="stages" not in values) from None
+
+
+def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe: the path of a YAML file, or the name of one that comes with vlm.
+
+    Raises RecipeError with every problem found, its file and line.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        name, base_dir = str(name_or_path), path.parent.resolve()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{name}: cannot be read as text: {error}") from None
+    elif str(name_or_path) in packaged():
+        name, text, base_dir = f"{name_or_path}.yaml", packaged_text(str(name_or_path)), None
+    else:
+        raise RecipeError(
+            f"there is no file '{name_or_path}', and no recipe of that name comes with vlm; "
+            f"{nearest(str(name_or_path), packaged())}"
+        )
+    raw, places = read_yaml(text, name)
+    raw.setdefault("name", path.stem)
+    return from_dict(raw, overrides, base_dir=base_dir, places=places, file=name)
+
+
+def packaged() -> dict[str, str]:
+    """Return the recipes that come with vlm: name to the first line of the file, which says what it does."""
+    folder = importlib.resources.files("vlm.recipes")
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
+    return {file.name.removesuffix(".yaml"): file.read_text("utf-8").partition("\n")[0].lstrip("# ") for file in files}
+
+
+def packaged_text(name: str) -> str:
+    """Return the text of a recipe that comes with vlm. Raises RecipeError for an unknown name."""
+    if name not in packaged():
+        raise RecipeError(f"no recipe called '{name}' comes with vlm; {nearest(name, packaged())}")
+    return (importlib.resources.files("vlm.recipes") / f"{name}.yaml").read_text("utf-8")
+
+
+def _expand(values: dict[str, Any], base_dir: Path | None) -> None:
+    """Make the paths of a raw recipe whole, in place. Names that are no path here (Hub names) stay as they are."""
+    for section, keys in (("model", ("pretrained", "vision", "language")), ("data", ())):
+        part = values.get(section)
+        if not isinstance(part, dict):
+            continue
+        for key in keys:
+            part[key] = expand_path(part[key], base_dir) if key in part else None
+        for source in (part.get("train"), part.get("validation")) if section == "data" else ():
+            expand_source(source, base_dir)
+
+
+def expand_source(source: Any, base_dir: Path | None) -> None:
+    """Make the paths of a data source whole, in place."""
+    for key in PATH_KEYS:
+        if isinstance(source, dict) and key in source:
+            source[key] = expand_path(source[key], base_dir)
+
+
+def expand_path(value: Any, base_dir: Path | None) -> Any:
+    """Expand `${VLM_HOME}` and `~`; make a path that exists beside the recipe, or here, absolute."""
+    if isinstance(value, list):
+        return [expand_path(item, base_dir) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    text = value.replace("${VLM_HOME}", str(home()))
+    path = Path(text).expanduser() if text.startswith("~") else Path(text)
+    if path.is_absolute():
+        return str(path)
+    for folder in (base_dir, Path.cwd()):
+        if folder is not None and (folder / path).exists():
+            return str((folder / path).resolve())
+    return text

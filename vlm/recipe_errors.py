@@ -1,0 +1,124 @@
+"""What pydantic found, said in words: file and line, key, what is wrong, and the nearest key that exists."""
+
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from vlm.errors import nearest
+from vlm.recipe_source import Key, Path_, Places, RecipeError
+
+
+class FoundError(ValueError):
+    """Raised by a validator that found several problems, each at a key inside the section it looks at."""
+
+    def __init__(self, found: Sequence[tuple[Path_, str]]) -> None:
+        super().__init__("; ".join(what for _, what in found))
+        self.found = tuple(found)
+
+
+_WORDS = {
+    "missing": "is missing",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "dict_type": "must be a section of `key: value` lines",
+    "model_type": "must be a section of `key: value` lines",
+    "model_attributes_type": "must be a section of `key: value` lines",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
+}
+_LIMITS = {
+    "greater_than": ("more than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+
+
+def to_recipe_error(
+    error: ValidationError, root: type[BaseModel], places: Places, name: str, *, shorthand: bool
+) -> RecipeError:
+    """Turn a pydantic error on `root` into one RecipeError that lists every problem.
+
+    `shorthand`: the recipe has one stage written at its top level, so `stages.0.train` is shown as `train`.
+    """
+    lines = []
+    for problem in error.errors(include_url=False):
+        cause = problem.get("ctx", {}).get("error")
+        found = cause.found if isinstance(cause, FoundError) else [((), _say(problem, root))]
+        for inside, what in found:
+            path = _written(tuple(problem["loc"]) + tuple(inside), shorthand)
+            dotted = ".".join(map(str, path))
+            lines.append(f"{_place(path, places, name)}  {dotted + ': ' if dotted else ''}{what}")
+    count = f"{len(lines)} problems" if len(lines) > 1 else "a problem"
+    return RecipeError(f"{name} has {count}:\n  " + "\n  ".join(lines))
+
+
+def _written(path: Path_, shorthand: bool) -> Path_:
+    return path[2:] if shorthand and path[:2] == ("stages", 0) else path
+
+
+def _place(path: Path_, places: Places, name: str) -> str:
+    for length in range(len(path), 0, -1):
+        if path[:length] in places:
+            return places[path[:length]]
+    return name
+
+
+def _say(problem: Any, root: type[BaseModel]) -> str:
+    kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key; {_suggest(problem['loc'], root)}"
+    if kind == "missing":
+        return _WORDS[kind]
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        choices = context["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        return f"'{given}' is not one of its values; {nearest(given, choices)}"
+    if kind in _LIMITS:
+        words, limit = _LIMITS[kind]
+        return f"must be {words} {context[limit]}, not {given!r}"
+    return f"{_WORDS.get(kind, problem['msg'])}, not {given!r}"
+
+
+def _suggest(path: Path_, root: type[BaseModel]) -> str:
+    *parents, key = path
+    section = _section(root, parents)
+    close = nearest(key, section)
+    if close.startswith("did"):
+        return close
+    owners = [dotted for dotted, keys in _all_sections(root).items() if key in keys]
+    return f"it belongs in `{owners[0]}:`" if owners else close
+
+
+def _section(root: type[BaseModel], parents: Sequence[Key]) -> list[str]:
+    model = root
+    for key in parents:
+        if isinstance(key, str):
+            model = _model_in(model.model_fields[key].annotation) or model
+    return [*model.model_fields, *getattr(model, "shorthand", ())]
+
+
+def _all_sections(root: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
+    from vlm.recipe_train import training_fields
+
+    sections: dict[str, list[str]] = {}
+    for key, field in root.model_fields.items():
+        dotted = f"{prefix}{key}"
+        if model := _model_in(field.annotation):
+            sections[dotted] = list(model.model_fields)
+            sections |= _all_sections(model, "" if key == "stages" else f"{dotted}.")
+    return sections if prefix else {"train": list(training_fields())} | sections
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for arg in typing.get_args(annotation) if (model := _model_in(arg))), None)
