@@ -1,0 +1,161 @@
+"""`vlm chat`: one answer about an image, or a conversation, with the answer shown as it is written."""
+
+import shlex
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
+
+from vlm.data.example import Message
+from vlm.data.images import ImageError, open_image
+from vlm.errors import UserError, nearest
+
+Request = tuple[list[Image.Image], list[Message]]
+Stream = Callable[[Request], Iterator[str]]
+"""From images and messages that end with the user's to the pieces of the answer (vlm.generation.stream)."""
+
+HELP = """\
+/image FILE   show another image with your next question
+/reset        forget what was said; the last image stays
+/help         this list
+/quit         leave (so does Ctrl-D); Ctrl-C stops an answer"""
+COMMANDS = ("/image", "/reset", "/help", "/quit")
+
+
+class Conversation:
+    """What was said so far: the messages, and the images in the order in which the messages hold them."""
+
+    def __init__(self) -> None:
+        self.images: list[Image.Image] = []
+        self.messages: list[Message] = []
+        self.waiting: list[Image.Image] = []
+        """Images that go with the next question."""
+
+    def show(self, image: Image.Image) -> None:
+        """Let the next question come with `image`."""
+        self.waiting.append(image)
+
+    def reset(self) -> None:
+        """Forget everything but the last image, which goes with the next question."""
+        self.waiting = (self.images + self.waiting)[-1:]
+        self.images, self.messages = [], []
+
+    def ask(self, question: str) -> Request:
+        """Return the request for an answer to `question`. Nothing is remembered before `answered`."""
+        parts = [*({"type": "image"} for _ in self.waiting), {"type": "text", "text": question}]
+        return self.images + self.waiting, [*self.messages, {"role": "user", "content": parts}]
+
+    def answered(self, request: Request, answer: str) -> None:
+        """Remember a request and its answer."""
+        self.images, asked = request
+        self.messages = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        self.waiting = []
+
+
+def run(model: str, *, image: str | None, question: str | None, console: Console, max_new_tokens: int = 256) -> None:
+    """Load `model` (run folder, checkpoint or Hub name) and chat on the terminal. See `chat`."""
+    picture = open_image(image) if image else None  # before the model, which takes longer to load
+    from vlm import generation
+
+    with console.status("loading the model"):
+        loaded, processor = generation.load(model)
+
+    def stream(request: Request) -> Iterator[str]:
+        return generation.stream(loaded, processor, request, max_new_tokens=max_new_tokens)
+
+    chat(stream, console, image=picture, question=question, lines=_typed(console))
+
+
+def chat(
+    stream: Stream, console: Console, *, image: Image.Image | None, question: str | None, lines: Iterable[str]
+) -> None:
+    """Answer `question` and return; without one, answer the `lines` that the user types until they end or /quit."""
+    conversation = Conversation()
+    if image is not None:
+        conversation.show(image)
+    if question is not None:
+        _answer(conversation, question, stream, console)
+        return
+    if console.is_terminal:
+        console.print("Ask about the image; /help lists the commands.", style="dim")
+    for line in lines:
+        line = line.strip()
+        if line == "/quit":
+            return
+        if line.startswith("/"):
+            _command(conversation, line, console)
+        elif line:
+            try:
+                _answer(conversation, line, stream, console)
+            except KeyboardInterrupt:
+                console.print("\n(stopped; this question is forgotten)", style="dim")
+            except UserError as error:
+                _say(console, str(error), "red")
+
+
+def _typed(console: Console) -> Iterator[str]:
+    """Lines as they are typed, with a prompt on a terminal and without one from a pipe."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    while True:
+        try:
+            yield console.input("[bold cyan]you>[/] ")
+        except EOFError:
+            console.print()
+            return
+
+
+def _command(conversation: Conversation, line: str, console: Console) -> None:
+    name, _, rest = line.partition(" ")
+    if name == "/image":
+        try:
+            path = _path(rest)
+            conversation.show(open_image(path))
+        except ImageError as error:
+            _say(console, str(error), "red")
+        else:
+            _say(console, f"{path} goes with your next question", "dim")
+    elif name == "/reset":
+        conversation.reset()
+        kept = "the last image stays" if conversation.waiting else "show an image with /image FILE"
+        _say(console, f"forgotten; {kept}", "dim")
+    elif name == "/help":
+        _say(console, HELP, "dim")
+    else:
+        _say(console, f"there is no command {name}; {nearest(name, COMMANDS)}", "red")
+
+
+def _path(typed: str) -> str:
+    """The file name in `typed`: as it is, or without the quotes and backslashes that a dragged file comes with."""
+    plain = Path(typed.strip()).expanduser()
+    if plain.exists():
+        return str(plain)
+    try:
+        words = shlex.split(typed)
+    except ValueError:  # an apostrophe in a name is no quote
+        words = [typed.strip()]
+    return str(Path(words[0]).expanduser()) if len(words) == 1 else str(plain)
+
+
+def _answer(conversation: Conversation, question: str, stream: Stream, console: Console) -> None:
+    request = conversation.ask(question)
+    pieces = []
+    for piece in stream(request):
+        pieces.append(piece)
+        # As text: what a model writes is no markup, and its control characters must not reach the terminal.
+        console.print(Text(_printable(piece)), end="", soft_wrap=True, highlight=False)
+    console.print()
+    conversation.answered(request, "".join(pieces))
+
+
+def _printable(text: str) -> str:
+    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
+
+
+def _say(console: Console, text: str, style: str) -> None:
+    console.print(Text(text), style=style, soft_wrap=True, highlight=False)

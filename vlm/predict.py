@@ -1,0 +1,182 @@
+"""`vlm predict`: the same prompt on many images, one JSON row each, in a file that a second run continues."""
+
+import glob
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vlm.data.example import Message
+from vlm.data.images import ImageError, open_image
+from vlm.errors import UserError
+
+Request = tuple[list[Image.Image], list[Message]]
+Generate = Callable[[list[Request]], list[str]]
+"""From requests to one answer each (vlm.generation.generate)."""
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2"}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many images were answered now, were in the output already, and could not be opened now."""
+
+    done: int
+    earlier: int
+    broken: int
+
+
+def find_images(patterns: Sequence[str]) -> list[str]:
+    """Return the files that `patterns` name, each once: files, folders (with what is in their folders), and globs.
+
+    Raises UserError for a pattern that finds nothing.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            files = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        elif path.exists():  # before the glob: `photo[1].jpg` may be a file of that name
+            files = [str(path)]
+        else:
+            files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+        if not files:
+            what = "has no images in it" if path.is_dir() else "is no file or folder, and no file matches it"
+            raise UserError(f"{pattern} {what}")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def predict(
+    generate: Generate,
+    images: Sequence[str],
+    *,
+    prompt: str,
+    model: str,
+    output: Path,
+    batch_size: int = 16,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Counts:
+    """Write one row an image to `output`, in the order of `images`, batch by batch, leaving out those it has already.
+
+    A row is `{"image", "prompt", "model", "prediction"}`, or with `"error"` in place of `"prediction"` where the image
+    cannot be opened. A last row cut off by a crash is removed first and redone.
+
+    Args:
+        advance: called with a number of images when they are written.
+
+    Raises UserError when `output` is something else, or was written with another prompt or model.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "a+b") as file:
+        written = _written(file, output, prompt=prompt, model=model)
+        todo = [image for image in images if image not in written]
+        earlier = len(images) - len(todo)
+        advance(earlier)
+        broken = 0
+        for start in range(0, len(todo), batch_size):
+            batch = todo[start : start + batch_size]
+            for row in _rows(generate, batch, prompt, model):
+                broken += "error" in row
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            advance(len(batch))
+    return Counts(done=len(todo) - broken, earlier=earlier, broken=broken)
+
+
+def _rows(generate: Generate, batch: list[str], prompt: str, model: str) -> Iterator[dict[str, str]]:
+    opened: dict[str, Request] = {}
+    errors: dict[str, str] = {}
+    for image in batch:
+        try:
+            parts = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
+            opened[image] = [open_image(image)], [{"role": "user", "content": parts}]
+        except ImageError as error:
+            errors[image] = str(error)
+    answers = dict(zip(opened, generate(list(opened.values())), strict=True)) if opened else {}
+    for image in batch:
+        row = {"image": image, "prompt": prompt, "model": model}
+        yield row | ({"error": errors[image]} if image in errors else {"prediction": answers[image]})
+
+
+def _written(file: BinaryIO, output: Path, *, prompt: str, model: str) -> set[str]:
+    """Return the images that have a row, and cut off what a crash left of the last one."""
+    file.seek(0)
+    images = set()
+    end = 0
+    for number, line in enumerate(file, start=1):
+        if not line.endswith(b"\n"):
+            file.truncate(end)
+            break
+        end += len(line)
+        row = _row(line)
+        if row is None:
+            raise UserError(f"{output}, line {number}: not a row of `vlm predict`; choose another --output")
+        for key, now in (("prompt", prompt), ("model", model)):
+            if row[key] != now:
+                raise UserError(
+                    f"{output} was written with {key} {row[key]!r}, and this is {now!r}; "
+                    "choose another --output, or remove the file"
+                )
+        images.add(row["image"])
+    file.seek(0, 2)
+    return images
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"image", "prompt", "model"} <= row.keys() else None
+
+
+def run(
+    model: str,
+    patterns: Sequence[str],
+    *,
+    prompt: str,
+    output: Path,
+    console: Console,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+) -> Counts:
+    """Find the images, load `model` (run folder, checkpoint or Hub name), and predict with a progress bar."""
+    images = find_images(patterns)
+    from vlm import generation
+
+    with console.status("loading the model"):
+        loaded, processor = generation.load(model)
+
+    def generate(requests: list[Request]) -> list[str]:
+        return generation.generate(loaded, processor, requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+    name = str(Path(model).resolve()) if Path(model).exists() else model
+    columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("images", total=len(images))
+        counts = predict(
+            generate,
+            images,
+            prompt=prompt,
+            model=name,
+            output=output,
+            batch_size=batch_size,
+            advance=lambda count: progress.advance(task, count),
+        )
+    _report(counts, output, console)
+    return counts
+
+
+def _report(counts: Counts, output: Path, console: Console) -> None:
+    text = f"{counts.done} predicted"
+    if counts.earlier:
+        text += f", {counts.earlier} were there already"
+    if counts.broken:
+        text += f', {counts.broken} could not be opened (the rows with "error")'
+    console.print(f"{text}: {output}", markup=False, highlight=False, soft_wrap=True)
