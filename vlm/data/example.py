@@ -110,11 +110,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something bad in the data: where (file and row), which key, and why."""
+    """Something bad in the data: where (file and row), which key, and why. `lost` counts the branches lost with it."""
 
     where: str
     key: str
     why: str
+    lost: int = 1
 
     def __str__(self) -> str:
         return f"{self.where}: {self.key}: {self.why}" if self.key else f"{self.where}: {self.why}"

@@ -1,0 +1,44 @@
+"""An image folder with `metadata.jsonl`: one line an image, in the layout of `datasets`' imagefolder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from vlm.data.readers_common import Collector, ReadResult, Source, read_json_lines, resolve
+from vlm.data.readers_rows import DEFAULT_PROMPT, DEFAULT_QUESTION_PROMPT, ROW_KEYS, RowReader, unknown_near_miss
+
+_KNOWN = ("file_name", "file_names", "image_id", *ROW_KEYS)
+
+
+class ImageFolderSource(Source):
+    """`path` is the folder. `metadata` is a file in it, or anywhere else while `file_name` still starts at `path`."""
+
+    format_name: ClassVar[str] = "image_folder"
+    path: str
+    metadata: str = "metadata.jsonl"
+    prompt: str = DEFAULT_PROMPT
+    question_prompt: str = DEFAULT_QUESTION_PROMPT
+
+    def read(self, base_dir: Path) -> ReadResult:
+        folder = resolve(self.path, base_dir, "path", folder=True)
+        metadata = resolve(self.metadata, folder, "metadata")
+        label = str(Path(self.path) / self.metadata)
+        collector = Collector(self.limit)
+        rows = RowReader(self.prompt, self.question_prompt)
+        for where, row in read_json_lines(metadata, label, collector.problems):
+            names = row.get("file_names", [row["file_name"]] if "file_name" in row else None)
+            if miss := unknown_near_miss(row, _KNOWN):
+                collector.bad(where, *miss)
+                continue
+            if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
+                collector.bad(where, "file_name", "expected the name of an image (or several under 'file_names')")
+                continue
+            image_id = str(row.get("image_id", "|".join(names)))
+            if not collector.wants(image_id):
+                continue
+            branches = rows.branches(row, num_images=len(names), where=where, problems=collector.problems)
+            paths = [folder / name for name in names]
+            if branches and not collector.missing_images(paths, where, "file_name", lost=len(branches)):
+                collector.add([str(path) for path in paths], branches, image_id=image_id, where=where)
+        return collector.result(label)
