@@ -21,14 +21,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vlm import recipe_train
 from vlm.errors import nearest
-from vlm.recipe_errors import FoundError, to_recipe_error
+from vlm.recipe_errors import FoundError, findings, to_recipe_error
 from vlm.recipe_source import COMMAND_LINE, Path_, Places, RecipeError, apply_overrides, read_yaml
 
-__all__ = ["Recipe", "RecipeError", "from_dict", "home", "load", "packaged", "packaged_text"]
+__all__ = ["Recipe", "RecipeError", "from_dict", "home", "load", "packaged", "packaged_text", "parse_data"]
 
 PARTS = ("vision", "projector", "fusion", "language")
-PATH_KEYS = ("path", "images", "annotations", "questions", "metadata", "data_dir", "data_files")
-"""The keys of a data source that may name a file or folder."""
+PATH_KEYS = ("path", "images", "annotations", "questions", "data_files")
+"""The keys of a data source that name a file or folder of their own."""
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -133,6 +133,8 @@ class Data(_Section):
     train: Source
     validation: Source | None = None
     """Held-out examples for the loss during training and the metrics after it."""
+    base_dir: str = "."
+    """Where relative paths in the sources start (the current folder is tried next). Default: the recipe's folder."""
     max_bad: float = Field(default=0.01, ge=0, le=1)
     """Share of examples that may be unreadable (they are reported and left out) before training refuses to start."""
     max_length: int = Field(default=2048, ge=1)
@@ -146,20 +148,23 @@ class Data(_Section):
 
     @field_validator("train", "validation")
     @classmethod
-    def _has_format(cls, source: Source | None) -> Source | None:
+    def _readable(cls, source: Source | None) -> Source | None:
         if source is None:
             return None
-        try:
-            from vlm.data.readers import READERS
-        except ImportError:  # TODO: readers are being written
-            return source
+        from vlm.data.readers import READERS
 
+        options = {key: value for key, value in source.items() if key != "format"}
         if "format" not in source:
             raise FoundError([(("format",), f"is missing; one of {', '.join(READERS)}")])
-        if source["format"] not in READERS:
+        reader = READERS.get(source["format"]) if isinstance(source["format"], str) else None
+        if reader is None:
             raise FoundError(
-                [(("format",), f"there is no format '{source['format']}'; {nearest(source['format'], READERS)}")]
+                [(("format",), f"there is none called {source['format']!r}; {nearest(source['format'], READERS)}")]
             )
+        try:
+            reader.model_validate(options)
+        except ValidationError as error:
+            raise FoundError(findings(error, reader)) from None
         return source
 
 
@@ -352,11 +357,12 @@ def from_dict(
         if beyond := [override for override in overrides if override.startswith("stages.")]:
             raise RecipeError(f"{COMMAND_LINE}  {beyond[0]}: {file} has one stage, stages.0")
     apply_overrides(values, places, overrides)
-    _expand(values, base_dir)
+    expand(values, base_dir)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise to_recipe_error(error, Recipe, places, file, shorthand="stages" not in values) from None
+        hidden: Path_ = () if "stages" in values else ("stages", 0)
+        raise to_recipe_error(error, Recipe, places, file, hidden=hidden) from None
 
 
 def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -397,29 +403,35 @@ def packaged_text(name: str) -> str:
     return (importlib.resources.files("vlm.recipes") / f"{name}.yaml").read_text("utf-8")
 
 
-def _expand(values: dict[str, Any], base_dir: Path | None) -> None:
+def expand(values: dict[str, Any], base_dir: Path | None) -> None:
     """Make the paths of a raw recipe whole, in place. Names that are no path here (Hub names) stay as they are."""
-    for section, keys in (("model", ("pretrained", "vision", "language")), ("data", ())):
-        part = values.get(section)
-        if not isinstance(part, dict):
-            continue
-        for key in keys:
-            part[key] = expand_path(part[key], base_dir) if key in part else None
-        for source in (part.get("train"), part.get("validation")) if section == "data" else ():
-            expand_source(source, base_dir)
+    model, data = values.get("model"), values.get("data")
+    if isinstance(model, dict):
+        for key in ("pretrained", "vision", "language"):
+            if key in model:
+                model[key] = _whole(model[key], base_dir)
+    if isinstance(data, dict):
+        start = _whole(data.get("base_dir", str(base_dir or ".")), base_dir)
+        for source in (data.get("train"), data.get("validation")):
+            expand_source(source, Path(start) if isinstance(start, str) else None)
+        data["base_dir"] = start
 
 
 def expand_source(source: Any, base_dir: Path | None) -> None:
     """Make the paths of a data source whole, in place."""
+    if not isinstance(source, dict):
+        return
     for key in PATH_KEYS:
-        if isinstance(source, dict) and key in source:
-            source[key] = expand_path(source[key], base_dir)
+        # With `data_files`, a bare `path` is the name of a builder (json, parquet), not a folder that is called so.
+        builder = key == "path" and "data_files" in source and "/" not in str(source.get(key))
+        if key in source and not builder:
+            source[key] = _whole(source[key], base_dir)
 
 
-def expand_path(value: Any, base_dir: Path | None) -> Any:
+def _whole(value: Any, base_dir: Path | None) -> Any:
     """Expand `${VLM_HOME}` and `~`; make a path that exists beside the recipe, or here, absolute."""
     if isinstance(value, list):
-        return [expand_path(item, base_dir) for item in value]
+        return [_whole(item, base_dir) for item in value]
     if not isinstance(value, str) or not value:
         return value
     text = value.replace("${VLM_HOME}", str(home()))
@@ -427,6 +439,23 @@ def expand_path(value: Any, base_dir: Path | None) -> Any:
     if path.is_absolute():
         return str(path)
     for folder in (base_dir, Path.cwd()):
-        if folder is not None and (folder / path).exists():
-            return str((folder / path).resolve())
+        if folder is not None and ((folder / path).exists() or ("*" in text and any(folder.glob(text)))):
+            return str(Path(os.path.abspath(folder / path)))
     return text
+
+
+def parse_data(words: Sequence[str]) -> Data:
+    """Read data from the command line: the `data` of a recipe, or one source as `format=... key=value` words.
+
+    Raises RecipeError as `load` does.
+    """
+    if len(words) == 1 and "=" not in words[0]:
+        return load(words[0]).data
+    source: dict[str, Any] = {}
+    places: Places = {}
+    apply_overrides(source, places, words)
+    expand_source(source, None)
+    try:
+        return Data(train=source)
+    except ValidationError as error:
+        raise to_recipe_error(error, Data, places, "data", hidden=("train",)) from None

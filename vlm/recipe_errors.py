@@ -18,6 +18,11 @@ class FoundError(ValueError):
         self.found = tuple(found)
 
 
+def findings(error: ValidationError, model: type[BaseModel]) -> list[tuple[Path_, str]]:
+    """Return (key, what is wrong) for every problem that pydantic found in a section of type `model`."""
+    return [(tuple(problem["loc"]), _say(problem, model)) for problem in error.errors(include_url=False)]
+
+
 _WORDS = {
     "missing": "is missing",
     "int_type": "must be a whole number",
@@ -42,26 +47,26 @@ _LIMITS = {
 
 
 def to_recipe_error(
-    error: ValidationError, root: type[BaseModel], places: Places, name: str, *, shorthand: bool
+    error: ValidationError, root: type[BaseModel], places: Places, name: str, *, hidden: Path_ = ()
 ) -> RecipeError:
     """Turn a pydantic error on `root` into one RecipeError that lists every problem.
 
-    `shorthand`: the recipe has one stage written at its top level, so `stages.0.train` is shown as `train`.
+    `hidden` is a start of keys that the user did not write: with one stage at the top level, `stages.0.lora` is `lora`.
     """
     lines = []
     for problem in error.errors(include_url=False):
         cause = problem.get("ctx", {}).get("error")
         found = cause.found if isinstance(cause, FoundError) else [((), _say(problem, root))]
         for inside, what in found:
-            path = _written(tuple(problem["loc"]) + tuple(inside), shorthand)
+            path = _written(tuple(problem["loc"]) + tuple(inside), hidden)
             dotted = ".".join(map(str, path))
             lines.append(f"{_place(path, places, name)}  {dotted + ': ' if dotted else ''}{what}")
     count = f"{len(lines)} problems" if len(lines) > 1 else "a problem"
     return RecipeError(f"{name} has {count}:\n  " + "\n  ".join(lines))
 
 
-def _written(path: Path_, shorthand: bool) -> Path_:
-    return path[2:] if shorthand and path[:2] == ("stages", 0) else path
+def _written(path: Path_, hidden: Path_) -> Path_:
+    return path[len(hidden) :] if path[: len(hidden)] == hidden else path
 
 
 def _place(path: Path_, places: Places, name: str) -> str:
@@ -93,6 +98,8 @@ def _suggest(path: Path_, root: type[BaseModel]) -> str:
     section = _section(root, parents)
     close = nearest(key, section)
     if close.startswith("did"):
+        return close
+    if not hasattr(root, "shorthand"):  # a data source, whose options belong nowhere else
         return close
     owners = [dotted for dotted, keys in _all_sections(root).items() if key in keys]
     return f"it belongs in `{owners[0]}:`" if owners else close
