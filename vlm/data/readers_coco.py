@@ -52,7 +52,7 @@ class CocoCaptionsSource(Source):
             if image["id"] not in captions:
                 collector.bad(where, "", "no annotation has a caption for this image")
             file = folder / image["file_name"]
-            if branches and not collector.missing_images([file], where, "file_name", lost=len(branches)):
+            if branches and not collector.missing_images([file], where, lost=len(branches)):
                 collector.add([str(file)], branches, image_id=str(image["id"]), where=where)
         for image_id in captions.keys() - known:
             for where, _ in captions[image_id]:

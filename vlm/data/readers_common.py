@@ -181,11 +181,11 @@ class Collector:
             else:
                 self._examples[key] = Example(tuple(images), (branch,), image_id, where)
 
-    def missing_images(self, paths: Sequence[Path], where: str, key: str, lost: int = 1) -> bool:
+    def missing_images(self, paths: Sequence[Path], where: str, lost: int = 1) -> bool:
         """Note the first of these image files that is not there; whether there was one. Opens none of them."""
         for path in paths:
             if not path.is_file():
-                self.bad(where, key, f"no such image: {path}", lost)
+                self.bad(where, "image", f"no such image: {path}", lost)
                 return True
         return False
 

@@ -88,12 +88,12 @@ class DatasetSource(Source):
                 continue
             images = _sources(dataset, index, image_column, cell, folder)
             if isinstance(images, str):
-                collector.bad(where, str(image_column), images)
+                collector.bad(where, "image", f"{images} in column {image_column!r}")
                 continue
             named = {key: row[column] for key, column in mapping.items()}
             branches = rows.branches(named, num_images=len(images), where=where, problems=collector.problems)
             paths = [Path(image) for image in images if isinstance(image, str)]
-            if branches and not collector.missing_images(paths, where, str(image_column), lost=len(branches)):
+            if branches and not collector.missing_images(paths, where, lost=len(branches)):
                 collector.add(images, branches, image_id=image_id, where=where)
         return collector.result(label)
 
@@ -179,7 +179,7 @@ def _sources(dataset: Any, row: int, column: str | None, cell: Any, folder: Path
         return ()
     cells = cell if isinstance(cell, list) else [cell]
     if any(c is None or c == "" for c in cells):
-        return "no image here"
+        return "no image"
     return tuple(
         str(folder / c)
         if isinstance(c, str)

@@ -39,6 +39,6 @@ class ImageFolderSource(Source):
                 continue
             branches = rows.branches(row, num_images=len(names), where=where, problems=collector.problems)
             paths = [folder / name for name in names]
-            if branches and not collector.missing_images(paths, where, "file_name", lost=len(branches)):
+            if branches and not collector.missing_images(paths, where, lost=len(branches)):
                 collector.add([str(path) for path in paths], branches, image_id=image_id, where=where)
         return collector.result(label)

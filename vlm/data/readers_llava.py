@@ -43,7 +43,7 @@ class LlavaSource(Source):
                 collector.bad(where, error.key, error.why)
                 continue
             paths = [folder / name for name in names]
-            if not collector.missing_images(paths, where, "image"):
+            if not collector.missing_images(paths, where):
                 collector.add([str(p) for p in paths], [branch], image_id=image_id, where=where)
         return collector.result(self.path)
 

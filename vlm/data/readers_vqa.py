@@ -85,7 +85,7 @@ class VQAv2Source(Source):
                 collector.bad(annotation_where, error.key, error.why)
                 continue
             name = self.image_pattern.format(image_id=row["image_id"], data_subtype=content.get("data_subtype"))
-            if not collector.missing_images([folder / name], where, "image_id"):
+            if not collector.missing_images([folder / name], where):
                 text = self.question_prompt.replace("{question}", question)
                 branch = question_and_answer(text, answer, references=references, where=where)
                 collector.add([str(folder / name)], [branch], image_id=image_id, where=where)
