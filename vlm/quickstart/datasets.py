@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from PIL import Image
 
 STAMPS_PREFIX = "usr/share/tuxpaint/stamps/"
@@ -147,7 +148,7 @@ def convert_stamps(deb: Path, target: Path) -> StampCounts:
         try:
             image = _square_on_white(_rasterise(images[stem]))
         except (ValueError, OSError) as e:
-            counts.dropped[stem] = f"not drawn: {e}"
+            counts.dropped[stem] = str(e)
             continue
         file_name = f"images/{stem}.png"
         (target / file_name).parent.mkdir(parents=True, exist_ok=True)
@@ -194,10 +195,10 @@ def _rasterise(files: dict[str, bytes]) -> Image.Image:
 def _square_on_white(image: Image.Image) -> Image.Image:
     """Composite on white, shrink to STAMP_SIZE at most, and pad to a square so that no centre crop cuts anything."""
     rgba = image.convert("RGBA")
-    if rgba.getextrema()[3][1] == 0:  # type: ignore[index]
-        raise ValueError("nothing visible in it")
     flat = Image.new("RGB", rgba.size, "white")
     flat.paste(rgba, mask=rgba.getchannel("A"))
+    if np.asarray(flat).min() > 225:
+        raise ValueError("nothing visible on white")
     flat.thumbnail((STAMP_SIZE, STAMP_SIZE), Image.Resampling.LANCZOS)
     side = max(flat.size)
     square = Image.new("RGB", (side, side), "white")

@@ -6,7 +6,7 @@ Both are read as data; nothing in them is executed, and nothing is unpickled.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
 # The preprocessing of the released CLIP ViT-B/16: resize the short side to 224, centre crop, and CLIP's own statistics.
-CLIP_PREPROCESSOR = {
+CLIP_PREPROCESSOR: dict[str, Any] = {
     "do_resize": True,
     "size": {"shortest_edge": 224},
     "resample": 3,
@@ -65,7 +65,7 @@ def onnx_state_dict(path: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def build_clip_vision(state: dict[str, torch.Tensor], **config_overrides: object) -> CLIPVisionModelWithProjection:
+def build_clip_vision(state: dict[str, torch.Tensor], **config_overrides: Any) -> CLIPVisionModelWithProjection:
     """CLIP's image tower with exactly these weights (names with the `vision_model.` prefix, as released).
 
     Raises:
@@ -76,7 +76,7 @@ def build_clip_vision(state: dict[str, torch.Tensor], **config_overrides: object
     patch = state["vision_model.embeddings.patch_embedding.weight"]
     width, _, patch_size, _ = patch.shape
     positions = state["vision_model.embeddings.position_embedding.weight"].shape[0] - 1
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": state["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
         "num_hidden_layers": 1 + max(int(name.split(".")[3]) for name in state if ".encoder.layers." in name),
@@ -103,6 +103,25 @@ def convert_clip(onnx_file: Path, target: Path) -> None:
 
     build_clip_vision(onnx_state_dict(onnx_file)).save_pretrained(target)
     CLIPImageProcessor(**CLIP_PREPROCESSOR).save_pretrained(target)
+
+
+def copy_clip(source: Path, target: Path) -> None:
+    """Write the image tower of a released CLIP (image and text towers) to `target`, with its image processor."""
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    loaded: Any = CLIPVisionModelWithProjection.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ConversionError(f"These CLIP weights lack {sorted(info['missing_keys'])}.")
+    model.save_pretrained(target)
+    CLIPImageProcessor.from_pretrained(source).save_pretrained(target)
+
+
+def copy_language_model(source: Path, target: Path) -> None:
+    """Move the files of a downloaded language model, as they are, from `source` to `target`."""
+    for path in source.iterdir():
+        if path.is_file():
+            path.rename(target / path.name)
 
 
 def convert_gguf(gguf_file: Path, target: Path) -> None:
