@@ -1,0 +1,171 @@
+"""The command `vlm`. Each command hands its arguments to the module that does the work, and imports it only then."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several training processes, the first one speaks
+
+
+class _Commands(TyperGroup):
+    """A group whose commands end with one clear message where the user can put things right."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("stopped", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            # Errors that we define are for people. All others are bugs, here or in a library, and keep their traceback.
+            if not type(error).__module__.startswith("vlm."):
+                raise
+            typer.echo(f"vlm: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+recipes_app = typer.Typer(invoke_without_command=True)
+data_app = typer.Typer(no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes", help="List the recipes that come with vlm.")
+app.add_typer(data_app, name="data", help="Look at data before training on it.")
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint folder, or Hub name.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with vlm.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, such as train.max_steps=100.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load everything, train nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the run folder.")] = False,
+) -> None:
+    """Train a model as a recipe says."""
+    from vlm import recipe as recipes
+
+    loaded = recipes.load(recipe, overrides or [])
+    from vlm.training import run
+
+    run.train(loaded, dry_run=dry_run, resume=resume, overwrite=overwrite, console=console)
+
+
+@recipes_app.callback()
+def list_recipes(ctx: typer.Context) -> None:
+    """List the recipes that come with vlm."""
+    from vlm import recipe as recipes
+
+    if ctx.invoked_subcommand is None:
+        for name, about in recipes.packaged().items():
+            typer.echo(f"{name:12} {about}")
+
+
+@recipes_app.command("show")
+def show_recipe(name: str) -> None:
+    """Print a recipe, to read it or to start one of your own: vlm recipes show quickstart > mine.yaml"""
+    from vlm import recipe as recipes
+
+    typer.echo(recipes.packaged_text(name), nl=False)
+
+
+@data_app.command("check")
+def check_data(
+    source: Annotated[
+        list[str], typer.Argument(help="A recipe, or one source: format=coco_captions annotations=... images=...")
+    ],
+    model: Annotated[str | None, typer.Option(help="Count tokens as this model would: folder or Hub name.")] = None,
+) -> None:
+    """Read data whole and say what is in it, what is wrong with it, and where."""
+    from vlm import data_check
+
+    if not data_check.run(source, model=model, console=console):
+        raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    data: Annotated[str, typer.Option(help="A recipe (its validation data), or 'format=... key=value'.")],
+    metrics: Annotated[
+        str | None, typer.Option(help="For example cider_d,rouge_l. Default: those of the recipe.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the results. Default: eval/ beside the model.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many images.")] = None,
+    batch_size: BatchSize = 16,
+) -> None:
+    """Score a model, and also blind: on wrong images.
+
+    The blind score is what the answers' habits alone are worth. A model that scores no better does not look.
+    """
+    from vlm import evaluate as evaluation
+
+    names = metrics.split(",") if metrics else None
+    evaluation.run(model, data, metrics=names, output=output, limit=limit, batch_size=batch_size, console=console)
+
+
+@app.command()
+def chat(
+    model: ModelArgument,
+    question: Annotated[str | None, typer.Argument(help="Ask this one question and leave.")] = None,
+    image: Annotated[str | None, typer.Option(metavar="PHOTO", help="The image to talk about.")] = None,
+) -> None:
+    """Talk with a model about an image."""
+    from vlm import chat as chatting
+
+    chatting.run(model, image=image, question=question, console=console)
+
+
+@app.command()
+def predict(
+    model: ModelArgument,
+    images: Annotated[list[str], typer.Argument(help="Files, folders, or globs in quotes.")],
+    prompt: Annotated[str, typer.Option(help="What to ask about each image.")],
+    output: Annotated[Path, typer.Option(help="A .jsonl file; one that is there already is continued.")],
+    batch_size: BatchSize = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Ask the same about many images."""
+    from vlm import predict as predicting
+
+    predicting.run(
+        model,
+        images,
+        prompt=prompt,
+        output=output,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        console=console,
+    )
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(help="Run folder or checkpoint folder.")],
+    repository: Annotated[str, typer.Argument(metavar="USER/NAME")],
+    merge_lora: Annotated[
+        bool, typer.Option("--merge-lora/--keep-lora", help="Merge LoRA into the weights, or push it beside them.")
+    ] = True,
+    private: Annotated[bool, typer.Option("--private")] = False,
+) -> None:
+    """Publish a model on the Hugging Face Hub."""
+    from vlm import hub
+
+    console.print(hub.push(run, repository, merge_lora=merge_lora, private=private))
+
+
+@app.command()
+def quickstart() -> None:
+    """Fetch, train, score and chat, all in small.
+
+    Two small models and a thousand images are fetched; then the recipe `quickstart` is trained and scored.
+    """
+    from vlm import tour
+
+    tour.run(console=console)

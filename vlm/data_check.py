@@ -1,0 +1,61 @@
+"""`vlm data check`: what is in the sources of a recipe or of a command line, and what is wrong with it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from vlm import recipe
+
+
+def run(words: Sequence[str], *, model: str | None, console: Console) -> bool:
+    """Check every source and print what was found; return whether all of it can be used.
+
+    Args:
+        words: a recipe, or one source as `key=value` words (see vlm.recipe.parse_data).
+        model: count tokens and show what is learned as this model's processor does it.
+    """
+    from vlm.data.check import check, render
+
+    data = recipe.parse_data(words)
+    reading = _reading(model, data.max_length) if model else {}
+    fine = True
+    for name, source in (("train", data.train), ("validation", data.validation)):
+        if source is None:
+            continue
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("looking at every image", total=None)
+            report = check(
+                source,
+                base_dir=Path(data.base_dir),
+                progress=lambda done, total, task=task, bar=progress: bar.update(task, completed=done, total=total),
+                **reading,
+            )
+        if data.validation is not None:
+            console.print(f"\n{name}", style="bold")
+        console.print(render(report), soft_wrap=True)
+        fine = fine and not report.problems and not report.unsupervised
+    return fine
+
+
+def _reading(model: str, max_length: int) -> dict[str, Any]:
+    """How `model` reads a conversation: the arguments that make `check` count tokens."""
+    from transformers import AutoProcessor
+
+    from vlm.data.conversation import tokenize_branch
+    from vlm.data.example import Example
+    from vlm.data.images import open_image
+    from vlm.processing import VLMProcessor
+
+    inside = Path(model) / "model"  # of a run folder
+    processor = AutoProcessor.from_pretrained(str(inside if inside.is_dir() else model))
+
+    def tokenize(example: Example) -> list[tuple[list[int], list[int]]]:
+        ours = isinstance(processor, VLMProcessor)  # which knows the length of an image without its pixels
+        images = None if ours else [open_image(source, where=example.where) for source in example.images]
+        rows = [tokenize_branch(processor, branch, images) for branch in example.branches]
+        return [(row.input_ids, row.labels) for row in rows]
+
+    return {"tokenize": tokenize, "decode": processor.tokenizer.decode, "max_length": max_length}

@@ -1,0 +1,94 @@
+"""`vlm eval`: a model, data and metrics brought together, and the result as a table."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vlm import recipe
+from vlm.errors import UserError, nearest
+
+
+def run(
+    model: str,
+    data: str,
+    *,
+    metrics: Sequence[str] | None,
+    output: Path | None,
+    limit: int | None,
+    batch_size: int,
+    console: Console,
+    max_new_tokens: int = 32,
+) -> dict[str, Any]:
+    """Evaluate `model` (run folder, checkpoint or Hub name) and return the summary of vlm.eval.runner.evaluate.
+
+    Args:
+        data: a recipe, whose validation data is used, or one source in the form `format=... key=value`.
+        metrics: names; None stands for those of the recipe.
+        output: default: `eval` in the model's folder, or in the current one for a model of the Hub.
+
+    Raises UserError for wrong names, and for data that cannot be read.
+    """
+    from vlm.data.readers import read
+    from vlm.eval import METRICS
+    from vlm.eval import evaluate as score
+
+    words = shlex.split(data)
+    if len(words) == 1 and "=" not in words[0]:
+        loaded = recipe.load(words[0])
+        section, metrics = loaded.data, metrics or loaded.evaluation.metrics
+        max_new_tokens = loaded.evaluation.max_new_tokens
+    else:
+        section = recipe.parse_data(words)
+    if not metrics:
+        raise UserError(f"say what to measure: --metrics with one or more of {', '.join(METRICS)}, joined by commas")
+    for name in metrics:
+        if name not in METRICS:
+            raise UserError(f"there is no metric '{name}'; {nearest(name, METRICS)}")
+    source = section.validation or section.train
+    examples, problems = read(source | ({"limit": limit} if limit else {}), base_dir=Path(section.base_dir))
+    for problem in problems[:5]:
+        console.print(f"left out: {problem}", markup=False, highlight=False, soft_wrap=True)
+    if len(problems) > 5:
+        console.print(f"left out: {len(problems) - 5} more; `vlm data check` lists them")
+
+    from vlm import generation
+
+    with console.status("loading the model"):
+        network, processor = generation.load(model)
+    folder = output or (Path(model) if Path(model).is_dir() else Path()) / "eval"
+    summary = score(
+        examples,
+        lambda requests: generation.generate(
+            network, processor, requests, max_new_tokens=max_new_tokens, batch_size=batch_size
+        ),
+        list(metrics),
+        output_dir=folder,
+    )
+    show(summary, console)
+    console.print(f"every answer: {folder / 'samples.html'}", markup=False, highlight=False, soft_wrap=True)
+    return summary
+
+
+def show(summary: dict[str, Any], console: Console) -> None:
+    """Print the scores with their 95 % intervals, beside those of the same model shown the wrong images."""
+    table = Table("", "score", "blind", "does it look?")
+    words = {True: "yes", False: "not shown by these", None: "-"}
+    for name, row in summary["metrics"].items():
+        cells = [
+            _score(row[key], row[interval])
+            for key, interval in (("score", "interval"), ("blind_score", "blind_interval"))
+        ]
+        table.add_row(name, *cells, words[row["sees"]])
+    console.print(table)
+    note = f"{summary['n_items']} questions about {summary['n_images']} images; blind: the same, shown the wrong images"
+    console.print(note if not summary["blind_missing"] else f"no blind score: {summary['blind_missing']}", style="dim")
+
+
+def _score(score: float | None, interval: Sequence[float] | None) -> str:
+    if score is None:
+        return "-"
+    return f"{score:.3f}" + (f"  ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
