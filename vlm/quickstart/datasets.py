@@ -16,6 +16,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from vlm.errors import UserError
+
 STAMPS_PREFIX = "usr/share/tuxpaint/stamps/"
 STAMP_SIZE = 448  # px, the side of the written squares at most: twice what the quickstart's encoder looks at
 IMAGE_SUFFIXES = (".svg", ".png")
@@ -71,7 +73,7 @@ LANGUAGES = {
 }
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data file does not hold what it should."""
 
 

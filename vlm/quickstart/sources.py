@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vlm.errors import UserError
+
 PROBE_SECONDS = 4.0
 DOWNLOAD_SECONDS = 600.0
 
 
-class SourceError(RuntimeError):
+class SourceError(UserError):
     """A file could not be had, or is not the file that was meant. The message says which, and what to do."""
 
 

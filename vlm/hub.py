@@ -1,0 +1,297 @@
+"""`vlm push`: a finished run to the Hugging Face Hub, weights, processor and model card in one commit."""
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from vlm.errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi, ModelCard
+
+Load = Callable[[str], tuple[Any, Any]]
+"""From a checkpoint folder to (model, processor), as `vlm.generation.load`."""
+
+# Left at home: the trainer's own state, some of it pickled, and cards written by others (ours takes their place).
+NOT_UPLOADED = ("README.md", "training_args.bin", "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", ".*")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+HTTP_CLIENTS = ("httpx", "httpx2")  # huggingface_hub has changed its client once, and does not wrap its errors
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def push(
+    run_dir: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool = False,
+    merge_lora: bool = True,
+    load: Load | None = None,
+) -> str:
+    """Upload a run folder's `model/` with a model card to `repo_id`, creating the repository if need be.
+
+    There is exactly one commit. Weights of an earlier push that this one does not write are deleted in it, because
+    transformers would load a stale `model.safetensors` before new shards. The server is HF_ENDPOINT's.
+
+    Args:
+        run_dir: a run folder: `model/` (checkpoint and processor), and, as far as there, `recipe.yaml`,
+            `environment.json` and `evaluation/summary.json`.
+        repo_id: `user/name`.
+        token: a write token; by default the one of `hf auth login` or HF_TOKEN.
+        private: create the repository private. One that exists stays as it is.
+        merge_lora: merge LoRA weights into the model, so that it loads without peft. Otherwise the adapter folder is
+            uploaded as peft saved it.
+        load: loads `model/` for merging; `vlm.generation.load` by default.
+
+    Returns:
+        The repository's URL.
+
+    Raises:
+        UserError: no token, no model in the run folder, a bad repository name, or the server refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    run_dir = Path(run_dir)
+    model_dir = run_dir / "model"
+    if not (model_dir / "config.json").is_file() and not _is_lora(model_dir):
+        raise UserError(f"{run_dir} is not the folder of a finished run: there is no model/config.json in it")
+    token = token or get_token()
+    if not token:
+        raise UserError("pushing needs a token with write access: log in with `hf auth login`, or set HF_TOKEN")
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as scratch:
+        merged = merge_lora and _is_lora(model_dir)
+        folder = _merge(model_dir, Path(scratch), load) if merged else model_dir
+        files = {str(path.relative_to(folder).as_posix()): path for path in _uploaded(folder)}
+        for extra in ("recipe.yaml", "evaluation/summary.json"):
+            if (run_dir / extra).is_file():
+                files[extra] = run_dir / extra
+        card = model_card(run_dir, repo_id, folder)
+        try:
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            stale = [name for name in api.list_repo_files(repo_id) if _matches(name, WEIGHTS) and name not in files]
+            operations: list[Any] = [CommitOperationDelete(name) for name in stale]
+            operations += [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+            operations.append(CommitOperationAdd("README.md", str(card).encode()))
+            with _xet_only_where_it_is(api, repo_id):
+                api.create_commit(repo_id, operations, commit_message="Upload model, processor and card")
+        except HFValidationError as e:
+            raise UserError(f"{repo_id!r} is not a name for a repository: {e}") from e
+        except HfHubHTTPError as e:
+            raise UserError(f"{api.endpoint} refused the upload to {repo_id}: {e.server_message or e}") from e
+        except Exception as e:
+            if type(e).__module__.partition(".")[0] not in HTTP_CLIENTS:
+                raise
+            raise UserError(f"{api.endpoint} cannot be reached: {e}") from e
+    return str(url)
+
+
+def model_card(run_dir: str | Path, repo_id: str, model_dir: str | Path | None = None) -> "ModelCard":
+    """Write the model card of a run: what it is, how to load it, how it scores, and the recipe in full.
+
+    The scores also stand in the metadata as a model-index, which is what the Hub reads.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    run_dir = Path(run_dir)
+    model_dir = Path(model_dir) if model_dir is not None else run_dir / "model"
+    recipe = _read_yaml(run_dir / "recipe.yaml")
+    metrics = _read_json(run_dir / "evaluation" / "summary.json").get("metrics", {})
+    parts = _section(recipe, "model")
+    bases = [parts[key] for key in ("pretrained", "vision", "language") if isinstance(parts.get(key), str)]
+    base_ids = [hub_id for base in bases if (hub_id := _hub_id(base))]
+    data = _section(recipe, "data")
+    train, test = (data[key] if isinstance(data.get(key), dict) else {} for key in ("train", "validation"))
+    dataset = _data_name(test or train)
+    dataset_ids = sorted({source["path"] for source in (train, test) if _is_hub_dataset(source)})
+
+    name = repo_id.split("/")[-1]
+    metadata = ModelCardData(
+        base_model=base_ids or None,
+        datasets=dataset_ids or None,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["vision-language-model", "vlm-bridge"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="image-text-to-text",
+                dataset_type=dataset if _is_hub_dataset(test or train) else "custom",
+                dataset_name=dataset,
+                metric_type=metric,
+                metric_name=metric,
+                metric_value=found["score"],
+            )
+            for metric, found in metrics.items()
+            if isinstance(found.get("score"), int | float)
+        ]
+        or None,
+    )
+    sections = [
+        f"# {name}",
+        _introduction(bases),
+        "## Use\n\n" + _usage(repo_id, model_dir),
+        "## Scores\n\n" + _score_table(metrics, dataset) if metrics else "",
+        "## Training\n\n" + _training(run_dir, recipe, train, test) if recipe else "",
+    ]
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
+
+
+def _introduction(bases: Sequence[str]) -> str:
+    made_of = " and ".join(f"`{_hub_id(base) or Path(base).name}`" for base in bases)
+    return (
+        "A vision-language model that answers in text about images"
+        + (f", made from {made_of}" if made_of else "")
+        + ", trained with [vlm-bridge](https://pypi.org/project/vlm-bridge/). "
+        "The licences of the models and data it was made from apply."
+    )
+
+
+def _usage(repo_id: str, model_dir: Path) -> str:
+    config = _read_json(model_dir / "config.json")
+    ours = config.get("model_type") == "vlm" or not config
+    if _is_lora(model_dir):
+        return (
+            "The LoRA weights are not merged into the model; `vlm.generation.load` puts the two together "
+            f'(`pip install vlm-bridge`):\n\n```python\nfrom vlm.generation import load\n\nmodel, processor = load("'
+            f'{repo_id}")\n```'
+        )
+    first = "import vlm  # pip install vlm-bridge: makes the Auto classes know this model\n" if ours else ""
+    return f"""```python
+{first}from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{repo_id}")
+processor = AutoProcessor.from_pretrained("{repo_id}")
+
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "Describe the image."}}]}}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(images=[Image.open("photo.jpg")], text=prompt, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
+
+
+def _score_table(metrics: Mapping[str, Any], dataset: str) -> str:
+    lines = [
+        f"On {dataset}, with 95 % bootstrap intervals. Blind is the same model and the same prompts with the images",
+        "swapped among the examples: what it scores without looking.",
+        "",
+        "| metric | score | interval | blind | blind interval |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, found in metrics.items():
+        blind = found.get("blind_score", found.get("blind"))
+        cells = (found.get("score"), found.get("interval"), blind, found.get("blind_interval"))
+        lines.append(f"| {name} | " + " | ".join(map(_cell, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " to ".join(map(_cell, value))
+    return f"{value:.4f}" if isinstance(value, int | float) else "-"
+
+
+def _training(run_dir: Path, recipe: Mapping[str, Any], train: Mapping[str, Any], test: Mapping[str, Any]) -> str:
+    text = f"Trained on {_data_name(train)}" + (f", held out: {_data_name(test)}" if test else "") + ". "
+    environment = _read_json(run_dir / "environment.json")
+    versions: dict[str, Any] = next(
+        (environment[key] for key in ("packages", "versions") if isinstance(environment.get(key), dict)), {}
+    )
+    if versions:
+        text += "With " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ". "
+    dumped = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+    return f"{text}The recipe in full (`vlm train recipe.yaml`):\n\n```yaml\n{dumped}```"
+
+
+def _data_name(source: Mapping[str, Any]) -> str:
+    """A data source in words: its Hub name, or the name of the folder or file that is read."""
+    places = (source.get(key) for key in ("path", "annotations", "questions", "data_files"))
+    place = next((place for place in places if isinstance(place, str)), None)
+    if place is None:
+        return str(source.get("format", "its own data"))
+    if _is_hub_dataset(source):
+        return place
+    path = Path(place) / str(source.get("metadata", ""))
+    return f"{path.parent.name}/{path.name}" if path.suffix and path.parent.name else path.name
+
+
+def _is_hub_dataset(source: Mapping[str, Any]) -> bool:
+    place = source.get("path")
+    return source.get("format") == "dataset" and isinstance(place, str) and _hub_id(place) == place
+
+
+def _hub_id(name: str) -> str | None:
+    """The Hub name of a model: itself, or what `source.json` in the folder says it is a copy of."""
+    path = Path(name).expanduser()
+    if path.exists():
+        source = _read_json(path / "source.json").get("model")
+        return source if isinstance(source, str) else None
+    return name if HUB_ID.fullmatch(name) else None
+
+
+def _is_lora(model_dir: Path) -> bool:
+    return any(model_dir.glob("adapter_config.json")) or any(model_dir.glob("*/adapter_config.json"))
+
+
+def _merge(model_dir: Path, target: Path, load: Load | None) -> Path:
+    if load is None:
+        from vlm import generation
+
+        load = generation.load
+    model, processor = load(str(model_dir))
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+    return target
+
+
+def _uploaded(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and not _matches(path.name, NOT_UPLOADED):
+            yield path
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(Path(name).match(pattern) for pattern in patterns)
+
+
+@contextmanager
+def _xet_only_where_it_is(api: "HfApi", repo_id: str) -> Iterator[None]:
+    """Upload by plain LFS to a server that has no Xet storage; huggingface_hub would die asking it for a Xet token."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    before = constants.HF_HUB_DISABLE_XET
+    url = f"{api.endpoint}/api/models/{repo_id}/xet-write-token/main"
+    if not before and get_session().get(url, headers=api._build_hf_headers()).status_code == 404:
+        constants.HF_HUB_DISABLE_XET = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
+
+
+def _section(recipe: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    return recipe[key] if isinstance(recipe.get(key), dict) else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
