@@ -23,7 +23,10 @@ def _ngrams(tokens: Tokens) -> Counter[Ngram]:
 
 
 def cider_d(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
-    """CIDEr-D of each item, [items], in 0..10, with the IDF of all items' references. The score of the set is the mean."""
+    """CIDEr-D of each item, [items], in 0..10, with the IDF of all items' references.
+
+    The score of the set is the mean.
+    """
     cooked = [[_ngrams(ref) for ref in refs] for refs in references]
     # In how many items (not references) an n-gram occurs.
     frequency = Counter(ngram for refs in cooked for ngram in set().union(*refs))

@@ -125,7 +125,7 @@ def bootstrap_interval(
         rows = min(64, resamples - start)
         drawn = rng.integers(size, size=(rows, size)) + np.arange(rows)[:, None] * size
         counts = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
-        values[start : start + rows] = scores.aggregate(counts @ grouped)
+        values[start : start + rows] = scores.aggregate(counts.astype(float) @ grouped)
     tail = (1 - level) / 2 * 100
     low, high = np.percentile(values, [tail, 100 - tail])
     return float(low), float(high)

@@ -1,9 +1,9 @@
 """The tokens that coco-caption scores, in Python.
 
-BLEU, ROUGE-L and CIDEr of the captioning literature are computed on the tokens of coco-caption: Stanford CoreNLP 3.4.1's
-``PTBTokenizer -preserveLines -lowerCase``, less a list of punctuation marks. Starting a JVM for it is slow and often
-impossible, so the rules that a caption can meet are written out here. They were found by giving the Java tokenizer
-millions of short strings and looking at what it does; the tests compare the two on thousands of captions.
+BLEU, ROUGE-L and CIDEr of the captioning literature are computed on the tokens of coco-caption: Stanford CoreNLP
+3.4.1's ``PTBTokenizer -preserveLines -lowerCase``, less a list of punctuation marks. Starting a JVM for it is slow and
+often impossible, so the rules that a caption can meet are written out here. They were found by giving the Java
+tokenizer millions of short strings and looking at what it does; the tests compare the two on thousands of captions.
 
 A whitespace-separated chunk is cut by the longest rule that matches at each place. Chunks do not depend on their
 neighbours, except for "no. 5" (an abbreviation) against "no. a" (the end of a sentence).
@@ -37,150 +37,15 @@ _SYMBOLS = {
 }  # fmt: skip
 
 # Words that keep their full stop. The states do so only when they start with a capital: "Ill." but "ill .".
-_ABBREVIATIONS = [
-    "adj",
-    "adm",
-    "adv",
-    "al",
-    "ala",
-    "alex",
-    "apr",
-    "ariz",
-    "assn",
-    "assoc",
-    "asst",
-    "atty",
-    "attys",
-    "aug",
-    "ave",
-    "bhd",
-    "bldg",
-    "blvd",
-    "brig",
-    "bros",
-    "calif",
-    "capt",
-    "cf",
-    "cie",
-    "cmdr",
-    "co",
-    "col",
-    "colo",
-    "conn",
-    "corp",
-    "cos",
-    "cpl",
-    "ct",
-    "dak",
-    "dec",
-    "dept",
-    "det",
-    "dr",
-    "drs",
-    "elec",
-    "ens",
-    "esq",
-    "est",
-    "etc",
-    "ext",
-    "feb",
-    "fla",
-    "fri",
-    "ft",
-    "ga",
-    "gen",
-    "gov",
-    "govs",
-    "hon",
-    "inc",
-    "ind",
-    "insp",
-    "intl",
-    "invt",
-    "jan",
-    "jos",
-    "jr",
-    "jul",
-    "jun",
-    "kan",
-    "kans",
-    "ky",
-    "lieut",
-    "lt",
-    "ltd",
-    "maj",
-    "mar",
-    "md",
-    "messrs",
-    "mfg",
-    "mich",
-    "minn",
-    "mlle",
-    "mme",
-    "mo",
-    "mon",
-    "mont",
-    "mr",
-    "mrs",
-    "ms",
-    "msgr",
-    "mt",
-    "mtg",
-    "natl",
-    "neb",
-    "nev",
-    "nov",
-    "oct",
-    "okla",
-    "penn",
-    "pfc",
-    "ph",
-    "plc",
-    "ppte",
-    "ppty",
-    "pres",
-    "prof",
-    "pte",
-    "ptes",
-    "pty",
-    "ptys",
-    "pvt",
-    "rd",
-    "rep",
-    "reps",
-    "rev",
-    "rt",
-    "sen",
-    "sens",
-    "sep",
-    "sept",
-    "seq",
-    "sfc",
-    "sgt",
-    "spc",
-    "sq",
-    "sr",
-    "st",
-    "ste",
-    "supt",
-    "sys",
-    "tel",
-    "tenn",
-    "thu",
-    "thurs",
-    "tue",
-    "tues",
-    "univ",
-    "va",
-    "vs",
-    "vt",
-    "wed",
-    "wis",
-    "wisc",
-    "wm",
-    "wyo",
-]
-_CAPITAL_ABBREVIATIONS = ["Ark", "Az", "Del", "Ill", "La", "Mass", "Miss", "Ore", "Pa", "Tex", "Wash"]
+_ABBREVIATIONS = """
+adj adm adv al ala alex apr ariz assn assoc asst atty attys aug ave bhd bldg blvd brig bros calif capt cf cie
+cmdr co col colo conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb fla fri ft ga gen gov
+govs hon inc ind insp intl invt jan jos jr jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich minn mlle
+mme mo mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc ppte ppty pres prof pte ptes pty
+ptys pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt sys tel tenn thu thurs tue tues
+univ va vs vt wed wis wisc wm wyo
+"""
+_CAPITAL_ABBREVIATIONS = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash"
 _BEFORE_NUMBER = "art|ca|figs?|nos?|op|pp|prop"
 _SPLIT_WORDS = {
     "cannot": ["can", "not"], "gonna": ["gon", "na"], "wanna": ["wan", "na"], "gotta": ["got", "ta"],
@@ -190,8 +55,8 @@ _SPLIT_WORDS = {
 _L = r"[^\W\d_]"  # a letter
 _A = r"[^\W_]"  # a letter or a digit
 _THING = rf"(?:[dlno]'(?={_L})(?!(?:[sdmt]|ll|re|ve)(?!{_L})))?{_A}+"
-_ABBREVIATION = "(?:" + "|".join(sorted(_ABBREVIATIONS, key=len, reverse=True)) + ")"
-_CAPITALS = "(?-i:" + "|".join(w.upper() + "|" + w for w in _CAPITAL_ABBREVIATIONS) + ")"
+_ABBREVIATION = "(?:" + "|".join(sorted(_ABBREVIATIONS.split(), key=len, reverse=True)) + ")"
+_CAPITALS = "(?-i:" + "|".join(w.upper() + "|" + w for w in _CAPITAL_ABBREVIATIONS.split()) + ")"
 
 # The longest match wins, what stands in a look-ahead counted (the group "ahead"); on a tie the earlier rule wins.
 _RULES = [

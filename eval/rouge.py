@@ -1,4 +1,4 @@
-"""ROUGE-L as coco-caption computes it (Lin, 2004): beta 1.2, the best precision and the best recall of all references."""
+"""ROUGE-L as coco-caption computes it (Lin, 2004): beta 1.2, best precision and best recall of all references."""
 
 from __future__ import annotations
 

@@ -83,10 +83,10 @@ def items_of(examples: Sequence[Example]) -> list[Item]:
                 raise ValueError(f"{where}: the conversation does not end with an assistant message: nothing to score")
             if len(branch.messages) == 1:
                 raise ValueError(f"{where}: the conversation has an answer but no prompt before it")
-            messages = list(branch.messages[:-1])
+            messages: list[Message] = list(branch.messages[:-1])
             key = (example.image_id, json.dumps(messages, sort_keys=True, default=str))
             item = items.setdefault(key, Item(position, example.image_id, where, messages))
-            item.references += branch.references or (_text(branch.messages[-1]),)
+            item.references += branch.all_references
     return list(items.values())
 
 
@@ -111,7 +111,9 @@ def _open(example: Example) -> list[Image.Image]:
 def _predict(
     items: Sequence[Item], source: Sequence[Example], predict: Predict, description: str
 ) -> tuple[list[str], dict[int, str]]:
-    """Answers to items, and why the images of some do not open; `source[i]` is the example whose images item i is shown.
+    """Answers to items, and why the images of some do not open.
+
+    `source[i]` is the example whose images item i is shown.
 
     Returns:
         The texts, [items], and for the items that have none (an empty text stands in for it): position -> why.
@@ -188,10 +190,10 @@ def evaluate(
         num_samples: items on the page.
 
     Returns:
-        The summary: `metrics` (name -> score, interval, blind_score, blind_interval, n_items, n_images, sees), `n_items`,
-        `n_images`, `n_broken`, `broken_images` (image_id, where, why), `blind_missing` (the reason, or None), `seed`. `sees` is true
-        when the score's interval lies wholly above the blind one's, None when either is missing. Scores are on the
-        metric's own scale: 0 to 1, CIDEr-D 0 to 10.
+        The summary: `n_items`, `n_images`, `n_broken`, `broken_images` (image_id, where, why), `blind_missing` (the
+        reason, or None), `seed`, and `metrics`: name -> score, interval, blind_score, blind_interval, n_items,
+        n_images, sees. `sees` is true when the score's interval lies wholly above the blind one's, None when either is missing.
+        Scores are on the metric's own scale: 0 to 1, CIDEr-D 0 to 10.
 
     Raises:
         ValueError: an unknown metric, nothing left to evaluate, or `predict` returned the wrong number of texts.

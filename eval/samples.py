@@ -39,7 +39,8 @@ td.interval, td .interval { color: var(--soft); font-weight: 400; font-size: .85
 .images { background: color-mix(in srgb, var(--line) 45%, transparent); display: grid; align-content: center; gap: 2px;
   min-height: 190px; }
 .images img { display: block; width: 100%; max-height: 300px; object-fit: contain; }
-.text { padding: .9rem 1rem; min-width: 0; overflow-wrap: anywhere; display: flex; flex-direction: column; gap: .45rem; }
+.text { padding: .9rem 1rem; min-width: 0; overflow-wrap: anywhere;
+  display: flex; flex-direction: column; gap: .45rem; }
 .text p, .text ul { margin: 0; } .question { color: var(--accent); font-size: .9rem; white-space: pre-line; }
 .prediction { font-weight: 600; font-size: 1.05rem; line-height: 1.35; }
 .references { list-style: none; padding: 0; font-size: .9rem; }

@@ -18,114 +18,29 @@ _FULL_STOP = re.compile(r"\.(?!\d)")
 _DIGIT_COMMA = re.compile(r"\d,\d")
 # The script passes re.UNICODE (32) where re.sub expects the number of replacements.
 _MOST_FULL_STOPS = 32
-_DIGITS = {
-    word: str(digit)
-    for digit, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])
-} | {"none": "0"}  # fmt: skip
+_NUMBERS = "zero one two three four five six seven eight nine ten"
+_DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS.split())}
 _ARTICLES = frozenset(["a", "an", "the"])
 
-# Words whose apostrophes people leave out; any one of them, or the only one, may be missing.
-_APOSTROPHES = {
-    word.replace("'", ""): word
-    for word in [
-        "ain't",
-        "aren't",
-        "can't",
-        "could've",
-        "couldn't",
-        "didn't",
-        "doesn't",
-        "don't",
-        "hadn't",
-        "hasn't",
-        "haven't",
-        "he'd",
-        "he's",
-        "how'd",
-        "how'll",
-        "how's",
-        "isn't",
-        "it'd",
-        "it'll",
-        "ma'am",
-        "mightn't",
-        "might've",
-        "mustn't",
-        "must've",
-        "needn't",
-        "not've",
-        "o'clock",
-        "oughtn't",
-        "shan't",
-        "should've",
-        "shouldn't",
-        "somebody'll",
-        "somebody's",
-        "someone'd",
-        "someone'll",
-        "someone's",
-        "something'd",
-        "something'll",
-        "that's",
-        "there'd",
-        "there're",
-        "there's",
-        "they'd",
-        "they'll",
-        "they're",
-        "they've",
-        "'twas",
-        "wasn't",
-        "we've",
-        "weren't",
-        "what'll",
-        "what're",
-        "what's",
-        "what've",
-        "when's",
-        "where'd",
-        "where's",
-        "where've",
-        "who'd",
-        "who'll",
-        "who's",
-        "who've",
-        "why'll",
-        "why're",
-        "why's",
-        "won't",
-        "would've",
-        "wouldn't",
-        "y'all",
-        "you'd",
-        "you'll",
-        "you're",
-        "you've",
-    ]
-} | {"somebody'd": "somebodyd"}  # the wrong way round in the script, and kept
-for _word in [
-    "couldn't've",
-    "hadn't've",
-    "he'd've",
-    "it'd've",
-    "mightn't've",
-    "she'd've",
-    "shouldn't've",
-    "somebody'd've",
-    "someone'd've",
-    "something'd've",
-    "there'd've",
-    "they'd've",
-    "we'd've",
-    "who'd've",
-    "wouldn't've",
-    "y'all'll",
-    "you'd've",
-]:
+# Words whose apostrophes people leave out: the only one, or either of two.
+_ONE_APOSTROPHE = """
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's
+isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've
+shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're
+there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd
+where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're
+you've
+"""
+_TWO_APOSTROPHES = """
+couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
+something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've
+"""
+_APOSTROPHES = {word.replace("'", ""): word for word in _ONE_APOSTROPHE.split()}
+_APOSTROPHES["somebody'd"] = "somebodyd"  # the wrong way round in the script, and kept
+for _word in _TWO_APOSTROPHES.split():
     _head, _middle, _tail = _word.split("'")
     _APOSTROPHES[f"{_head}{_middle}'{_tail}"] = _word
     _APOSTROPHES[f"{_head}'{_middle}{_tail}"] = _word
-# Three apostrophes, of which one is missing.
 _APOSTROPHES |= dict.fromkeys(["yall'd've", "y'alld've", "y'all'dve"], "y'all'd've")
 _APOSTROPHES |= dict.fromkeys(["ow's'at", "'ows'at", "'ow'sat"], "'ow's'at")
 # The script's entries with capitals ("Im", "Id've") never match, because answers are lower-cased first: left out.

@@ -1,0 +1,172 @@
+"""The runner from examples to files, with small painted images and predictors that look at them."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vlm.data.example import Branch, Example, Message
+from vlm.eval import evaluate, items_of
+from vlm.eval.runner import CHUNK, Request, derangement
+
+COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "brown", "pink", "white", "black", "gray"]
+
+
+def user(text: str, *, image: bool = True) -> Message:
+    parts: list[dict[str, str]] = [{"type": "image"}] if image else []
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def assistant(text: str) -> Message:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def example(colour: str, *, captions: int = 1, broken: bool = False) -> Example:
+    branches = tuple(
+        Branch((user("Describe."), assistant(f"a {colour} square" if i == 0 else f"square number {i} in {colour}")))
+        for i in range(captions)
+    )
+    image = b"not an image" if broken else Image.new("RGB", (24, 16), colour)
+    return Example((image,), branches, image_id=colour, where=f"metadata.jsonl:{colour}")
+
+
+NAME_OF = {Image.new("RGB", (1, 1), colour).getpixel((0, 0)): colour for colour in COLOURS}
+
+
+def seeing(requests: list[Request]) -> list[str]:
+    return [f"a {NAME_OF[images[0].getpixel((0, 0))]} square" for images, _ in requests]
+
+
+def constant(requests: list[Request]) -> list[str]:
+    return ["a red square"] * len(requests)
+
+
+def test_captions_of_one_image_are_one_item_with_all_references() -> None:
+    items = items_of([example("red", captions=5), example("blue")])
+    assert [(item.image_id, len(item.references)) for item in items] == [("red", 5), ("blue", 1)]
+    assert items[0].messages == [user("Describe.")]
+
+
+def test_earlier_turns_and_other_prompts_stay_apart() -> None:
+    first = (user("What is it?"), assistant("a cat"))
+    branches = (
+        Branch((*first, user("Colour?", image=False), assistant("black")), where="a:2"),
+        Branch(first, references=("cat", "kitten"), where="a:1"),
+    )
+    items = items_of([Example((Image.new("RGB", (4, 4)),), branches, image_id="1", where="a")])
+    assert items[0].messages == [*first, user("Colour?", image=False)]
+    assert items[0].references == ["black"]
+    assert (items[1].references, items[1].where) == (["cat", "kitten"], "a:1")
+
+
+def test_a_model_that_looks_beats_its_blind_self(tmp_path: Path) -> None:
+    examples = [example(colour) for colour in COLOURS]
+    summary = evaluate(examples, seeing, ["exact_match", "cider_d", "bleu_4"], output_dir=tmp_path)
+    found = summary["metrics"]["exact_match"]
+    assert (found["score"], found["interval"]) == (1.0, [1.0, 1.0])
+    assert (found["blind_score"], found["blind_interval"]) == (0.0, [0.0, 0.0])
+    assert all(summary["metrics"][name]["sees"] is True for name in ("exact_match", "cider_d"))
+    assert (summary["n_items"], summary["n_images"], summary["n_broken"]) == (12, 12, 0)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["image_id"] for row in rows] == COLOURS
+    assert rows[0]["prediction"] == "a red square"
+    assert rows[0]["references"] == ["a red square"]
+    assert rows[0]["prompt"] == "Describe."
+    assert rows[0]["where"] == "metadata.jsonl:red"
+    assert rows[0]["scores"]["exact_match"] == 1.0
+    for row in rows:  # the blind model was shown just the image that the row names, and never its own
+        assert row["blind_image_id"] != row["image_id"]
+        assert row["blind_prediction"] == f"a {row['blind_image_id']} square"
+    assert sorted(row["blind_image_id"] for row in rows) == sorted(COLOURS)
+    assert "<article" in (tmp_path / "samples.html").read_text()
+
+
+def test_a_model_that_does_not_look_is_found_out(tmp_path: Path) -> None:
+    summary = evaluate([example(colour) for colour in COLOURS], constant, ["rouge_l"], output_dir=tmp_path)
+    found = summary["metrics"]["rouge_l"]
+    assert found["score"] == found["blind_score"] > 0
+    assert found["sees"] is False
+
+
+def test_same_seed_same_files(tmp_path: Path) -> None:
+    examples = [example(colour, captions=3) for colour in COLOURS]
+    for name in ("a", "b"):
+        evaluate(examples, seeing, ["cider_d"], output_dir=tmp_path / name, seed=5, num_samples=4)
+    for file in ("predictions.jsonl", "summary.json", "samples.html"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert (tmp_path / "a" / "samples.html").read_text().count("<article") == 4
+
+
+def test_requests_come_in_chunks_with_one_images_questions_together(tmp_path: Path) -> None:
+    examples = [
+        Example(
+            (Image.new("RGB", (4, 4), colour),),
+            tuple(Branch((user(f"Question {i}"), assistant(colour))) for i in range(10)),
+            image_id=colour,
+            where=colour,
+        )
+        for colour in COLOURS
+    ]
+    calls: list[list[Request]] = []
+
+    def predict(requests: list[Request]) -> list[str]:
+        calls.append(requests)
+        return ["red"] * len(requests)
+
+    evaluate(examples, predict, ["exact_match"], output_dir=tmp_path, blind=False, bootstrap=0)
+    assert [len(call) for call in calls] == [CHUNK, 120 - CHUNK]
+    colours = [NAME_OF[images[0].getpixel((0, 0))] for call in calls for images, _ in call]
+    assert colours == [colour for colour in COLOURS for _ in range(10)]
+    assert len({id(images[0]) for images, _ in calls[0]}) == 7  # opened once for its questions, not once for each
+
+
+def test_broken_images_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    examples = [example("red"), example("green", captions=2, broken=True), example("blue")]
+    with caplog.at_level(logging.WARNING):
+        summary = evaluate(examples, seeing, ["exact_match"], output_dir=tmp_path)
+    assert (summary["n_items"], summary["n_broken"]) == (2, 1)
+    assert summary["broken_images"][0]["image_id"] == "green"
+    assert summary["broken_images"][0]["where"] == "metadata.jsonl:green"
+    assert summary["broken_images"][0]["why"]
+    assert "1 of 3 examples left out" in caplog.text
+    assert "1 left out" in (tmp_path / "samples.html").read_text()
+    with pytest.raises(ValueError, match="all 1 images are broken"):
+        evaluate([example("red", broken=True)], seeing, ["exact_match"], output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(("number", "blind", "reason"), [(1, True, "only one image"), (3, False, "not asked for")])
+def test_why_the_blind_score_is_missing(tmp_path: Path, number: int, blind: bool, reason: str) -> None:
+    examples = [example(colour) for colour in COLOURS[:number]]
+    summary = evaluate(examples, seeing, ["exact_match"], output_dir=tmp_path, blind=blind)
+    assert reason in summary["blind_missing"]
+    assert summary["metrics"]["exact_match"]["blind_score"] is None
+    assert summary["metrics"]["exact_match"]["sees"] is None
+    assert "blind_prediction" not in (tmp_path / "predictions.jsonl").read_text()
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    def evaluate_(predict: Any = seeing, examples: Any = (example("red"),), metrics: Any = ("exact_match",)) -> None:
+        evaluate(examples, predict, metrics, output_dir=tmp_path)
+
+    with pytest.raises(ValueError, match="Did you mean 'exact_match'"):
+        evaluate_(metrics=["exact_mach"])
+    with pytest.raises(ValueError, match="No metric"):
+        evaluate_(metrics=[])
+    with pytest.raises(ValueError, match="no examples"):
+        evaluate_(examples=[])
+    with pytest.raises(ValueError, match="0 texts for 1 requests"):
+        evaluate_(predict=lambda requests: [])
+
+
+@pytest.mark.parametrize("number", [2, 3, 7, 100])
+def test_derangement(number: int) -> None:
+    ids = [str(i) for i in range(number)]
+    for seed in range(5):
+        other = derangement(ids, seed)
+        assert sorted(other) == sorted(other.values()) == sorted(ids)
+        assert all(a != b for a, b in other.items())
