@@ -248,6 +248,7 @@ def _merge(model_dir: Path, target: Path, load: Load | None) -> Path:
         from vlm import generation
 
         load = generation.load
+    model: Any
     model, processor = load(str(model_dir))
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()

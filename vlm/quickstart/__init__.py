@@ -59,8 +59,8 @@ def prepare(
 
     Args:
         cache_dir: where to put it all; `default_cache_dir()` if None.
-        stamps: also get Tux Paint's stamps (949 images with captions, from Debian; split in train.jsonl and test.jsonl). If they cannot be had, one line
-            says so and `Paths.stamps` is None.
+        stamps: also get Tux Paint's stamps (949 images with captions, from Debian; train.jsonl and test.jsonl hold a
+            split). If they cannot be had, one line says so and `Paths.stamps` is None.
         easy_vqa: also get easy-VQA (5,000 images, 48,248 questions).
         fetch: gets one package's file into a folder.
 
