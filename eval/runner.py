@@ -192,8 +192,8 @@ def evaluate(
     Returns:
         The summary: `n_items`, `n_images`, `n_broken`, `broken_images` (image_id, where, why), `blind_missing` (the
         reason, or None), `seed`, and `metrics`: name -> score, interval, blind_score, blind_interval, n_items,
-        n_images, sees. `sees` is true when the score's interval lies wholly above the blind one's, None when either is missing.
-        Scores are on the metric's own scale: 0 to 1, CIDEr-D 0 to 10.
+        n_images, sees. `sees` is true when the score's interval lies wholly above the blind one's, None when either is
+        missing. Scores are on the metric's own scale: 0 to 1, CIDEr-D 0 to 10.
 
     Raises:
         ValueError: an unknown metric, nothing left to evaluate, or `predict` returned the wrong number of texts.

@@ -134,17 +134,17 @@ def write_samples(
         title: heading of the page.
     """
     prompts = {row["prompt"] for row in rows}
-    common = f" Prompt: “{escape(next(iter(prompts)))}”." if len(prompts) == 1 and "" not in prompts else ""
+    common = f" Prompt: “{escape(next(iter(prompts)))}”" if len(prompts) == 1 and "" not in prompts else ""
     left_out = f" {summary['n_broken']} left out: their images do not open." if summary["n_broken"] else ""
     missing = summary["blind_missing"]
-    no_blind = f" No blind score: {escape(missing)}." if missing else ""
+    blind = f"No blind score: {escape(missing)}." if missing else "Blind is the same prompt with another image."
     cards = (_card(row, opener(), show_prompt=len(prompts) > 1) for row, opener in zip(rows, images, strict=True))
     page = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1><p class='note'>{len(rows)} of {summary['n_items']} items on {summary['n_images']} "
-        f"images.{common} Blind is the same prompt with another image.{left_out}{no_blind}</p>",
+        f"images.{left_out} {blind}{common}</p>",
         _summary_table(summary),
         '<main class="grid">',
     ]
