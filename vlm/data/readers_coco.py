@@ -54,7 +54,7 @@ class CocoCaptionsSource(Source):
             file = folder / image["file_name"]
             if branches and not collector.missing_images([file], where, lost=len(branches)):
                 collector.add([str(file)], branches, image_id=str(image["id"]), where=where)
-        for image_id in captions.keys() - known:
+        for image_id in [i for i in captions if i not in known]:
             for where, _ in captions[image_id]:
                 collector.bad(where, "image_id", f"no image has the id {image_id}")
         return collector.result(self.annotations)

@@ -89,7 +89,7 @@ class VQAv2Source(Source):
                 text = self.question_prompt.replace("{question}", question)
                 branch = question_and_answer(text, answer, references=references, where=where)
                 collector.add([str(folder / name)], [branch], image_id=image_id, where=where)
-        for question_id in annotations.keys() - asked:
+        for question_id in [q for q in annotations if q not in asked]:
             collector.bad(annotations[question_id][0], "question_id", f"no question in {self.questions} has this id")
         return collector.result(self.questions)
 

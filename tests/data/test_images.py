@@ -1,0 +1,249 @@
+"""Every kind of image that data holds opens as RGB with the right pixels, or is refused with a reason."""
+
+import contextlib
+import hashlib
+import pickle
+import struct
+import zlib
+from io import BytesIO
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from vlm.data.example import StoredImage
+from vlm.data.images import ImageError, image_sha256, open_image
+
+
+def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def gradient(width: int = 7, height: int = 5) -> Image.Image:
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([x * 30, y * 40, x + y], axis=-1).astype(np.uint8))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims any size."""
+    ihdr = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(b"")
+    chunks = b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in (ihdr, data)
+    )
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def test_path_bytes_and_memory_give_the_same_pixels(tmp_path):
+    gradient().save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    for source in (str(tmp_path / "a.png"), data, Image.open(BytesIO(data)), gradient()):
+        image = open_image(source)
+        assert image.mode == "RGB"
+        assert np.array_equal(image, gradient())
+
+
+@pytest.mark.parametrize("format", ["BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"])
+def test_formats(format):
+    image = open_image(encode(Image.new("RGB", (16, 16), (200, 100, 40)), format))
+    assert image.mode == "RGB"
+    assert image.size == (16, 16)
+    assert np.abs(np.asarray(image).astype(int) - (200, 100, 40)).max() <= 6
+
+
+def test_postscript_is_refused():
+    with pytest.raises(ImageError, match="not an image"):
+        open_image(encode(gradient(), "EPS"))
+
+
+def test_cmyk():
+    image = open_image(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"))
+    assert image.getpixel((0, 0)) == (255, 0, 0)
+    assert open_image(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)).mode == "RGB"
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_keep_their_range(format):
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    image = open_image(encode(Image.fromarray(values), format))
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert image.mode == "RGB"
+
+
+def test_big_endian_sixteen_bits():
+    image = Image.frombytes("I;16B", (2, 1), struct.pack(">HH", 257, 65535))
+    assert np.asarray(open_image(image))[0, :, 0].tolist() == [1, 255]
+
+
+def test_transparent_level_of_sixteen_bits_is_white():
+    image = Image.fromarray(np.array([[514, 0]], dtype=np.uint16))
+    data = encode(image)
+    trns = b"tRNS" + struct.pack(">H", 514)
+    position = data.index(b"IDAT") - 4
+    data = data[:position] + struct.pack(">I", 2) + trns + struct.pack(">I", zlib.crc32(trns)) + data[position:]
+    assert np.asarray(open_image(data))[0, :, 0].tolist() == [255, 0]
+
+
+def test_float_images():
+    unit = np.array([[0.0, 0.5, 1.0]], dtype=np.float32)
+    assert np.asarray(open_image(encode(Image.fromarray(unit), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
+    for bad in (np.nan, -1.0, 1e9):
+        with pytest.raises(ImageError, match="floating-point"):
+            open_image(encode(Image.fromarray(np.array([[0.0, bad]], dtype=np.float32)), "TIFF"))
+
+
+def test_palette():
+    assert np.array_equal(open_image(encode(gradient().quantize(64))), gradient().quantize(64).convert("RGB"))
+
+
+def test_palette_with_transparency_is_on_white():
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    opened = open_image(encode(image, transparency=0))
+    assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 255)]
+
+
+def test_colour_key_transparency_is_on_white():
+    image = Image.new("RGB", (2, 1), (9, 9, 9))
+    image.putpixel((1, 0), (0, 0, 255))
+    opened = open_image(encode(image, transparency=(9, 9, 9)))
+    assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 255)]
+
+
+@given(rgba=st.tuples(*[st.integers(0, 255)] * 4))
+@settings(max_examples=60, deadline=None)
+def test_alpha_is_composited_on_white(rgba):
+    image = open_image(encode(Image.new("RGBA", (1, 1), rgba)))
+    alpha = rgba[3] / 255
+    expected = [round(value * alpha + 255 * (1 - alpha)) for value in rgba[:3]]
+    assert np.abs(np.array(image.getpixel((0, 0))) - expected).max() <= 1
+
+
+def test_grey_with_alpha_and_one_bit():
+    assert open_image(encode(Image.new("LA", (1, 1), (0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(encode(Image.new("1", (1, 1), 1))).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_exif_rotation(orientation, format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(gradient(16, 8), format, exif=exif)
+    assert np.array_equal(open_image(data), ImageOps.exif_transpose(Image.open(BytesIO(data))))
+    assert open_image(data).size == ((8, 16) if orientation > 4 else (16, 8))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [b"Exif\x00\x00garbage", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"\x00"])
+def test_damaged_exif_leaves_the_image_as_it_is(exif):
+    assert open_image(encode(gradient(), "JPEG", exif=exif)).size == (7, 5)
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_first_frame_of_an_animation(format):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(BytesIO(data)).n_frames == 2
+    assert open_image(data).getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
+def test_one_pixel_wide(size):
+    assert open_image(encode(Image.new("RGB", size))).size == size
+
+
+def test_zero_bytes(tmp_path):
+    (tmp_path / "a.png").touch()
+    for source in (b"", str(tmp_path / "a.png")):
+        with pytest.raises(ImageError, match="zero bytes"):
+            open_image(source)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_truncated(format):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = encode(noise, format)
+    with pytest.raises(ImageError, match=r"truncated|not an image") as caught:
+        open_image(data[: len(data) // 2], where="meta.jsonl:3")
+    assert str(caught.value).startswith("meta.jsonl:3: ")
+
+
+@given(
+    data=st.binary(min_size=1, max_size=200),
+    header=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"GIF89a"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_bytes_give_an_image_or_an_image_error(data, header):
+    with contextlib.suppress(ImageError):
+        assert open_image(header + data).mode == "RGB"
+
+
+@given(position=st.integers(0, 10_000), value=st.integers(0, 255))
+@settings(max_examples=100, deadline=None)
+def test_a_damaged_byte_gives_an_image_or_an_image_error(position, value):
+    data = bytearray(encode(gradient(), "PNG"))
+    data[position % len(data)] = value
+    with contextlib.suppress(ImageError):
+        assert open_image(bytes(data)).mode == "RGB"
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.parametrize(("width", "height"), [(10_000, 10_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1)])
+def test_bomb_is_refused_before_decoding(width, height):
+    with pytest.raises(ImageError, match=r"too many pixels|more than the .* allowed"):
+        open_image(png_header(width, height))
+
+
+def test_limits_can_be_set():
+    data = encode(gradient())
+    with pytest.raises(ImageError, match=r"7 x 5 is 35 pixels, more than the 34 allowed; resize"):
+        open_image(data, max_pixels=34)
+    with pytest.raises(ImageError, match=r"bytes, more than the 10 allowed"):
+        open_image(data, max_bytes=10)
+
+
+def test_missing_folder_and_web_address(tmp_path):
+    with pytest.raises(ImageError, match=r"no\.png: the file does not exist; check"):
+        open_image(str(tmp_path / "no.png"))
+    with pytest.raises(ImageError, match="not a regular file"):
+        open_image(str(tmp_path))
+    with pytest.raises(ImageError, match="download it first"):
+        open_image("https://example.org/a.png")
+
+
+def test_not_an_image_shows_how_it_starts():
+    with pytest.raises(ImageError, match=r"starts with b'<html>.*re-save it as PNG or JPEG"):
+        open_image(b"<html></html>")
+
+
+def test_error_survives_the_way_back_from_a_worker():
+    error = pickle.loads(pickle.dumps(ImageError("a.jsonl:1", "broken", "save it again")))
+    assert str(error) == "a.jsonl:1: broken; save it again"
+
+
+def test_stored_images():
+    features = datasets.Features(
+        {"one": datasets.Image(decode=False), "many": datasets.List(datasets.Image(decode=False))}
+    )
+    cells = [{"bytes": encode(Image.new("RGB", (n, 1))), "path": None} for n in (1, 2, 3)]
+    rows = {"one": [cells[0], None], "many": [cells[1:], []]}
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    assert open_image(StoredImage(dataset, 0, "one")).size == (1, 1)
+    assert open_image(StoredImage(dataset, 0, "many", 1)).size == (3, 1)
+    with pytest.raises(ImageError, match="row 1, column 'one': no image here"):
+        open_image(StoredImage(dataset, 1, "one"))
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path):
+    data = encode(gradient())
+    (tmp_path / "a.png").write_bytes(data)
+    assert image_sha256(str(tmp_path / "a.png")) == image_sha256(data) == hashlib.sha256(data).hexdigest()
+    assert image_sha256(gradient()) == image_sha256(gradient()) != image_sha256(gradient(8))
