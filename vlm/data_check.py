@@ -1,6 +1,6 @@
 """`vlm data check`: what is in the sources of a recipe or of a command line, and what is wrong with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,19 @@ def run(words: Sequence[str], *, model: str | None, console: Console) -> bool:
     for name, source in (("train", data.train), ("validation", data.validation)):
         if source is None:
             continue
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("looking at every image", total=None)
-            report = check(
-                source,
-                base_dir=Path(data.base_dir),
-                progress=lambda done, total, task=task, bar=progress: bar.update(task, completed=done, total=total),
-                **reading,
-            )
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            seen = _bar(progress)
+            report = check(source, base_dir=Path(data.base_dir), progress=seen, **reading)
         if data.validation is not None:
             console.print(f"\n{name}", style="bold")
         console.print(render(report), soft_wrap=True)
         fine = fine and not report.problems and not report.unsupervised
     return fine
+
+
+def _bar(progress: Progress) -> Callable[[int, int], None]:
+    task = progress.add_task("looking at every image", total=None)
+    return lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _reading(model: str, max_length: int) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def run(
 
     name = str(Path(model).resolve()) if Path(model).exists() else model
     columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("images", total=len(images))
         counts = predict(
             generate,

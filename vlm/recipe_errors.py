@@ -89,7 +89,7 @@ def _say(problem: Any, root: type[BaseModel]) -> str:
         return f"'{given}' is not one of its values; {nearest(given, choices)}"
     if kind in _LIMITS:
         words, limit = _LIMITS[kind]
-        return f"must be {words} {context[limit]}, not {given!r}"
+        return f"must be {words} {context[limit]:.10g}, not {given!r}"
     return f"{_WORDS.get(kind, problem['msg'])}, not {given!r}"
 
 

@@ -73,6 +73,8 @@ class _Reader:
     def mapping(self, node: yaml.MappingNode, path: Path_, inside: tuple[yaml.Node, ...]) -> dict[str, Any]:
         first: dict[str, str] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"{self.at(key)}: a key must be a plain word")
             if key.value in first:
                 dotted = ".".join(map(str, (*path, key.value)))
                 self.problems.append(f"{self.at(key)}  {dotted}: written twice, first at {first[key.value]}; keep one")
@@ -80,8 +82,6 @@ class _Reader:
         self.loader.flatten_mapping(node)  # `<<: *defaults`; what is written beside it wins
         result = {}
         for key, item in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise RecipeError(f"{self.at(key)}: a key must be a plain word")
             self.places[*path, key.value] = self.at(key)
             result[key.value] = self.value(item, (*path, key.value), inside)
         return result

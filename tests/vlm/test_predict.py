@@ -1,0 +1,131 @@
+"""Predicting on many images: which files, which rows, and going on after a stop."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vlm.errors import UserError
+from vlm.predict import Counts, Request, find_images, predict
+
+
+class Namer:
+    """Answers with the width of the image; stops like a crash after `stop_after` batches."""
+
+    def __init__(self, stop_after: int = 99) -> None:
+        self.batches: list[int] = []
+        self.stop_after = stop_after
+
+    def __call__(self, requests: list[Request]) -> list[str]:
+        if len(self.batches) == self.stop_after:
+            raise KeyboardInterrupt
+        self.batches.append(len(requests))
+        assert all(messages[0]["content"][1:] == [{"type": "text", "text": "what?"}] for _, messages in requests)
+        return [f"{images[0].size[0]} wide\nand \u2028 ü" for images, _ in requests]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[str]:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(1, 8):
+        Image.new("RGB", (i, 4)).save(folder / f"{i}.png")
+    (folder / "4.png").write_bytes(b"not an image")
+    return find_images([str(folder)])
+
+
+def run(photos: list[str], output: Path, namer: Namer | None = None, **changes: Any) -> Counts:
+    settings = {"prompt": "what?", "model": "m", "batch_size": 2} | changes
+    return predict(namer or Namer(), photos, output=output, **settings)
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in output.read_text().split("\n") if line]
+
+
+def test_one_row_an_image_in_order(photos: list[str], tmp_path: Path) -> None:
+    steps: list[int] = []
+    counts = run(photos, tmp_path / "new" / "out.jsonl", advance=steps.append)
+    assert counts == Counts(done=6, earlier=0, broken=1)
+    assert sum(steps) == 7
+    written = rows(tmp_path / "new" / "out.jsonl")
+    assert [row["image"] for row in written] == photos
+    assert written[0] == {"image": photos[0], "prompt": "what?", "model": "m", "prediction": "1 wide\nand \u2028 ü"}
+    assert "not an image" in written[3]["error"]
+    assert "prediction" not in written[3]
+
+
+def test_a_second_run_adds_what_is_missing(photos: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    run(photos[:3], output)
+    first = output.read_bytes()
+    namer = Namer()
+    assert run(photos, output, namer) == Counts(done=3, earlier=3, broken=1)
+    assert sum(namer.batches) == 3
+    assert output.read_bytes().startswith(first)
+    assert run(photos, output, Namer(stop_after=0)) == Counts(done=0, earlier=7, broken=0)
+    assert [row["image"] for row in rows(output)] == photos
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2, 3])
+def test_stopped_anywhere_and_continued_it_is_the_undisturbed_file(
+    photos: list[str], tmp_path: Path, batches: int
+) -> None:
+    run(photos, tmp_path / "whole.jsonl")
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, output, Namer(stop_after=batches))
+    run(photos, output)
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_cut_at_any_byte_it_is_repaired(photos: list[str], tmp_path: Path) -> None:
+    run(photos, tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    output = tmp_path / "out.jsonl"
+    for length in range(0, len(whole), 13):
+        output.write_bytes(whole[:length])
+        run(photos, output)
+        assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize(("key", "now"), [("prompt", "why?"), ("model", "n")])
+def test_another_prompt_or_model_is_refused(photos: list[str], tmp_path: Path, key: str, now: str) -> None:
+    output = tmp_path / "out.jsonl"
+    run(photos[:2], output)
+    before = output.read_bytes()
+    with pytest.raises(UserError, match=f"was written with {key} .* and this is '{now[0]}"):
+        run(photos, output, **{key: now})
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", [b"{}\n", b"[1]\n", b"text\n", b"\xff\n", b'{"image": 1}\n', b"\n"])
+def test_a_file_of_something_else_is_refused_untouched(photos: list[str], tmp_path: Path, line: bytes) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(line)
+    with pytest.raises(UserError, match="line 1: not a row of `vlm predict`"):
+        run(photos, output)
+    assert output.read_bytes() == line
+
+
+def test_files_folders_and_globs_each_once(photos: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    deep = folder / "a" / "b"
+    deep.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(deep / "x[1].JPG")
+    (folder / "notes.txt").write_text("no image")
+    assert find_images([str(folder)]) == [*photos, str(deep / "x[1].JPG")]
+    assert find_images([photos[1], str(folder / "*.png")]) == [photos[1], photos[0], *photos[2:]]
+    assert find_images([str(deep / "x[1].JPG")]) == [str(deep / "x[1].JPG")]
+    assert find_images([str(folder / "**" / "*.JPG")]) == [str(deep / "x[1].JPG")]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("none.png", "is no file"), ("empty", "no images in it"), ("*.gif", "no file matches")]
+)
+def test_a_pattern_that_finds_nothing(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        find_images([str(tmp_path / name)])

@@ -1,0 +1,294 @@
+"""Recipes: what is refused and how it is said, overrides, paths, and the way there and back."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import TrainingArguments
+
+from vlm import recipe, recipe_train
+from vlm.recipe import RecipeError
+from vlm.recipe_source import parse_scalar, read_yaml
+
+GOOD = """\
+# A recipe for the tests.
+model:
+  vision: some/encoder
+  language: some/llm
+data:
+  train: {format: image_folder, path: images}
+trainable:
+  projector: 1e-3
+train:
+  max_steps: 5
+"""
+
+STAGES = """\
+model: {vision: some/encoder, language: some/llm}
+data:
+  train: {format: image_folder, path: images}
+stages:
+  - {name: align, trainable: {projector: 1e-3}}
+  - {name: tune, trainable: [projector], lora: {r: 8}, train: {learning_rate: 2e-4, max_steps: 5}}
+"""
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> recipe.Recipe:
+    (tmp_path / "mine.yaml").write_text(text)
+    return recipe.load(tmp_path / "mine.yaml", overrides)
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text, *overrides)
+    return str(caught.value).replace(f"{tmp_path}/", "")
+
+
+def test_a_recipe_with_one_stage(tmp_path: Path) -> None:
+    loaded = load(tmp_path, GOOD)
+    assert loaded.name == "mine"
+    assert loaded.output_dir == "runs/mine"
+    assert loaded.model.adapter.projector == {"type": "mlp"}
+    assert [stage.learning_rates for stage in loaded.stages] == [{"projector": 1e-3}]
+    assert loaded.stages[0].train == {"max_steps": 5}
+
+
+def test_rates_of_a_list_of_parts_and_of_lora_come_from_train(tmp_path: Path) -> None:
+    align, tune = load(tmp_path, STAGES).stages
+    assert align.learning_rates == {"projector": 1e-3}
+    assert tune.learning_rates == {"projector": 2e-4, "lora": 2e-4}
+    assert tune.train == {"max_steps": 5}  # its learning_rate has been handed out
+
+
+def test_without_any_rate_it_is_the_trainers_default(tmp_path: Path) -> None:
+    text = GOOD.replace("trainable:\n  projector: 1e-3", "trainable: [projector]")
+    assert load(tmp_path, text).stages[0].learning_rates == {
+        "projector": TrainingArguments(output_dir="x").learning_rate
+    }
+
+
+@pytest.mark.parametrize("text", [GOOD, STAGES])
+def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -> None:
+    first = load(tmp_path, text)
+    again = load(tmp_path, yaml.safe_dump(first.resolved(), sort_keys=False))
+    assert again == first
+    assert again.resolved() == first.resolved()
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "message"),
+    [
+        (("  vision: some", "  visoin: some"), 3, "model.visoin: unknown key; did you mean 'vision'?"),
+        (("  vision: some/encoder\n", ""), 2, "model.vision: is missing; a model needs `vision` and `language`"),
+        (("  projector: 1e-3", "  projectr: 1e-3"), 8, "trainable.projectr: there is no such part"),
+        (("  projector: 1e-3", "  projector: fast"), 8, "trainable.projector: must be a learning rate"),
+        (("  projector: 1e-3", "  projector: -1"), 8, "trainable.projector: must be a learning rate"),
+        (("  projector: 1e-3", "  projector: true"), 8, "trainable.projector: must be a learning rate"),
+        (("  projector: 1e-3", "  fusion: 1e-3"), 8, "trainable.fusion: `fusion: prefix` has no weights"),
+        (("  max_steps: 5", "  max_stps: 5"), 10, "train.max_stps: no such field of TrainingArguments; did you mean 'max_steps'"),
+        (("  max_steps: 5", "  max_steps: many"), 10, "train.max_steps: must be a whole number, not 'many'"),
+        (("  max_steps: 5", "  max_steps: 5.5"), 10, "train.max_steps: must be a whole number, not 5.5"),
+        (("  max_steps: 5", "  bf16: 1"), 10, "train.bf16: must be true or false, not 1"),
+        (("  max_steps: 5", "  lr_scheduler_type: cosin"), 10, "did you mean 'cosine'?"),
+        (("  max_steps: 5", "  output_dir: x"), 10, "train.output_dir: set `output_dir` at the top"),
+        (("  max_steps: 5", "  hub_token: x"), 10, "train.hub_token: never write a token"),
+        (("  max_steps: 5", "  learning_rate: 1e-4"), 10, "train.learning_rate: has no effect"),
+        (("format: image_folder", "format: image_foldr"), 6, "did you mean 'image_folder'?"),
+        (("format: image_folder, ", ""), 6, "data.train.format: is missing"),
+        (("path: images", "pth: images"), 6, "data.train.pth: unknown key; did you mean 'path'?"),
+        (("data:\n", "data:\n  max_bad: 2\n"), 6, "data.max_bad: must be at most 1, not 2"),
+        (("data:\n", "data:\n  too_long: cut\n"), 6, "data.too_long: 'cut' is not one of its values"),
+        (("data:\n", "data:\n  max_length: '9'\n"), 6, "data.max_length: must be a whole number, not '9'"),
+        (("train:\n  max", "learning_rate: 1\ntrain:\n  max"), 9, "learning_rate: unknown key; it belongs in `train:`"),
+        (("train:\n  max", "num_image_tokens: 1\ntrain:\n  max"), 9, "num_image_tokens: unknown key"),
+        (("train:\n  max", "seed: -1\ntrain:\n  max"), 9, "seed: must be at least 0, not -1"),
+        (("train:\n  max", "evaluation: {metrics: [cider]}\ntrain:\n  max"), 9, "did you mean 'cider_d'?"),
+        (("train:\n  max", "evaluation: {metrics: [cider_d]}\ntrain:\n  max"), 9, "add `data.validation`"),
+        (("train:\n  max", "lora: {r: 0}\ntrain:\n  max"), 9, "lora.r: must be at least 1, not 0"),
+        (("train:\n  max", "stages: []\ntrain:\n  max"), 10, "train: this recipe has `stages`"),
+        (("data:\n", "  adapter: {projector: mlpp}\ndata:\n"), 5, "there is no projector 'mlpp'; did you mean 'mlp'?"),
+        (("data:\n", "  adapter: {projector: {num: 1}}\ndata:\n"), 5, "projector.type: is missing"),
+        (("data:\n", "  adapter: {projector: {type: average_pool, num_tokens: 9}}\ndata:\n"), 5, "num_image_tokens"),
+        (("data:\n", "  pretrained: some/vlm\ndata:\n"), 3, "model.vision: does not go with `pretrained`"),
+        (("data:\n", "  1: 2\ndata:\n"), 5, "model.1: unknown key"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_line(tmp_path: Path, change: tuple[str, str], line: int, message: str) -> None:
+    assert GOOD.count(change[0]) == 1
+    said = refusal(tmp_path, GOOD.replace(*change))
+    assert f"mine.yaml:{line} " in said
+    assert message in said
+    assert "pydantic" not in said.lower()
+    assert "Input should" not in said
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    said = refusal(tmp_path, GOOD.replace("vision:", "visoin:").replace("max_steps", "max_stps"), "seed=x")
+    assert "3 problems" in said
+    assert "command line  seed: must be a whole number" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("- a\n- b\n", "a recipe is a list of `key: value` lines"),
+        ("model: {vision: x\n", "not valid YAML"),
+        ("model:\n\tvision: x\n", "indent with spaces"),
+        ("seed: 1\nmodel: {}\nseed: 2\n", "mine.yaml:3  seed: written twice, first at mine.yaml:1"),
+        ("model: &a [*a]\n", "contains itself"),
+        ("a: !!python/object/apply:os.getcwd []\n", "is missing"),  # read as a plain list, never run
+        ("? [a]\n: 1\n", "a key must be a plain word"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    assert message in refusal(tmp_path, text)
+
+
+def test_yaml_that_explodes_is_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    assert "too many values" in refusal(tmp_path, "\n".join(lines))
+
+
+def test_keys_shared_by_a_yaml_merge(tmp_path: Path) -> None:
+    text = STAGES.replace("- {name: align, ", "- &first {name: align, train: {max_steps: 7}, ").replace(
+        "- {name: tune", "- {<<: *first, name: tune"
+    )
+    assert load(tmp_path, text).stages[1].train == {"max_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1.5e3", 1500.0),
+        ("-2", -2),
+        ("1_000", 1000),
+        (".5", 0.5),
+        ("010", "010"),
+        ("12:30", "12:30"),
+        ("no", "no"),
+        ("true", True),
+        ("null", None),
+        ("2024-01-01", "2024-01-01"),
+        ("e5", "e5"),
+        ("[1e-4, x]", [1e-4, "x"]),
+        ("", None),
+    ],
+)
+def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
+    assert parse_scalar(text) == value
+    assert type(parse_scalar(text)) is type(value)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_any_float_python_prints_is_read_back(number: float) -> None:
+    assert parse_scalar(repr(number)) == number
+    assert read_yaml(f"x: {number!r}", "f")[0]["x"] == number
+
+
+def test_overrides(tmp_path: Path) -> None:
+    loaded = load(tmp_path, STAGES, "stages.0.train.max_steps=9", "stages.1.lora.r=4", "evaluation.limit=3", "seed=7")
+    assert loaded.stages[0].train["max_steps"] == 9
+    assert loaded.stages[1].lora is not None
+    assert loaded.stages[1].lora.r == 4
+    assert (loaded.evaluation.limit, loaded.seed) == (3, 7)
+    assert load(tmp_path, GOOD, "trainable.projector=5e-4").stages[0].learning_rates == {"projector": 5e-4}
+    assert load(tmp_path, GOOD, "stages.0.train.max_steps=9").stages[0].train == {"max_steps": 9}
+    assert load(tmp_path, GOOD, "lora={r: 4}").stages[0].lora is not None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_stps=1", "command line  train.max_stps: no such field of TrainingArguments; did you mean"),
+        ("evalution.limit=1", "command line  evalution: unknown key; did you mean 'evaluation'?"),
+        ("train.max_steps", "an override looks like key=value"),
+        ("=1", "an override looks like key=value"),
+        ("seed=[", "command line  seed=["),
+        ("seed.x=1", "command line  seed: must be a whole number"),
+        ("model.vision.x=1", "model.vision is 'some/encoder', which has nothing inside"),
+        ("stages.1.train.max_steps=1", "mine.yaml has one stage"),
+    ],
+)
+def test_overrides_that_are_wrong(tmp_path: Path, override: str, message: str) -> None:
+    assert message in refusal(tmp_path, GOOD, override)
+
+
+def test_an_override_of_a_stage_that_is_not_there(tmp_path: Path) -> None:
+    assert "stages has items 0 to 1, there is no '2'" in refusal(tmp_path, STAGES, "stages.2.train.max_steps=1")
+    assert "train: this recipe has `stages`" in refusal(tmp_path, STAGES, "train.max_steps=1")
+
+
+def test_contradictions_between_stages(tmp_path: Path) -> None:
+    assert "two stages called 'align'" in refusal(tmp_path, STAGES.replace("tune", "align"))
+    assert "LoRA trains the language model already" in refusal(tmp_path, STAGES, "stages.1.trainable={language: 1e-5}")
+    assert "stages.0.trainable: nothing would learn" in refusal(tmp_path, STAGES, "stages.0.trainable={}")
+
+
+def test_paths_are_looked_for_beside_the_recipe_then_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    for folder in (beside / "images", here / "images", here / "llm", beside / "some" / "encoder"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    text = GOOD.replace("some/llm", "llm")
+    loaded = load(beside, text)
+    assert loaded.data.train["path"] == str(beside / "images")
+    assert loaded.data.base_dir == str(beside)
+    assert loaded.model.vision == str(beside / "some" / "encoder")
+    assert loaded.model.language == str(here / "llm")
+    assert load(beside, text, "model.language=org/name").model.language == "org/name"
+    (beside / "images").rmdir()
+    assert load(beside, text).data.train["path"] == str(here / "images")
+    assert load(beside, text, "data.base_dir=/elsewhere").data.base_dir == "/elsewhere"
+
+
+def test_the_cache_folder_and_home_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_HOME", "/cache")
+    monkeypatch.setenv("HOME", "/home/me")
+    loaded = load(tmp_path, GOOD.replace("some/llm", "${VLM_HOME}/llm"), "data.train.path=~/photos")
+    assert loaded.model.language == "/cache/llm"
+    assert loaded.data.train["path"] == "/home/me/photos"
+    monkeypatch.delenv("VLM_HOME")
+    assert recipe.home() == Path("/home/me/.cache/vlm")
+
+
+def test_the_builder_of_data_files_is_not_taken_for_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "json").mkdir()
+    (tmp_path / "a.jsonl").touch()
+    source = "{format: dataset, path: json, data_files: '*.jsonl', columns: {image: i, caption: c}}"
+    train = load(tmp_path, GOOD.replace("{format: image_folder, path: images}", source)).data.train
+    assert train["path"] == "json"
+    assert train["data_files"] == str(tmp_path / "*.jsonl")
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'quickstart'"):
+        recipe.load("quikstart")
+
+
+def test_data_from_the_command_line() -> None:
+    data = recipe.parse_data(["format=image_folder", "path=/x", "limit=3"])
+    assert data.train == {"format": "image_folder", "path": "/x", "limit": 3}
+    with pytest.raises(RecipeError, match="command line  pth: unknown key; did you mean 'path'"):
+        recipe.parse_data(["format=image_folder", "pth=/x"])
+    assert recipe.parse_data(["quickstart"]).train["format"] == "image_folder"
+
+
+def test_every_field_of_training_arguments_is_either_set_by_us_or_settable() -> None:
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert set(recipe_train.training_fields()) | recipe_train.REFUSED.keys() == names
+    assert not set(recipe_train.training_fields()) & recipe_train.REFUSED.keys()
+
+
+def test_every_default_of_training_arguments_passes_the_check() -> None:
+    defaults = {
+        field.name: field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(TrainingArguments)
+        if field.name not in recipe_train.REFUSED
+    }
+    assert recipe_train.check(defaults) == []
