@@ -203,13 +203,15 @@ class Collector:
 def _up_to_last_image(messages: Sequence[Message]) -> str:
     parts = [(m["role"], i, part) for i, m in enumerate(messages) for part in m["content"]]
     last = max(position for position, (_, _, part) in enumerate(parts) if part["type"] == "image")
-    return json.dumps(parts[: last + 1])
+    return repr(parts[: last + 1])  # a third of the time of json.dumps, over half a million questions
 
 
 def _share_references(example: Example) -> Example:
     """Several answers to one and the same question (five captions of an image) are references of each other."""
+    if all(branch.references for branch in example.branches):
+        return example
     groups: dict[str, list[str]] = {}
-    keys = [json.dumps(branch.messages[:-1]) for branch in example.branches]
+    keys = [repr(branch.messages[:-1]) for branch in example.branches]
     for key, branch in zip(keys, example.branches, strict=True):
         groups.setdefault(key, []).extend(branch.all_references)
     branches = tuple(
