@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vlm.data.example import Branch, Example, Problem, message_text
 from vlm.data.images import ImageError, image_sha256, open_image
 from vlm.data.readers import read
+from vlm.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,7 +29,7 @@ Tokenize = Callable[[Example], list[tuple[Sequence[int], Sequence[int]]]]
 Decode = Callable[[Sequence[int]], str]
 
 
-class TooManyProblems(RuntimeError):  # noqa: N818 - named for what it says
+class TooManyProblems(UserError):  # noqa: N818 - named for what it says
     """More of the data is bad than `max_bad` allows."""
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vlm.data.example import ImageSource, StoredImage
+from vlm.errors import UserError
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte of RGB
 MAX_BYTES = 256 * 2**20
@@ -30,7 +31,7 @@ _UPRIGHT = {
 }
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image that cannot be used: where it is, why, and what to do about it."""
 
     def __init__(self, where: str, why: str, fix: str) -> None:

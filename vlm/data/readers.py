@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data.readers_coco import CocoCaptionsSource
-from vlm.data.readers_common import ReadResult, Source, SourceError, nearest
+from vlm.data.readers_common import ReadResult, Source, SourceError
 from vlm.data.readers_dataset import DatasetSource
 from vlm.data.readers_image_folder import ImageFolderSource
 from vlm.data.readers_llava import LlavaSource
 from vlm.data.readers_vqa import VQAv2Source
+from vlm.errors import nearest
 
 __all__ = ["READERS", "ReadResult", "Source", "SourceError", "parse_source", "read"]
 
@@ -38,7 +39,7 @@ def parse_source(source: Mapping[str, Any]) -> Source:
         known = ", ".join(READERS)
         if name is None:
             raise SourceError(f"a data source needs a 'format': one of {known}")
-        raise SourceError(f"unknown format {name!r}{nearest(str(name), READERS)}; the formats are {known}")
+        raise SourceError(f"unknown format {name!r}; {nearest(name, READERS)}")
     return READERS[name].parse(options)
 
 

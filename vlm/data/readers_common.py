@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -12,9 +11,10 @@ from typing import Any, ClassVar, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from vlm.data.example import Branch, Example, ImageSource, Message, Problem
+from vlm.errors import UserError, nearest
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """A source that cannot be read at all: a wrong option, a missing file, a file that is not of its format."""
 
 
@@ -63,17 +63,11 @@ def _option_error(error: Any, model: type[BaseModel]) -> str:
             inner = model.model_fields[part].annotation
             model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else model
         known = list(model.model_fields)
-        return f"unknown option {key!r}{nearest(error['loc'][-1], known)}; the options are {', '.join(known)}"
+        return f"unknown option {key!r}; {nearest(error['loc'][-1], known)}"
     if error["type"] == "missing":
         return f"option {key!r} is missing"
     reason = str(error["msg"]).removeprefix("Value error, ")
     return f"option {key!r}: {reason}" if key else reason
-
-
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """`, did you mean 'x'?` for the known word nearest to this one; empty where none is near."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f", did you mean {matches[0]!r}?" if matches else ""
 
 
 def resolve(path: str, base_dir: Path, option: str, *, folder: bool = False) -> Path:

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from vlm.data.example import ImageSource, StoredImage
-from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, nearest, resolve
+from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, resolve
 from vlm.data.readers_rows import DEFAULT_PROMPT, DEFAULT_QUESTION_PROMPT, RowReader
+from vlm.errors import nearest
 
 _BATCH = 1000
 
@@ -68,8 +69,7 @@ class DatasetSource(Source):
         for key, column in mapping.items():
             if column not in dataset.column_names:
                 hint = nearest(column, dataset.column_names)
-                has = ", ".join(dataset.column_names)
-                raise SourceError(f"option 'columns.{key}': no column {column!r} in {self.path}{hint}; it has {has}")
+                raise SourceError(f"option 'columns.{key}': no column {column!r} in {self.path}; {hint}")
         image_column = mapping.pop("image", None) or mapping.pop("images", None)
         id_column = mapping.pop("image_id", None)
         if image_column is not None:

@@ -13,14 +13,14 @@ A row says what is to be answered in one or more of these keys:
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlm.data.example import Branch, Message, Problem, count_image_parts, question_and_answer
-from vlm.data.readers_common import nearest
 
 DEFAULT_PROMPT = "Describe the image."
 DEFAULT_QUESTION_PROMPT = "{question}"
@@ -117,7 +117,7 @@ def required_text(item: Mapping[str, Any], key: str, *, allow_empty: bool = Fals
         RowError: it is missing, not text, or empty.
     """
     if item.get(key) is None:
-        raise RowError(key, f"missing{nearest(key, [k for k in item if k != key])}")
+        raise RowError(key, f"missing{near_miss(key, [k for k in item if k != key])}")
     value = item[key]
     if not isinstance(value, str):
         hint = f"; a list goes under '{key}s'" if isinstance(value, list) and key in ("caption", "answer") else ""
@@ -232,10 +232,16 @@ def _conversation(turns: Sequence[Message], num_images: int, key: str, placehold
     return Branch(tuple(turns), where=where)
 
 
+def near_miss(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`, did you mean 'x'?` for the known word that this one nearly is; empty where there is none."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f", did you mean {matches[0]!r}?" if matches else ""
+
+
 def unknown_near_miss(row: Mapping[str, Any], known: Sequence[str]) -> tuple[str, str] | None:
     """A key that is nearly a known one, and why it is bad. Keys that resemble none are other columns, and are left."""
     for key in row:
-        if key not in known and (hint := nearest(key, known, cutoff=0.85)):
+        if key not in known and (hint := near_miss(key, known, cutoff=0.85)):
             return key, f"unknown key{hint}"
     return None
 
@@ -246,7 +252,7 @@ def _only_known(item: Mapping[str, Any], known: Sequence[str]) -> None:
 
 
 def _nothing_to_answer(row: Mapping[str, Any], where: str) -> Problem:
-    hint = next((f" ({key!r}{h})" for key in row if (h := nearest(key, _CONTENT_KEYS))), "")
+    hint = next((f" ({key!r}{h})" for key in row if (h := near_miss(key, _CONTENT_KEYS))), "")
     found = ", ".join(map(repr, row)) or "nothing"
     return Problem(where, "", f"nothing to answer: none of {', '.join(_CONTENT_KEYS)} among {found}{hint}")
 
