@@ -95,7 +95,7 @@ def evaluate(
         str | None, typer.Option(help="For example cider_d,rouge_l. Default: those of the recipe.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for the results. Default: eval/ beside the model.")
+        Path | None, typer.Option(help="Folder for the results. Default: evaluation-DATA in the run.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only so many images.")] = None,
     batch_size: BatchSize = 16,

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vlm import recipe
+from vlm.errors import UserError
 
 
 def run(words: Sequence[str], *, model: str | None, console: Console) -> bool:
@@ -47,10 +48,14 @@ def _reading(model: str, max_length: int) -> dict[str, Any]:
     from vlm.data.conversation import tokenize_branch
     from vlm.data.example import Example
     from vlm.data.images import open_image
+    from vlm.generation import checkpoint_of
     from vlm.processing import VLMProcessor
 
-    inside = Path(model) / "model"  # of a run folder
-    processor = AutoProcessor.from_pretrained(str(inside if inside.is_dir() else model))
+    source = checkpoint_of(model)
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except OSError as error:
+        raise UserError(f"--model {model}: no processor there: {error}") from None
 
     def tokenize(example: Example) -> list[tuple[list[int], list[int]]]:
         ours = isinstance(processor, VLMProcessor)  # which knows the length of an image without its pixels

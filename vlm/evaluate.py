@@ -28,7 +28,8 @@ def run(
     Args:
         data: a recipe, whose validation data is used, or one source in the form `format=... key=value`.
         metrics: names; None stands for those of the recipe.
-        output: default: `eval` in the model's folder, or in the current one for a model of the Hub.
+        output: default: `evaluation-DATA` in the model's folder, or in the current one for a model of the Hub. The
+            run's own `evaluation`, which goes into its model card, stays as it is.
 
     Raises UserError for wrong names, and for data that cannot be read.
     """
@@ -39,10 +40,11 @@ def run(
     words = shlex.split(data)
     if len(words) == 1 and "=" not in words[0]:
         loaded = recipe.load(words[0])
-        section, metrics = loaded.data, metrics or loaded.evaluation.metrics
+        section, label, metrics = loaded.data, loaded.name, metrics or loaded.evaluation.metrics
         max_new_tokens = loaded.evaluation.max_new_tokens
     else:
         section = recipe.parse_data(words)
+        label = section.train["format"]
     if not metrics:
         raise UserError(f"say what to measure: --metrics with one or more of {', '.join(METRICS)}, joined by commas")
     for name in metrics:
@@ -59,12 +61,14 @@ def run(
 
     with console.status("loading the model"):
         network, processor = generation.load(model)
-    folder = output or (Path(model) if Path(model).is_dir() else Path()) / "eval"
+    folder = output or (Path(model) if Path(model).is_dir() else Path()) / f"evaluation-{label}"
+
+    def predict(requests: list[Any]) -> list[str]:
+        return generation.generate(network, processor, requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
     summary = score(
         examples,
-        lambda requests: generation.generate(
-            network, processor, requests, max_new_tokens=max_new_tokens, batch_size=batch_size
-        ),
+        predict,
         list(metrics),
         output_dir=folder,
     )

@@ -75,7 +75,7 @@ def test_reset_forgets_all_but_the_last_image(photo: str) -> None:
 
 @pytest.mark.parametrize("quote", ['"{}"', "  {}  ", "{}"])
 def test_file_names_as_people_and_terminals_type_them(photo: str, quote: str) -> None:
-    out, talker = talk(f"/image {quote.format(photo)}", "a")
+    _, talker = talk(f"/image {quote.format(photo)}", "a")
     assert talker.requests[0][0][0].size == (30, 20)
 
 
@@ -87,7 +87,7 @@ def test_a_dragged_file_with_backslashes(photo: str) -> None:
 
 @pytest.mark.parametrize("name", ["/nowhere.png", "", "'unclosed", "/", "\0"])
 def test_a_wrong_file_name_does_not_end_the_chat(name: str) -> None:
-    out, talker = talk(f"/image {name}", "a")
+    out, _ = talk(f"/image {name}", "a")
     assert "a! images=[] turns=1" in out
     assert len(out.splitlines()) > 1
 
@@ -100,7 +100,7 @@ def test_commands(photo: str) -> None:
 
 
 def test_a_question_that_fails_or_is_stopped_is_forgotten() -> None:
-    out, talker = talk("a", "fail", "stop", "b", image=Image.new("RGB", (10, 10)))
+    out, _ = talk("a", "fail", "stop", "b", image=Image.new("RGB", (10, 10)))
     assert "the model takes one image" in out
     assert "stopped" in out
     assert "b! images=[10] turns=3" in out

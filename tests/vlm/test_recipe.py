@@ -88,7 +88,7 @@ def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -
         (("  projector: 1e-3", "  projector: -1"), 8, "trainable.projector: must be a learning rate"),
         (("  projector: 1e-3", "  projector: true"), 8, "trainable.projector: must be a learning rate"),
         (("  projector: 1e-3", "  fusion: 1e-3"), 8, "trainable.fusion: `fusion: prefix` has no weights"),
-        (("  max_steps: 5", "  max_stps: 5"), 10, "train.max_stps: no such field of TrainingArguments; did you mean 'max_steps'"),
+        (("  max_steps: 5", "  max_stps: 5"), 10, "train.max_stps: no such field of TrainingArguments; did you mean"),
         (("  max_steps: 5", "  max_steps: many"), 10, "train.max_steps: must be a whole number, not 'many'"),
         (("  max_steps: 5", "  max_steps: 5.5"), 10, "train.max_steps: must be a whole number, not 5.5"),
         (("  max_steps: 5", "  bf16: 1"), 10, "train.bf16: must be true or false, not 1"),
