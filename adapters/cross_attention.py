@@ -7,7 +7,7 @@ output is unchanged, and each text token sees the latest image before it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,25 +23,24 @@ class VisionStates:
         mask: `[B, L, S]` boolean, which of them each text token sees.
         tokens_per_image: M.
         keys_values: keys and values of `states` by block, kept while generating so that an image's are computed once.
-        reads: how many blocks have looked, so that a decoder that drops keyword arguments is noticed.
+        read_by: the blocks that have looked, so that a decoder that drops keyword arguments is noticed.
     """
 
     states: Tensor
     mask: Tensor
     tokens_per_image: int
     keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    reads: int = 0
+    read_by: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, visual_tokens: Tensor, image_index: Tensor) -> VisionStates:
         """From `visual_tokens [images, M, D]`, all rows' images in order, and `image_index [B, L]`, which of them
         (-1: none) each text token sees."""
-        num_images, tokens, _ = visual_tokens.shape
+        tokens = visual_tokens.shape[1]
         per_row = [row[row >= 0].unique().tolist() for row in image_index]
         width = max(1, max(len(images) for images in per_row))
-        gather = torch.full((len(per_row), width), -1, device=image_index.device)
-        for row, images in enumerate(per_row):
-            gather[row, : len(images)] = torch.tensor(images, device=gather.device)
+        padded = [images + [-1] * (width - len(images)) for images in per_row]
+        gather = torch.tensor(padded, device=image_index.device)
         states = visual_tokens[gather.clamp(min=0)].flatten(1, 2)
         sees = (image_index[:, :, None] == gather[:, None, :]) & (gather >= 0)[:, None, :]
         return cls(states, sees.repeat_interleave(tokens, dim=2), tokens)
@@ -50,6 +49,13 @@ class VisionStates:
         """For `length` tokens generated after these: they see what the last token saw."""
         latest = self.mask[:, -1:].expand(-1, length, -1)
         return VisionStates(self.states, latest, self.tokens_per_image, self.keys_values)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> VisionStates:
+        """On `device`, for models spread over several: accelerate moves a layer's arguments by this method."""
+        if self.states.device == torch.device(device):
+            return self
+        states, mask = (t.to(device, non_blocking=non_blocking) for t in (self.states, self.mask))
+        return replace(self, states=states, mask=mask)
 
 
 class GatedCrossAttention(nn.Module):
@@ -81,12 +87,13 @@ class GatedCrossAttention(nn.Module):
             return vision.keys_values[self.index]
         states = self.states_norm(vision.states)
         keys_values = self._heads(self.k_proj(states)), self._heads(self.v_proj(states))
-        if not torch.is_grad_enabled():
+        # Not while training: checkpointing may run this without gradients first, to run it again with them.
+        if not (self.training or torch.is_grad_enabled()):
             vision.keys_values[self.index] = keys_values
         return keys_values
 
     def forward(self, hidden: Tensor, vision: VisionStates) -> Tensor:
-        vision.reads += 1
+        vision.read_by.add(self.index)
         keys, values = self._keys_values(vision)
         # A softmax over nothing is NaN: tokens before the first image attend to anything and the result is dropped.
         sees_any = vision.mask.any(dim=-1, keepdim=True)

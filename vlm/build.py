@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.image_utils import SizeDict
+from transformers.utils import logging
 
 from vlm.adapters import build_projector
 from vlm.configuration import VLMConfig
 from vlm.encoder import encode, load_vision_tower
+from vlm.loading import load_quietly
 from vlm.modeling import VLMForConditionalGeneration
-from vlm.processing import CHAT_TEMPLATE, IMAGE_TOKEN, VLMProcessor, chat_template_for
+from vlm.processing import CHATML, IMAGE_TOKEN, PLAIN_TURNS, VLMProcessor, chat_template_for
 
 
 def build(
@@ -31,11 +36,12 @@ def build(
 
     `image_size` is the side in pixels that images are brought to, the encoder's own by default. `chat_template` is
     `auto`, the language model's own, or `chatml`, plain ChatML turns without a system prompt. Weights are float32.
+
+    Raises ValueError for an unknown projector or option, a decoder that has no place for cross-attention, a tokenizer
+    without the tokens of the chat template, and an image processor whose images differ in size.
     """
     vision_tower = load_vision_tower(vision, trust_remote_code=trust_remote_code)
-    language_model = AutoModelForCausalLM.from_pretrained(
-        language, dtype="float32", trust_remote_code=trust_remote_code
-    )
+    language_model = load_quietly(AutoModelForCausalLM, language, dtype="float32", trust_remote_code=trust_remote_code)
     image_processor = AutoImageProcessor.from_pretrained(vision, trust_remote_code=trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(language, trust_remote_code=trust_remote_code)
     if image_size is not None:
@@ -69,12 +75,9 @@ def assemble(
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """As [`build`], from loaded parts. The image token is added to the tokenizer and to the embeddings if need be."""
     spec = {"type": projector} if isinstance(projector, str) else dict(projector)
-    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if len(tokenizer) > language_model.get_input_embeddings().num_embeddings:
-        language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    num_tokens = count_image_tokens(
+    template = chat_template_for(tokenizer, chatml=chat_template == "chatml")
+    add_image_token(tokenizer, language_model)
+    num_tokens, width = probe_encoder(
         vision_tower,
         image_processor,
         spec,
@@ -90,6 +93,7 @@ def assemble(
         cross_attention_every=cross_attention_every,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
+        vision_hidden_size=width,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=num_tokens if "prefix" in fusion else 1,
     )
@@ -97,39 +101,96 @@ def assemble(
     for part, implementation in zip((vision_tower, language_model), attention, strict=True):
         part.config._attn_implementation = implementation
     model = VLMForConditionalGeneration(vlm_config, vision_tower, language_model)
-    model.generation_config = language_model.generation_config
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    template = CHAT_TEMPLATE if chat_template == "chatml" else chat_template_for(tokenizer)
+    model.generation_config = generation_config_for(language_model, tokenizer, template)
     processor = VLMProcessor(image_processor, tokenizer, template, vlm_config.image_seq_length)
     return model, processor
 
 
+def add_image_token(tokenizer: Any, language_model: PreTrainedModel) -> None:
+    """Give the tokenizer the image token and a padding token, and the language model an embedding for each token.
+
+    The embeddings that are there stay as they are; new ones are drawn around their mean, so that a token nobody has
+    trained is neither likely nor impossible. Raises ValueError if the tokenizer has no token to pad with.
+    """
+    # Replaced, the tokenizer's other special tokens (`<|im_start|>` ...) would be special no more.
+    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has neither a padding token nor an end-of-sequence token; set one of them")
+        tokenizer.pad_token = tokenizer.eos_token
+    if len(tokenizer) > language_model.get_input_embeddings().weight.shape[0]:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # a notice on how new embeddings are drawn, which is as intended
+        try:
+            language_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+        finally:
+            logging.set_verbosity(verbosity)
+
+
+def generation_config_for(language_model: PreTrainedModel, tokenizer: Any, template: str) -> GenerationConfig:
+    """The language model's own, made to stop at the end of a turn and never to write the image token."""
+    config = copy.deepcopy(language_model.generation_config) or GenerationConfig()
+    config.pad_token_id = tokenizer.pad_token_id
+    config.suppress_tokens = [tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)]
+    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    stops = [stop for stop in stops if stop is not None] or [tokenizer.eos_token_id]
+    if template.endswith(CHATML):
+        stops.append(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    elif template.endswith(PLAIN_TURNS):
+        stops.append(tokenizer.eos_token_id)
+    config.eos_token_id = list(dict.fromkeys(stops))
+    return config
+
+
 @torch.no_grad()
-def count_image_tokens(
+def probe_encoder(
     vision_tower: PreTrainedModel,
     image_processor: Any,
     projector: dict[str, Any],
     *,
     vision_feature_layer: int | None,
     keep_prefix: bool,
-) -> int:
-    """How many visual tokens an image becomes: a blank one goes through the preprocessing and the encoder."""
+) -> tuple[int, int]:
+    """How many visual tokens an image becomes, and how wide the encoder's features are.
+
+    Found by running the encoder on a blank image: no configuration says it for every encoder.
+    """
     blank = torch.zeros(1, 3, *image_size_of(image_processor), device=vision_tower.device, dtype=vision_tower.dtype)
-    features = encode(vision_tower, blank, vision_feature_layer)
+    training = vision_tower.training
+    features = encode(vision_tower.eval(), blank, vision_feature_layer)
+    vision_tower.train(training)
     width = features.patches.shape[-1]
     num_prefix = features.prefix.shape[1] if keep_prefix else 0
-    return build_projector(projector, width, width).num_tokens(num_prefix, features.grid)
+    with torch.device("meta"):
+        return build_projector(projector, width, width).num_tokens(num_prefix, features.grid), width
 
 
 def image_size_of(image_processor: Any) -> tuple[int, int]:
-    """`(height, width)` of the pixel values that an image processor makes of any image."""
-    pixels = image_processor(torch.zeros(3, 32, 32, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
-    return tuple(pixels.shape[-2:])
+    """`(height, width)` of the pixel values that an image processor makes of any image.
+
+    Raises ValueError if they differ between images, as where only the shortest edge is brought to a size.
+    """
+    wide, high = (Image.new("RGB", size) for size in ((640, 480), (480, 640)))
+    sizes = {tuple(image_processor(image, return_tensors="pt")["pixel_values"].shape[-2:]) for image in (wide, high)}
+    if len(sizes) > 1:
+        raise ValueError(
+            "this image processor keeps each image's proportions, and images of different sizes do not fit into one "
+            "batch: set image_size, to which all images are then brought"
+        )
+    height, width = sizes.pop()
+    return height, width
 
 
 def set_image_size(image_processor: Any, side: int) -> None:
-    """Make an image processor bring images to `side` x `side` pixels, by its own rule (resize, then crop if it does)."""
-    size = image_processor.size
-    image_processor.size = {"shortest_edge": side} if "shortest_edge" in size else {"height": side, "width": side}
-    if getattr(image_processor, "crop_size", None):
-        image_processor.crop_size = {"height": side, "width": side}
+    """Make an image processor bring images to `side` x `side` pixels, by its own rule (resize, then crop if it does).
+
+    Raises ValueError for an image processor without a size to set (timm's).
+    """
+    if getattr(image_processor, "size", None) is None:
+        raise ValueError(f"image_size cannot be set: {type(image_processor).__name__} has a size of its own")
+    square = SizeDict(height=side, width=side)
+    crops = getattr(image_processor, "do_center_crop", False) and getattr(image_processor, "crop_size", None)
+    keeps_proportions = crops and "shortest_edge" in image_processor.size
+    image_processor.size = SizeDict(shortest_edge=side) if keeps_proportions else square
+    if crops:
+        image_processor.crop_size = square

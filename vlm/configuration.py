@@ -27,29 +27,34 @@ class VLMConfig(PreTrainedConfig):
         vision_feature_layer: which hidden state of the encoder is used, as in LLaVA (-2 there). `None` is the encoder's
             own `last_hidden_state`, after its final norm; for SigLIP that is not the same as -1.
         vision_feature_select_strategy: `default` leaves the class and register tokens out, `full` keeps them.
+        vision_hidden_size: the width of the features that the projector reads; `None` asks the encoder.
     """
 
     model_type = "vlm"
+    keys_to_ignore_at_inference = ["past_key_values", "vision_states"]  # noqa: RUF012 - as in transformers
     sub_configs_defaults = {  # noqa: RUF012 - the name and form transformers looks for
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
-    vision_config: dict[str, Any] | PreTrainedConfig | None = None
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
-    projector: dict[str, Any] | None = None
+    vision_config: Any = None
+    text_config: Any = None
+    projector: Any = None
     fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix"
     cross_attention_every: int = 4
     image_token_id: int = 0
     image_seq_length: int = 1
     vision_feature_layer: int | None = None
     vision_feature_select_strategy: Literal["default", "full"] = "default"
+    vision_hidden_size: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.projector = dict(self.projector or {"type": "mlp"})
         if self.projector.get("type") not in PROJECTORS:
             raise unknown_name("projector", str(self.projector.get("type")), PROJECTORS)
+        if self.fusion not in FUSIONS:
+            raise unknown_name("fusion", str(self.fusion), FUSIONS)
         super().__post_init__(**kwargs)
         # The head belongs to the language model, whose own configuration says whether it is tied.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from vlm.loading import load_quietly
+
 
 @dataclass
 class VisionFeatures:
@@ -38,25 +40,31 @@ def vision_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
 def load_vision_tower(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The vision encoder `name`, a folder or a Hub name, without the text half if it has one."""
     config = vision_config_of(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
-    return AutoModel.from_pretrained(name, config=config, dtype="float32", trust_remote_code=trust_remote_code)
+    return load_quietly(AutoModel, name, config=config, dtype="float32", trust_remote_code=trust_remote_code)
 
 
-def vision_hidden_size(config: PreTrainedConfig) -> int | None:
-    """The width of an encoder's features if its configuration says it; timm's does not."""
+def vision_hidden_size(vision_tower: PreTrainedModel) -> int:
+    """The width of an encoder's last features, by what it says of itself.
+
+    Raises ValueError if it does not say; then only running it tells ([`encode`]).
+    """
+    config = vision_tower.config
     if sizes := getattr(config, "hidden_sizes", None):
         return int(sizes[-1])
-    for name in ("hidden_size", "hidden_dim", "num_features"):
-        if isinstance(size := getattr(config, name, None), int):
+    timm_model = getattr(vision_tower, "timm_model", None)
+    for owner, name in ((config, "hidden_size"), (config, "hidden_dim"), (timm_model, "num_features")):
+        if isinstance(size := getattr(owner, name, None), int):
             return size
-    return None
+    raise ValueError(f"{type(vision_tower).__name__} does not say how wide its features are: set vision_hidden_size")
 
 
 def encode(vision_tower: PreTrainedModel, pixel_values: Tensor, feature_layer: int | None = None) -> VisionFeatures:
     """Run `pixel_values [B, 3, H, W]` through any transformers or timm encoder.
 
     `feature_layer` picks a hidden state as LLaVA does (before the final norm); None takes `last_hidden_state`.
-    Token encoders lose nothing here: their class and register tokens are in `prefix`. Feature maps of convolutional
-    encoders are flattened row by row.
+    Token encoders lose nothing here: their class and register tokens are in `prefix` (except that timm gives none with
+    a `feature_layer`). Feature maps of convolutional encoders are flattened row by row. Raises ValueError for a
+    `feature_layer` that the encoder does not have.
     """
     kwargs: dict[str, bool] = {}
     parameters = inspect.signature(vision_tower.forward).parameters
@@ -65,7 +73,7 @@ def encode(vision_tower: PreTrainedModel, pixel_values: Tensor, feature_layer: i
     if "interpolate_pos_encoding" in parameters and _needs_interpolation(vision_tower.config, pixel_values):
         kwargs["interpolate_pos_encoding"] = True
     outputs = vision_tower(pixel_values=pixel_values, return_dict=True, **kwargs)
-    hidden = outputs.last_hidden_state if feature_layer is None else outputs.hidden_states[feature_layer]
+    hidden = outputs.last_hidden_state if feature_layer is None else _layer(outputs.hidden_states, feature_layer)
     pooled = getattr(outputs, "pooler_output", None)
     # timm's Swin and its kin keep channels last in their final output; every other feature map is [B, D, h, w].
     timm_model = getattr(vision_tower, "timm_model", None)
@@ -79,6 +87,13 @@ def encode(vision_tower: PreTrainedModel, pixel_values: Tensor, feature_layer: i
         pooled=pooled.flatten(1) if pooled is not None else None,
         grid=grid,
     )
+
+
+def _layer(hidden_states: tuple[Tensor, ...], feature_layer: int) -> Tensor:
+    count = len(hidden_states)
+    if not -count <= feature_layer < count:
+        raise ValueError(f"vision_feature_layer is {feature_layer}; this encoder gives {count} hidden states")
+    return hidden_states[feature_layer]
 
 
 def _needs_interpolation(config: PreTrainedConfig, pixel_values: Tensor) -> bool:

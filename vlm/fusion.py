@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,7 +46,8 @@ def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
     for module in language_model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise ValueError(f"{type(language_model).__name__} has no list of {depth} decoder layers: no place for cross-attention")
+    name = type(language_model).__name__
+    raise ValueError(f"{name} has no list of {depth} decoder layers: no place for cross-attention")
 
 
 def _takes_kwargs(function: Any) -> bool:
@@ -58,15 +60,18 @@ def insert_cross_attention(language_model: PreTrainedModel, every: int) -> None:
     Raises ValueError for a decoder whose layers do not get the keyword arguments of its `forward` (Bloom, Falcon).
     """
     layers = decoder_layers(language_model)
-    if not all(_takes_kwargs(f) for f in (language_model.forward, language_model.base_model.forward, layers[0].forward)):
+    forwards = (language_model.forward, language_model.base_model.forward, layers[0].forward)
+    if not all(_takes_kwargs(forward) for forward in forwards):
         raise ValueError(
-            f"{type(language_model).__name__} does not pass keyword arguments to its layers, which cross-attention needs. "
-            "Use fusion: prefix, or another language model."
+            f"{type(language_model).__name__} does not pass keyword arguments to its layers, which cross-attention "
+            "needs. Use fusion: prefix, or another language model."
         )
     if not 1 <= every <= len(layers):
         raise ValueError(f"cross_attention_every is {every}; this language model has {len(layers)} layers")
     config = language_model.config
     eps = getattr(config, "rms_norm_eps", 1e-6)
+    # Where heads and width are independent (Qwen3, Gemma 3) the one need not divide the other.
+    heads = math.gcd(config.hidden_size, config.num_attention_heads)
     for index in range(every - 1, len(layers), every):
-        block = CrossAttentionBlock(config.hidden_size, config.num_attention_heads, index, eps)
+        block = CrossAttentionBlock(config.hidden_size, heads, index, eps)
         layers[index] = FusedDecoderLayer(layers[index], block)

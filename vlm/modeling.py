@@ -1,11 +1,11 @@
 """The model: pixels -> vision tower -> projector -> fusion -> language model.
 
-    pixel_values [images, 3, H, W]
-        -> vision_tower           [images, N, D_v]   any encoder, see `vlm.encoder`
-        -> multi_modal_projector  [images, M, D_t]   visual tokens, see `vlm.adapters`
-        -> prefix                 in place of the image tokens of `input_ids` [B, L]
-           and/or cross_attention gated blocks between the decoder's layers, see `vlm.fusion`
-        -> language_model         logits [B, L, V]   any AutoModelForCausalLM
+pixel_values [images, 3, H, W]
+    -> vision_tower           [images, N, D_v]   any encoder, see `vlm.encoder`
+    -> multi_modal_projector  [images, M, D_t]   visual tokens, see `vlm.adapters`
+    -> prefix                 in place of the image tokens of `input_ids` [B, L]
+       and/or cross_attention gated blocks between the decoder's layers, see `vlm.fusion`
+    -> language_model         logits [B, L, V]   any AutoModelForCausalLM
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from vlm.adapters import VisionStates, build_projector
 from vlm.configuration import VLMConfig
@@ -37,8 +38,9 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = VLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # as every model of transformers has it
     supports_gradient_checkpointing = True
+    _no_split_modules = ["FusedDecoderLayer"]  # noqa: RUF012 - the parts add their own
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -54,7 +56,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
-        hidden_size = vision_hidden_size(config.vision_config) or self.vision_tower.timm_model.num_features
+        hidden_size = config.vision_hidden_size or vision_hidden_size(self.vision_tower)
         self.multi_modal_projector = build_projector(config.projector, hidden_size, config.text_config.hidden_size)
         if config.uses_cross_attention:
             insert_cross_attention(self.language_model, config.cross_attention_every)
@@ -89,12 +91,14 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         vision_grid: tuple[int, int] | None = None,
     ) -> Tensor:
         """Visual tokens `[images, M, D_t]` of pixels, or of features that `get_vision_features` gave earlier."""
-        if vision_features is None:
-            assert pixel_values is not None
+        if vision_features is None and pixel_values is not None:
             vision_features, vision_grid = self.get_vision_features(pixel_values)
+        if vision_features is None or vision_grid is None:
+            raise ValueError("images come as pixel_values, or as vision_features together with vision_grid")
         dtype = next(self.multi_modal_projector.parameters()).dtype
         return self.multi_modal_projector(vision_features.to(dtype), vision_grid)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -119,15 +123,16 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None or vision_features is not None:
-            visual_tokens = self.get_image_features(pixel_values, vision_features, vision_grid)
-            image_mask = self._image_mask(input_ids, visual_tokens)
+            visual_tokens = self.get_image_features(pixel_values, vision_features, vision_grid).to(inputs_embeds)
+            image_mask = self._image_mask(input_ids, len(visual_tokens))
             if self.config.uses_prefix:
-                visual = visual_tokens.to(inputs_embeds.dtype)
-                inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), visual)
+                inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), visual_tokens)
             if self.config.uses_cross_attention:
                 vision_states = VisionStates.of(visual_tokens, self._image_index(image_mask, attention_mask))
         elif vision_states is not None:
             vision_states = vision_states.for_next_tokens(inputs_embeds.shape[1])
+        elif input_ids is not None and (past_key_values is None or not past_key_values.get_seq_length()):
+            self._image_mask(input_ids, 0)
         if vision_states is not None:
             kwargs["vision_states"] = vision_states
         outputs = self.language_model(
@@ -139,7 +144,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        if vision_states is not None and not vision_states.reads:
+        if vision_states is not None and not vision_states.read_by:
             raise RuntimeError(f"{type(self.language_model).__name__} dropped the images on the way to its layers")
         return VLMOutput(
             loss=outputs.loss,
@@ -150,58 +155,58 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             vision_states=vision_states,
         )
 
-    def _image_mask(self, input_ids: Tensor | None, visual_tokens: Tensor) -> Tensor:
-        """`[B, L]`, where the image tokens are; raises ValueError if they are not as many as the images need."""
+    def _image_mask(self, input_ids: Tensor | None, num_images: int) -> Tensor:
+        """`[B, L]`, where the image tokens are. Raises ValueError unless they are those of `num_images` whole images."""
         if input_ids is None:
             raise ValueError("images need input_ids, whose image tokens say where they belong; inputs_embeds have none")
         image_mask = input_ids == self.config.image_token_id
-        expected = len(visual_tokens) * self.config.image_seq_length
-        if (found := int(image_mask.sum())) != expected:
+        size, counts = self.config.image_seq_length, image_mask.sum(dim=1).tolist()
+        if sum(counts) != num_images * size:
             raise ValueError(
-                f"input_ids hold {found} image tokens; {len(visual_tokens)} images of {self.config.image_seq_length} "
-                f"tokens need {expected}. Let the processor expand the image tokens."
+                f"input_ids hold {sum(counts)} image tokens; {num_images} images of {size} tokens need "
+                f"{num_images * size}. Let the processor expand the image tokens, and pass its pixel_values."
             )
+        for row, count in enumerate(counts):
+            if count % size:
+                raise ValueError(f"row {row} of input_ids holds {count} image tokens, and an image takes {size}")
         return image_mask
 
-    def _image_index(self, image_mask: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _image_index(self, image_mask: Tensor, attention_mask: Any) -> Tensor:
         """`[B, L]`: the number, over all rows, of the latest image that each token may look at; -1 for none."""
         ordinal = (image_mask.flatten().cumsum(0).view_as(image_mask) - 1) // self.config.image_seq_length
         ordinal = ordinal.masked_fill(~image_mask, -1)
+        if isinstance(attention_mask, dict):  # of a decoder that has sliding layers, made for a static cache
+            attention_mask = attention_mask["full_attention"]
         if attention_mask is None or attention_mask.ndim == 2:
             return ordinal.cummax(dim=1).values
-        visible = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
+        visible = attention_mask[:, 0, :, : image_mask.shape[1]]  # a static cache's mask is wider than the prompt
+        visible = visible if visible.dtype == torch.bool else visible == 0
         return ordinal[:, None, :].masked_fill(~visible, -1).amax(dim=-1)
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]  # typed for its own mixin
         # The images are in the cache after the first step; without a cache every step reads them again.
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
             inputs["pixel_values"] = inputs["vision_features"] = None
         else:
             inputs["vision_states"] = None
         return inputs
 
     def _update_model_kwargs_for_generation(
-        self, outputs: VLMOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         model_kwargs["vision_states"] = outputs.vision_states
         return model_kwargs
 
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
-    ) -> tuple[Tensor | None, dict[str, Any]]:
+    def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         """Repeat rows for beams and samples; a row's images stay together and in order."""
         images: dict[str, Tensor] = {}
-        if expand_size > 1 and input_ids is not None:
-            counts = ((input_ids == self.config.image_token_id).sum(dim=1) // self.config.image_seq_length).tolist()
-            for name in ("pixel_values", "vision_features"):
-                if (value := model_kwargs.pop(name, None)) is not None:
-                    rows = [row.repeat(expand_size, *[1] * (row.ndim - 1)) for row in value.split(counts)]
-                    images[name] = torch.cat(rows)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, **images}
+        for name in ("pixel_values", "vision_features"):
+            if expand_size > 1 and (value := kwargs.pop(name, None)) is not None:
+                image_mask = self._image_mask(kwargs.get("input_ids"), len(value))
+                counts = (image_mask.sum(dim=1) // self.config.image_seq_length).tolist()
+                rows = [row.repeat(expand_size, *[1] * (row.ndim - 1)) for row in value.split(counts)]
+                images[name] = torch.cat(rows)
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[misc]
+        return input_ids, {**kwargs, **images}

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import ProcessorMixin
-from transformers.image_utils import make_nested_list_of_images
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
 
 IMAGE_TOKEN = "<image>"
 
-# ChatML, for language models that bring no chat template. Images are marked where they stand in a message.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+# A message's content as one string, an image part becoming the image token: what language models' templates expect.
+FLATTEN = (
+    "{%- set ns = namespace(flat=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is string -%}{%- set ns.flat = ns.flat + [message] -%}"
+    "{%- else -%}{%- set text = namespace(value='') -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{%- set text.value = text.value + '<image>' -%}"
+    "{%- elif part['type'] == 'text' -%}{%- set text.value = text.value + part['text'] -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set ns.flat = ns.flat + [dict(message, content=text.value)] -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = ns.flat -%}"
+)
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# For base language models, whose tokenizers know no token for a turn but the one that ends a text.
+PLAIN_TURNS = (
+    "{% for message in messages %}{{ message['role'] + '\\n' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
 )
 
 
@@ -26,6 +43,9 @@ class VLMProcessor(ProcessorMixin):
         image_seq_length: how many image tokens stand for an image in `input_ids`; equal to the model's.
         image_token: the placeholder in text. One placeholder an image, in order; it is expanded here.
     """
+
+    fixed_image_tokens = True
+    """An image takes `image_seq_length` tokens whatever it shows, so ids do not depend on pixels."""
 
     def __init__(
         self,
@@ -47,58 +67,76 @@ class VLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values"]
 
+    def __call__(self, images: Any = None, text: Any = None, *, pixels: bool = True, **kwargs: Any) -> Any:
+        """As in `ProcessorMixin`. With `pixels=False` image placeholders are expanded although no image is given: the
+        ids of a text whose pixels, or features, come from elsewhere."""
+        if pixels:
+            return super().__call__(images=images, text=text, **kwargs)
+        texts = [text] if isinstance(text, str) else list(text)
+        num_images = sum(sample.count(self.image_token) for sample in texts)
+        texts, _ = self.get_text_with_replacements(texts, [self.replace_image_token({}, 0)] * num_images)
+        return BatchFeature(dict(self.tokenizer(texts, **kwargs)))
+
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.image_seq_length
 
-    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+    def validate_inputs(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError with both counts and the example's index if placeholders and images do not match."""
-        if text is not None and images is not None:
-            placeholders = [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
-            given = self._images_per_text(images, len(placeholders))
-            if given is not None:
-                for index, (wanted, got) in enumerate(zip(placeholders, given, strict=True)):
-                    if wanted != got:
-                        raise ValueError(
-                            f"example {index}: its text has {wanted} {self.image_token} placeholders, "
-                            f"but {got} images were given for it"
-                        )
-        super().validate_inputs(images=images, text=text, **kwargs)
+        if text is not None:
+            wanted = [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
+            given = _images_per_text(images, wanted)
+            if len(given) != len(wanted):
+                raise ValueError(f"{len(wanted)} texts, but {len(given)} lists of images: give each text its own list")
+            for index, (placeholders, got) in enumerate(zip(wanted, given, strict=True)):
+                if placeholders != got:
+                    raise ValueError(
+                        f"example {index}: {placeholders} {self.image_token} placeholders in its text and {got} images; "
+                        "each image needs one placeholder"
+                    )
+        super().validate_inputs(images, text, *args, **kwargs)
 
-    @staticmethod
-    def _images_per_text(images: Any, num_texts: int) -> list[int] | None:
-        """How many images belong to each text, or None for a flat list that does not say."""
-        if isinstance(images, (list, tuple)) and images and isinstance(images[0], (list, tuple)):
-            if len(images) != num_texts:
-                raise ValueError(f"{num_texts} texts, but {len(images)} lists of images")
-            return [len(row) for row in images]
-        return [len(make_nested_list_of_images(images)[0])] if num_texts == 1 else None
-
-    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As in `ProcessorMixin`, but what users write is always text: `<image>`, `<|im_start|>` or `</s>` inside a
-        message becomes neither an image nor a role. Pass `sanitize_control_tokens=False` to trust the messages."""
-        if kwargs.get("tokenize") and not kwargs.get("return_assistant_tokens_mask"):
-            kwargs.setdefault("sanitize_control_tokens", True)
-        return super().apply_chat_template(conversation, chat_template, **kwargs)
+        message becomes neither an image nor a role. Pass `sanitize_control_tokens=False` to trust the messages.
+
+        As with a tokenizer's own `apply_chat_template`, the template alone says which special tokens there are.
+        """
+        if kwargs.get("tokenize"):
+            kwargs.setdefault("sanitize_control_tokens", not kwargs.get("return_assistant_tokens_mask"))
+            kwargs["processor_kwargs"] = {"add_special_tokens": False, **(kwargs.get("processor_kwargs") or {})}
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
 
-def chat_template_for(tokenizer: Any) -> str:
-    """The tokenizer's own chat template, made to place images; [`CHAT_TEMPLATE`] if it has none.
+def _images_per_text(images: Any, placeholders: list[int]) -> list[int]:
+    """How many images each text gets: the length of its list, or of a flat list as many as it asks for while they
+    last, and the last one what is left."""
+    if images is None:
+        return [0] * len(placeholders)
+    if isinstance(images, (list, tuple)) and images and all(isinstance(row, (list, tuple)) for row in images):
+        return [len(row) for row in images]
+    left, given = len(make_flat_list_of_images(images)), []
+    for wanted in placeholders:
+        given.append(min(wanted, left))
+        left -= given[-1]
+    given[-1] += left
+    return given
 
-    Language models' templates expect each message's content as one string. Messages with parts are joined to such a
-    string first, an image part becoming the image token, so that roles and separators stay the model's own.
+
+def chat_template_for(tokenizer: Any, *, chatml: bool = False) -> str:
+    """A chat template that places images: the tokenizer's own, ChatML if it has none or `chatml` asks for it, or, for a
+    tokenizer without ChatML's tokens, turns that end with its end-of-sequence token.
+
+    Roles are marked by special tokens alone, so that no text that a user writes can be taken for one.
+    Raises ValueError if the tokenizer lacks the tokens.
     """
-    if tokenizer.chat_template is None:
-        return CHAT_TEMPLATE
-    return (
-        "{%- set ns = namespace(flat=[]) -%}"
-        "{%- for message in messages -%}"
-        "{%- if message['content'] is string -%}{%- set ns.flat = ns.flat + [message] -%}"
-        "{%- else -%}{%- set text = namespace(value='') -%}"
-        "{%- for part in message['content'] -%}"
-        "{%- if part['type'] == 'image' -%}{%- set text.value = text.value + '<image>' -%}"
-        "{%- elif part['type'] == 'text' -%}{%- set text.value = text.value + part['text'] -%}{%- endif -%}"
-        "{%- endfor -%}"
-        "{%- set ns.flat = ns.flat + [dict(message, content=text.value)] -%}{%- endif -%}"
-        "{%- endfor -%}"
-        "{%- set messages = ns.flat -%}" + tokenizer.chat_template
-    )
+    if tokenizer.chat_template is not None and not chatml:
+        return FLATTEN + tokenizer.get_chat_template()
+    # Templates write the first token of a text themselves, where the tokenizer would have put one.
+    begin = "{{- bos_token -}}" if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else ""
+    if {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.get_added_vocab()):
+        return FLATTEN + begin + CHATML
+    if chatml:
+        raise ValueError("chatml needs the tokens <|im_start|> and <|im_end|>, which this tokenizer lacks: use auto")
+    if tokenizer.eos_token is None:
+        raise ValueError("the tokenizer has neither a chat template nor an end-of-sequence token to end turns with")
+    return FLATTEN + begin + PLAIN_TURNS
