@@ -95,19 +95,14 @@ class Model(_Section):
     """`default` drops the class and register tokens, `full` keeps them (the names of LLaVA's config)."""
     image_size: int | None = Field(default=None, ge=1)
     """Side of the square given to the encoder, in pixels; null is the encoder's own."""
+    chat_template: Literal["auto", "chatml"] = "auto"
+    """`auto` is the language model's own; `chatml` is plain ChatML turns without a system prompt, which is shorter."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model from the Hub. Only for a model whose code you have read."""
 
     @model_validator(mode="after")
     def _one_way(self) -> "Model":
-        joined = {
-            "vision",
-            "language",
-            "adapter",
-            "vision_feature_layer",
-            "vision_feature_select_strategy",
-            "image_size",
-        }
+        joined = set(type(self).model_fields) - {"pretrained", "trust_remote_code"}
         if self.pretrained:
             if beside := sorted(joined & self.model_fields_set - _at_default(self)):
                 why = "does not go with `pretrained`, which is a whole model already; remove one of them"

@@ -14,8 +14,8 @@ from vlm.data.example import Example
 def run(*, console: Console) -> Path:
     """Go the whole way in small and return the run folder. A run that was stopped is gone on with.
 
-    Raises UserError when the models cannot be fetched. Where the images of the recipe `quickstart` cannot be, the recipe
-    `easy_vqa` takes its place.
+    Where the images of the recipe `quickstart` cannot be fetched, the recipe `easy_vqa` takes its place. Raises
+    UserError when the models cannot be fetched.
     """
     from vlm import quickstart
 
@@ -72,7 +72,7 @@ def _ask(folder: Path, loaded: recipe.Recipe, console: Console) -> None:
         return generation.stream(model, processor, request, max_new_tokens=loaded.evaluation.max_new_tokens)
 
     image = example.images[0]
-    for text in (f"image:   {image}", f"asked:   {branch.question}", f"correct: {branch.all_references[0]}"):
+    for text in (f"image:   {example.where}", f"asked:   {branch.question}", f"correct: {branch.all_references[0]}"):
         console.print(Text(f"  {text}"), soft_wrap=True, highlight=False)
     console.print("  answer:  ", end="")
     chat.chat(stream, console, image=open_image(image), question=branch.question, lines=())

@@ -1,5 +1,6 @@
 """The command line: what is imported when, exit codes, and what is said on which stream."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,106 @@ def test_data_check_reports_and_fails_on_bad_rows(tmp_path: Path) -> None:
     code, out, _ = vlm("data", "check", "format=image_folder", f"path={tmp_path}")
     assert code == 1
     assert "b.png" in out
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images with captions, as an image folder."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photos")
+    colors = ("black", "white", "red", "blue")
+    for color in colors:
+        Image.new("RGB", (20, 12), color).save(folder / f"{color}.png")
+    rows = [json.dumps({"file_name": f"{color}.png", "caption": f"a {color} square"}) for color in colors]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of a few thousand random weights, saved as a run folder keeps it."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
+
+    from vlm.build import assemble
+
+    torch.manual_seed(0)
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "</s>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"]
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=8, patch_size=4))
+    language = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(fast), pad_token_id=0, eos_token_id=3))
+    images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    model, processor = assemble(vision, language, images, fast)
+    run = tmp_path_factory.mktemp("run")
+    model.save_pretrained(run / "model")
+    processor.save_pretrained(run / "model")
+    return str(run)
+
+
+def test_chat_answers_one_question(checkpoint: str, photos: Path) -> None:
+    code, out, _ = vlm("chat", checkpoint, "what?", "--image", str(photos / "red.png"))
+    assert code == 0
+    assert vlm("chat", checkpoint, "what?", "--image", str(photos / "red.png"))[1] == out
+
+
+def test_chat_reads_questions_from_a_pipe(checkpoint: str, photos: Path) -> None:
+    one = vlm("chat", checkpoint, "what?", "--image", str(photos / "red.png"))[1]
+    result = CliRunner().invoke(app, ["chat", checkpoint], input=f"/image {photos / 'red.png'}\nwhat?\n/quit\n")
+    assert result.exit_code == 0
+    assert result.stdout.endswith(one)
+
+
+def test_predict_writes_what_chat_says(checkpoint: str, photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    words = (
+        "predict",
+        checkpoint,
+        str(photos),
+        "--prompt",
+        "what?",
+        "--output",
+        str(output),
+        "--max-new-tokens",
+        "256",
+    )
+    code, out, _ = vlm(*words)
+    assert code == 0
+    assert out.startswith("4 predicted")
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [Path(row["image"]).stem for row in rows] == ["black", "blue", "red", "white"]
+    said = vlm("chat", checkpoint, "what?", "--image", str(photos / "red.png"))[1]
+    assert rows[2]["prediction"].split() == said.split()
+    assert vlm(*words)[1].startswith("0 predicted, 4 were there already")
+
+
+def test_eval_scores_and_scores_blind(checkpoint: str, photos: Path) -> None:
+    code, out, _ = vlm("eval", checkpoint, "--data", f"format=image_folder path={photos}", "--metrics", "rouge_l")
+    assert code == 0
+    assert "rouge_l" in out
+    folder = Path(checkpoint) / "evaluation-image_folder"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["n_images"] == 4
+    assert summary["metrics"]["rouge_l"]["blind_score"] is not None
+    assert (folder / "samples.html").is_file()
+
+
+def test_data_check_counts_tokens_as_the_model_does(checkpoint: str, photos: Path) -> None:
+    code, out, _ = vlm("data", "check", "format=image_folder", f"path={photos}", "--model", checkpoint)
+    assert code == 0
+    assert "tokens" in out
+    assert "<image> x 4" in out  # 2 x 2 patches

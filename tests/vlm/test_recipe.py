@@ -1,6 +1,7 @@
 """Recipes: what is refused and how it is said, overrides, paths, and the way there and back."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 
 import pytest
@@ -292,3 +293,16 @@ def test_every_default_of_training_arguments_passes_the_check() -> None:
         if field.name not in recipe_train.REFUSED
     }
     assert recipe_train.check(defaults) == []
+
+
+def test_every_option_of_build_is_a_key_of_the_model_section() -> None:
+    from vlm.build import build
+
+    defaults = recipe.Model(vision="v", language="l")
+    keys = {**dict(defaults), **dict(defaults.adapter)}
+    for name, parameter in inspect.signature(build).parameters.items():
+        assert name in keys
+        if parameter.default is not inspect.Parameter.empty and name != "projector":
+            assert keys[name] == parameter.default
+    assert keys["projector"] == {"type": inspect.signature(build).parameters["projector"].default}
+    assert keys.keys() - inspect.signature(build).parameters.keys() == {"pretrained", "adapter"}
