@@ -50,6 +50,7 @@ def train(
     from vlm import recipe as recipes
 
     loaded = recipes.load(recipe, overrides or [])
+    recipes.require_models(loaded)  # before the seconds that the next import takes
     from vlm.training import run
 
     run.train(loaded, dry_run=dry_run, resume=resume, overwrite=overwrite, console=console)

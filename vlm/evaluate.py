@@ -79,8 +79,8 @@ def run(
 
 def show(summary: dict[str, Any], console: Console) -> None:
     """Print the scores with their 95 % intervals, beside those of the same model shown the wrong images."""
-    table = Table("", "score", "blind", "does it look?")
-    words = {True: "yes", False: "not shown by these", None: "-"}
+    table = Table("", "score", "blind", "looks?")
+    words = {True: "yes", False: "not shown", None: "-"}
     for name, row in summary["metrics"].items():
         cells = [
             _score(row[key], row[interval])

@@ -24,7 +24,17 @@ from vlm.errors import nearest
 from vlm.recipe_errors import FoundError, findings, to_recipe_error
 from vlm.recipe_source import COMMAND_LINE, Path_, Places, RecipeError, apply_overrides, read_yaml
 
-__all__ = ["Recipe", "RecipeError", "from_dict", "home", "load", "packaged", "packaged_text", "parse_data"]
+__all__ = [
+    "Recipe",
+    "RecipeError",
+    "from_dict",
+    "home",
+    "load",
+    "packaged",
+    "packaged_text",
+    "parse_data",
+    "require_models",
+]
 
 PARTS = ("vision", "projector", "fusion", "language")
 PATH_KEYS = ("path", "images", "annotations", "questions", "data_files")
@@ -382,6 +392,17 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     raw, places = read_yaml(text, name)
     raw.setdefault("name", path.stem)
     return from_dict(raw, overrides, base_dir=base_dir, places=places, file=name)
+
+
+def require_models(recipe: Recipe) -> None:
+    """Raise RecipeError when a model named by a path is not there: transformers would look for it on the Hub."""
+    gone = [
+        f"model.{key}: there is no folder {value}" + ("; `vlm quickstart` fetches it" if str(home()) in value else "")
+        for key in ("pretrained", "vision", "language")
+        if (value := getattr(recipe.model, key)) and value.startswith(("/", ".")) and not Path(value).exists()
+    ]
+    if gone:
+        raise RecipeError("\n".join(gone))
 
 
 def packaged() -> dict[str, str]:

@@ -258,6 +258,18 @@ def test_the_cache_folder_and_home_are_expanded(tmp_path: Path, monkeypatch: pyt
     assert recipe.home() == Path("/home/me/.cache/vlm")
 
 
+def test_a_model_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_HOME", str(tmp_path))
+    recipe.require_models(load(tmp_path, GOOD))  # Hub names: not looked up
+    loaded = load(tmp_path, GOOD, "model.vision=${VLM_HOME}/clip", "model.language=./llm")
+    with pytest.raises(RecipeError) as caught:
+        recipe.require_models(loaded)
+    assert str(caught.value).splitlines() == [
+        f"model.vision: there is no folder {tmp_path}/clip; `vlm quickstart` fetches it",
+        "model.language: there is no folder ./llm",
+    ]
+
+
 def test_the_builder_of_data_files_is_not_taken_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "json").mkdir()
     (tmp_path / "a.jsonl").touch()
