@@ -227,7 +227,11 @@ class Stage(_Section):
     @field_validator("train")
     @classmethod
     def _training_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if found := recipe_train.check(value):
+        found = recipe_train.check(value)
+        rate = value.get("learning_rate", 1)
+        if _number(rate) and not 0 < rate < float("inf"):
+            found.append(("learning_rate", f"must be more than 0, not {rate!r}"))
+        if found:
             raise FoundError([((key,), why) for key, why in found])
         return value
 
@@ -245,7 +249,7 @@ class Stage(_Section):
             why = "has no effect: every part under `trainable` and `lora` has a rate of its own; change those"
             raise FoundError([(("train", "learning_rate"), why)])
         if bare or bare_lora:
-            rate = float(self.train.get("learning_rate") or recipe_train.default_learning_rate())
+            rate = float(self.train.get("learning_rate", recipe_train.default_learning_rate()))
             self.trainable = {part: own or rate for part, own in self.trainable.items()}
             if self.lora and bare_lora:
                 self.lora = self.lora.model_copy(update={"learning_rate": rate})

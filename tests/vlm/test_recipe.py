@@ -96,6 +96,8 @@ def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -
         (("  max_steps: 5", "  lr_scheduler_type: cosin"), 10, "did you mean 'cosine'?"),
         (("  max_steps: 5", "  output_dir: x"), 10, "train.output_dir: set `output_dir` at the top"),
         (("  max_steps: 5", "  hub_token: x"), 10, "train.hub_token: never write a token"),
+        (("  max_steps: 5", "  learning_rate: 0"), 10, "train.learning_rate: must be more than 0, not 0"),
+        (("  max_steps: 5", "  learning_rate: null"), 10, "train.learning_rate: must be a number, not None"),
         (("  max_steps: 5", "  learning_rate: 1e-4"), 10, "train.learning_rate: has no effect"),
         (("format: image_folder", "format: image_foldr"), 6, "did you mean 'image_folder'?"),
         (("format: image_folder, ", ""), 6, "data.train.format: is missing"),
