@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vlm import recipe_train
 from vlm.errors import nearest
 from vlm.recipe_errors import FoundError, findings, to_recipe_error
-from vlm.recipe_source import COMMAND_LINE, Path_, Places, RecipeError, apply_overrides, read_yaml
+from vlm.recipe_source import COMMAND_LINE, KeyPath, Places, RecipeError, apply_overrides, read_yaml
 
 __all__ = [
     "Recipe",
@@ -214,7 +214,7 @@ class Stage(_Section):
             value = dict.fromkeys(map(str, value))
         if not isinstance(value, dict):
             raise ValueError(f"must be a section such as `projector: 1e-3`, or a list of parts, not {value!r}")
-        found: list[tuple[Path_, str]] = []
+        found: list[tuple[KeyPath, str]] = []
         for part, rate in value.items():
             if part not in PARTS:
                 found.append(((part,), f"there is no such part of the model; {nearest(part, PARTS)}"))
@@ -322,7 +322,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        found: list[tuple[Path_, str]] = []
+        found: list[tuple[KeyPath, str]] = []
         for i, stage in enumerate(self.stages):
             if "fusion" in stage.trainable and not self.model.pretrained and self.model.adapter.fusion == "prefix":
                 why = "`fusion: prefix` has no weights; remove it, or choose cross_attention in model.adapter"
@@ -370,7 +370,7 @@ def from_dict(
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        hidden: Path_ = () if "stages" in values else ("stages", 0)
+        hidden: KeyPath = () if "stages" in values else ("stages", 0)
         raise to_recipe_error(error, Recipe, places, file, hidden=hidden) from None
 
 

@@ -7,18 +7,18 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from vlm.errors import nearest
-from vlm.recipe_source import Key, Path_, Places, RecipeError
+from vlm.recipe_source import Key, KeyPath, Places, RecipeError
 
 
 class FoundError(ValueError):
     """Raised by a validator that found several problems, each at a key inside the section it looks at."""
 
-    def __init__(self, found: Sequence[tuple[Path_, str]]) -> None:
+    def __init__(self, found: Sequence[tuple[KeyPath, str]]) -> None:
         super().__init__("; ".join(what for _, what in found))
         self.found = tuple(found)
 
 
-def findings(error: ValidationError, model: type[BaseModel]) -> list[tuple[Path_, str]]:
+def findings(error: ValidationError, model: type[BaseModel]) -> list[tuple[KeyPath, str]]:
     """Return (key, what is wrong) for every problem that pydantic found in a section of type `model`."""
     return [(tuple(problem["loc"]), _say(problem, model)) for problem in error.errors(include_url=False)]
 
@@ -47,7 +47,7 @@ _LIMITS = {
 
 
 def to_recipe_error(
-    error: ValidationError, root: type[BaseModel], places: Places, name: str, *, hidden: Path_ = ()
+    error: ValidationError, root: type[BaseModel], places: Places, name: str, *, hidden: KeyPath = ()
 ) -> RecipeError:
     """Turn a pydantic error on `root` into one RecipeError that lists every problem.
 
@@ -65,11 +65,11 @@ def to_recipe_error(
     return RecipeError(f"{name} has {count}:\n  " + "\n  ".join(lines))
 
 
-def _written(path: Path_, hidden: Path_) -> Path_:
+def _written(path: KeyPath, hidden: KeyPath) -> KeyPath:
     return path[len(hidden) :] if path[: len(hidden)] == hidden else path
 
 
-def _place(path: Path_, places: Places, name: str) -> str:
+def _place(path: KeyPath, places: Places, name: str) -> str:
     for length in range(len(path), 0, -1):
         if path[:length] in places:
             return places[path[:length]]
@@ -93,7 +93,7 @@ def _say(problem: Any, root: type[BaseModel]) -> str:
     return f"{_WORDS.get(kind, problem['msg'])}, not {given!r}"
 
 
-def _suggest(path: Path_, root: type[BaseModel]) -> str:
+def _suggest(path: KeyPath, root: type[BaseModel]) -> str:
     *parents, key = path
     section = _section(root, parents)
     close = nearest(key, section)

@@ -9,8 +9,8 @@ import yaml
 from vlm.errors import UserError
 
 Key = str | int
-Path_ = tuple[Key, ...]
-Places = dict[Path_, str]
+KeyPath = tuple[Key, ...]
+Places = dict[KeyPath, str]
 """For every key of a recipe, by its path, where it was written: `my.yaml:12` or `command line`."""
 
 COMMAND_LINE = "command line"
@@ -58,7 +58,7 @@ class _Reader:
     def at(self, node: yaml.Node) -> str:
         return f"{self.name}:{node.start_mark.line + 1}"
 
-    def value(self, node: yaml.Node, path: Path_, inside: tuple[yaml.Node, ...] = ()) -> Any:
+    def value(self, node: yaml.Node, path: KeyPath, inside: tuple[yaml.Node, ...] = ()) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES or node in inside:
             raise RecipeError(f"{self.at(node)}: too many values, or a YAML alias (*name) that contains itself")
@@ -70,7 +70,7 @@ class _Reader:
             return [self.value(item, (*path, i), (*inside, node)) for i, item in enumerate(node.value)]
         return self.loader.construct_object(node)
 
-    def mapping(self, node: yaml.MappingNode, path: Path_, inside: tuple[yaml.Node, ...]) -> dict[str, Any]:
+    def mapping(self, node: yaml.MappingNode, path: KeyPath, inside: tuple[yaml.Node, ...]) -> dict[str, Any]:
         first: dict[str, str] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -137,7 +137,7 @@ def apply_overrides(raw: dict[str, Any], places: Places, overrides: Sequence[str
 
 def _set(raw: dict[str, Any], keys: tuple[str, ...], value: Any, places: Places, override: str) -> None:
     here: Any = raw
-    path: Path_ = ()
+    path: KeyPath = ()
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         dotted = ".".join(map(str, path))
