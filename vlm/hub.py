@@ -1,6 +1,7 @@
 """`vlm push`: a finished run to the Hugging Face Hub, weights, processor and model card in one commit."""
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,16 +61,16 @@ def push(
 
     run_dir = Path(run_dir)
     model_dir = run_dir / "model"
-    if not (model_dir / "config.json").is_file() and not _is_lora(model_dir):
+    if not (model_dir / "config.json").is_file():
         raise UserError(f"{run_dir} is not the folder of a finished run: there is no model/config.json in it")
     token = token or get_token()
     if not token:
         raise UserError("pushing needs a token with write access: log in with `hf auth login`, or set HF_TOKEN")
 
-    api = HfApi(token=token)
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
     with tempfile.TemporaryDirectory() as scratch:
-        merged = merge_lora and _is_lora(model_dir)
-        folder = _merge(model_dir, Path(scratch), load) if merged else model_dir
+        adapter = _adapter_of(model_dir)
+        folder = _merge(model_dir, adapter, Path(scratch), load) if adapter and merge_lora else model_dir
         files = {str(path.relative_to(folder).as_posix()): path for path in _uploaded(folder)}
         for extra in ("recipe.yaml", "evaluation/summary.json"):
             if (run_dir / extra).is_file():
@@ -150,27 +151,25 @@ def _introduction(bases: Sequence[str]) -> str:
     return (
         "A vision-language model that answers in text about images"
         + (f", made from {made_of}" if made_of else "")
-        + ", trained with [vlm-bridge](https://pypi.org/project/vlm-bridge/). "
+        + ", trained with `vlm-bridge`. "
         "The licences of the models and data it was made from apply."
     )
 
 
 def _usage(repo_id: str, model_dir: Path) -> str:
-    config = _read_json(model_dir / "config.json")
-    ours = config.get("model_type") == "vlm" or not config
-    if _is_lora(model_dir):
-        return (
-            "The LoRA weights are not merged into the model; `vlm.generation.load` puts the two together "
-            f'(`pip install vlm-bridge`):\n\n```python\nfrom vlm.generation import load\n\nmodel, processor = load("'
-            f'{repo_id}")\n```'
-        )
+    ours = _read_json(model_dir / "config.json").get("model_type") == "vlm"
+    adapter = _adapter_of(model_dir)
+    lora = ""
+    if adapter:
+        where = f', subfolder="{adapter.name}"' if adapter != model_dir else ""
+        lora = f'model = PeftModel.from_pretrained(model, "{repo_id}"{where})  # the LoRA weights are not merged\n'
     first = "import vlm  # pip install vlm-bridge: makes the Auto classes know this model\n" if ours else ""
     return f"""```python
-{first}from PIL import Image
+{first}{"from peft import PeftModel" + chr(10) if lora else ""}from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("{repo_id}")
-processor = AutoProcessor.from_pretrained("{repo_id}")
+{lora}processor = AutoProcessor.from_pretrained("{repo_id}")
 
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "Describe the image."}}]}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -239,20 +238,23 @@ def _hub_id(name: str) -> str | None:
     return name if HUB_ID.fullmatch(name) else None
 
 
-def _is_lora(model_dir: Path) -> bool:
-    return any(model_dir.glob("adapter_config.json")) or any(model_dir.glob("*/adapter_config.json"))
+def _adapter_of(model_dir: Path) -> Path | None:
+    """The folder with the LoRA weights: `adapter/` in the checkpoint, or the checkpoint itself."""
+    return next((path for path in (model_dir / "adapter", model_dir) if (path / "adapter_config.json").is_file()), None)
 
 
-def _merge(model_dir: Path, target: Path, load: Load | None) -> Path:
+def _merge(model_dir: Path, adapter: Path, target: Path, load: Load | None) -> Path:
     if load is None:
         from vlm import generation
 
         load = generation.load
     model: Any
     model, processor = load(str(model_dir))
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    model.save_pretrained(target)
+    if not hasattr(model, "merge_and_unload"):  # the base alone
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter))
+    model.merge_and_unload().save_pretrained(target)
     processor.save_pretrained(target)
     return target
 

