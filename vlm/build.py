@@ -118,7 +118,8 @@ def add_image_token(tokenizer: Any, language_model: PreTrainedModel) -> None:
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has neither a padding token nor an end-of-sequence token; set one of them")
         tokenizer.pad_token = tokenizer.eos_token
-    if len(tokenizer) > language_model.get_input_embeddings().weight.shape[0]:
+    embeddings: Any = language_model.get_input_embeddings()
+    if len(tokenizer) > embeddings.num_embeddings:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # a notice on how new embeddings are drawn, which is as intended
         try:
@@ -162,7 +163,8 @@ def probe_encoder(
     width = features.patches.shape[-1]
     num_prefix = features.prefix.shape[1] if keep_prefix else 0
     with torch.device("meta"):
-        return build_projector(projector, width, width).num_tokens(num_prefix, features.grid), width
+        num_tokens: int = build_projector(projector, width, width).num_tokens(num_prefix, features.grid)  # type: ignore[operator]
+    return num_tokens, width
 
 
 def image_size_of(image_processor: Any) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 
 def load_quietly(auto_class: Any, name: str, **kwargs: Any) -> Any:
-    """`auto_class.from_pretrained(name, ...)` without a table of the weights that the checkpoint has beyond the model's.
+    """`auto_class.from_pretrained(name, ...)` without a table of what the checkpoint has beyond the model's weights.
 
     A vision tower taken out of CLIP leaves the text half and the projection behind, as it should. Weights that are
     *missing* are an error: transformers would make them up and warn. Raises ValueError naming them.

@@ -156,7 +156,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def _image_mask(self, input_ids: Tensor | None, num_images: int) -> Tensor:
-        """`[B, L]`, where the image tokens are. Raises ValueError unless they are those of `num_images` whole images."""
+        """`[B, L]`, where the image tokens are. Raises ValueError unless they make `num_images` whole images."""
         if input_ids is None:
             raise ValueError("images need input_ids, whose image tokens say where they belong; inputs_embeds have none")
         image_mask = input_ids == self.config.image_token_id

@@ -90,8 +90,8 @@ class VLMProcessor(ProcessorMixin):
             for index, (placeholders, got) in enumerate(zip(wanted, given, strict=True)):
                 if placeholders != got:
                     raise ValueError(
-                        f"example {index}: {placeholders} {self.image_token} placeholders in its text and {got} images; "
-                        "each image needs one placeholder"
+                        f"example {index}: {placeholders} {self.image_token} placeholders in its text and "
+                        f"{got} images; each image needs one placeholder"
                     )
         super().validate_inputs(images, text, *args, **kwargs)
 
@@ -114,7 +114,8 @@ def _images_per_text(images: Any, placeholders: list[int]) -> list[int]:
         return [0] * len(placeholders)
     if isinstance(images, (list, tuple)) and images and all(isinstance(row, (list, tuple)) for row in images):
         return [len(row) for row in images]
-    left, given = len(make_flat_list_of_images(images)), []
+    flat: Any = make_flat_list_of_images(images)
+    left, given = len(flat), []
     for wanted in placeholders:
         given.append(min(wanted, left))
         left -= given[-1]
@@ -132,7 +133,7 @@ def chat_template_for(tokenizer: Any, *, chatml: bool = False) -> str:
     if tokenizer.chat_template is not None and not chatml:
         return FLATTEN + tokenizer.get_chat_template()
     # Templates write the first token of a text themselves, where the tokenizer would have put one.
-    begin = "{{- bos_token -}}" if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else ""
+    begin = "{{- bos_token -}}" if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
     if {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.get_added_vocab()):
         return FLATTEN + begin + CHATML
     if chatml:

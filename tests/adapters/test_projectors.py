@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from vlm.adapters import PROJECTORS, build_projector
+
+GRID = (4, 6)
+OPTIONS = {"average_pool": {"num_image_tokens": 4}, "resampler": {"num_image_tokens": 5}}
+
+
+@pytest.mark.parametrize("name", PROJECTORS)
+@pytest.mark.parametrize("num_prefix", [0, 1])
+def test_every_projector_makes_the_tokens_it_says(name, num_prefix):
+    if name == "pixel_shuffle" and num_prefix:
+        pytest.skip("pixel_shuffle refuses class tokens, see below")
+    torch.manual_seed(0)
+    projector = build_projector({"type": name, **OPTIONS.get(name, {})}, 12, 20)
+    features = torch.randn(3, num_prefix + 24, 12, requires_grad=True)
+    tokens = projector(features, GRID)
+    assert tokens.shape == (3, projector.num_tokens(num_prefix, GRID), 20)
+
+    tokens.square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in projector.parameters())
+    assert (features.grad.abs().sum(dim=-1) > 0).all(), "some patch is not looked at"
+    assert torch.equal(projector(features, GRID)[1:2], projector(features[1:2], GRID)) or torch.allclose(
+        projector(features, GRID)[1:2], projector(features[1:2], GRID), atol=1e-6
+    ), "images of a batch depend on each other"
+
+
+def test_pixel_shuffle_puts_squares_of_neighbours_into_one_token_and_loses_nothing():
+    projector = build_projector({"type": "pixel_shuffle", "scale_factor": 2}, 1, 4)
+    with torch.no_grad():
+        projector.proj.weight.copy_(torch.eye(4))
+    # Patches of a 4 x 4 grid, numbered row by row.
+    features = torch.arange(16.0).view(1, 16, 1)
+    assert projector(features, (4, 4)).tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
+    # 2 x 4: the same squares whatever the height.
+    assert projector(features[:, :8], (2, 4)).tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7]]]
+
+
+def test_average_pool_equals_means_by_hand():
+    projector = build_projector({"type": "average_pool", "num_image_tokens": 4}, 2, 2)
+    with torch.no_grad():
+        projector.linear.weight.copy_(torch.eye(2))
+    features = torch.zeros(1, 1 + 16, 2)
+    features[0, 0] = torch.tensor([30.0, 40.0])  # the class token
+    features[0, 1:, 0] = torch.arange(16.0)
+    features[0, 1:, 1] = 1
+    means = torch.tensor([[30, 40], [2.5, 1], [4.5, 1], [10.5, 1], [12.5, 1]])  # (0 + 1 + 4 + 5) / 4 and so on
+    expected = means / (means.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(projector(features, (4, 4))[0], expected, atol=1e-6)
+
+
+def test_resampler_depends_on_the_features():
+    torch.manual_seed(0)
+    projector = build_projector({"type": "resampler", "num_image_tokens": 3}, 8, 12)
+    features = torch.randn(1, 10, 8)
+    assert not torch.allclose(projector(features, (2, 5)), projector(features.flip(-1), (2, 5)), atol=1e-3)
+    assert projector.num_tokens(0, (2, 5)) == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_prefix", "grid", "words"),
+    [
+        ({"type": "pixel_shuffle"}, 1, (4, 4), ["class tokens", "vision_feature_select_strategy: default"]),
+        ({"type": "pixel_shuffle", "scale_factor": 2}, 0, (4, 5), ["scale_factor 2", "4 x 5"]),
+        ({"type": "average_pool", "num_image_tokens": 25}, 0, (4, 9), ["5 x 5", "4 x 9"]),
+    ],
+)
+def test_a_grid_that_does_not_fit_is_refused(spec, num_prefix, grid, words):
+    projector = build_projector(spec, 8, 8)
+    with pytest.raises(ValueError, match="grid|class tokens|patches") as error:
+        projector.num_tokens(num_prefix, grid)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_average_pool_needs_a_square_number():
+    with pytest.raises(ValueError, match="square number of num_image_tokens, not 50"):
+        build_projector({"type": "average_pool", "num_image_tokens": 50}, 8, 8)
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown projector 'resample'. Did you mean 'resampler'"):
+        build_projector({"type": "resample"}, 8, 8)
+    with pytest.raises(ValueError, match="'num_image_token'. Did you mean 'num_image_tokens'"):
+        build_projector({"type": "average_pool", "num_image_token": 4}, 8, 8)
+    with pytest.raises(ValueError, match="Known: average_pool, linear, mlp"):
+        build_projector({"type": "zzz"}, 8, 8)

@@ -1,0 +1,419 @@
+"""The model against the bare language model, against stock LLaVA, and against itself saved and loaded."""
+
+import copy
+
+import pytest
+import torch
+from tests.tiny import (
+    DECODERS,
+    FUSIONS,
+    byte_level_tokenizer,
+    clip_config,
+    encode,
+    image,
+    logits,
+    open_gates,
+    text_config,
+    tiny,
+    user,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BloomConfig,
+    FalconConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    ResNetConfig,
+    SwinConfig,
+    TimmWrapperConfig,
+    pipeline,
+)
+
+import vlm  # noqa: F401 - registers the Auto classes
+from vlm.adapters import PROJECTORS
+from vlm.configuration import VLMConfig
+from vlm.encoder import vision_config_of
+from vlm.modeling import VLMForConditionalGeneration
+
+OPTIONS = {"average_pool": {"num_image_tokens": 4}, "resampler": {"num_image_tokens": 5}}
+
+
+def batch(processor, *conversations):
+    return encode(processor, [[user(*parts)] for parts in conversations])
+
+
+# --- against stock LLaVA
+
+
+@pytest.fixture(scope="module")
+def llava_and_ours():
+    """Stock LLaVA, and ours with its weights."""
+    ours, processor = tiny(vision_feature_layer=-2)
+    config = LlavaConfig(
+        vision_config=clip_config(),
+        text_config=ours.config.text_config,
+        image_token_id=ours.config.image_token_id,
+        vision_feature_layer=-2,
+        image_seq_length=16,
+    )
+    llava = LlavaForConditionalGeneration(config).eval()
+    weights = llava.state_dict()
+    renamed = {}
+    for key, value in weights.items():
+        if key.startswith("lm_head"):
+            renamed[f"language_model.{key}"] = value
+        elif key.startswith("model.language_model"):
+            renamed[key.replace("model.language_model", "language_model.model", 1)] = value
+        else:
+            renamed[key.removeprefix("model.")] = value
+    assert renamed.keys() == ours.state_dict().keys()
+    ours.load_state_dict(renamed)
+    return llava, ours, processor
+
+
+@pytest.mark.parametrize(
+    "conversations",
+    [
+        [(image(0), "what is it")],
+        [(image(0), "and", image(1), image(2), "the dog")],
+        [(image(0), "a cat"), ("no image",), (image(1), image(2), "what is in the image ?")],
+    ],
+    ids=["one image", "several images", "padded batch"],
+)
+def test_equals_stock_llava(llava_and_ours, conversations):
+    llava, ours, processor = llava_and_ours
+    inputs = batch(processor, *conversations)
+    difference = (logits(llava, **inputs) - logits(ours, **inputs)).abs()
+    assert logits(ours, **inputs).std() > 0.1
+    assert difference[inputs["attention_mask"].bool()].max() < 1e-4
+
+
+def test_loss_equals_stock_llava(llava_and_ours):
+    llava, ours, processor = llava_and_ours
+    inputs = batch(processor, (image(0), "a cat"), (image(1), "what is in the image ?"))
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        assert torch.allclose(llava(**inputs, labels=labels).loss, ours(**inputs, labels=labels).loss, atol=1e-5)
+
+
+# --- what a bridge does before it is trained
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_closed_gates_leave_the_language_model_as_it_was_bit_for_bit(decoder):
+    model, processor = tiny(decoder, "cross_attention", gates=False)
+    inputs = batch(processor, (image(0), "what is it"), ("a cat", image(1), image(2), "and a dog"))
+    bare = AutoModelForCausalLM.from_config(text_config(decoder)).eval()
+    weights = {key.replace(".layer.", "."): value for key, value in model.language_model.state_dict().items()}
+    weights = {key: value for key, value in weights.items() if ".cross_attention." not in key}
+    assert weights.keys() == bare.state_dict().keys()
+    bare.load_state_dict(weights)
+    text = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    assert torch.equal(logits(model, **inputs), logits(bare, **text))
+    open_gates(model)
+    assert (logits(model, **inputs) - logits(bare, **text)).abs().max() > 0.1
+
+
+def test_closed_gates_leave_the_prefix_as_it_was_bit_for_bit():
+    both, processor = tiny(fusion="prefix+cross_attention", gates=False)
+    prefix, _ = tiny(fusion="prefix", gates=False)
+    weights = {key.replace(".layer.", "."): value for key, value in both.state_dict().items()}
+    prefix.load_state_dict({key: value for key, value in weights.items() if ".cross_attention." not in key})
+    inputs = batch(processor, (image(0), "what is it"), (image(1), image(2), "a dog"))
+    assert torch.equal(logits(both, **inputs), logits(prefix, **inputs))
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_images_change_what_follows_them_and_nothing_before(decoder, fusion):
+    model, processor = tiny(decoder, fusion)
+    inputs = batch(processor, ("a cat and", image(0), "a dog"))
+    other = batch(processor, ("a cat and", image(1), "a dog"))
+    first = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0])
+    difference = (logits(model, **inputs) - logits(model, **other)).abs().amax(dim=-1)[0]
+    assert torch.equal(difference[:first], torch.zeros(first))
+    assert difference[-1] > 1e-3
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_gradients_reach_every_part(fusion):
+    model, processor = tiny(fusion=fusion)
+    inputs = batch(processor, (image(0), "what is it"), (image(1), image(2), "a dog"))
+    model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for name, parameter in model.named_parameters():
+        unread = "post_layernorm" in name  # CLIP's, for its class token
+        assert unread or (parameter.grad is not None and parameter.grad.abs().sum() > 0), name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_gradient_checkpointing_gives_the_same_gradients(fusion, reentrant):
+    model, processor = tiny(fusion=fusion)
+    inputs = batch(processor, (image(0), "what is it"), (image(1), image(2), "a dog"))
+
+    def gradients():
+        model.zero_grad()
+        model.train()(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    recomputed = []
+    for module in model.modules():
+        if type(module).__name__ in ("CrossAttentionBlock", "LlamaDecoderLayer"):
+            module.register_forward_hook(lambda *_: recomputed.append(1))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert all(m.gradient_checkpointing for m in model.modules() if type(m).__name__ == "CrossAttentionBlock")
+    if reentrant and "cross" in fusion:
+        # Visual tokens reach the blocks beside the hidden states; a reentrant checkpoint cannot carry their gradients.
+        with pytest.raises(RuntimeError):
+            gradients()
+        return
+    checkpointed = gradients()
+    assert plain.keys() == checkpointed.keys()
+    for name in plain:
+        assert torch.allclose(plain[name], checkpointed[name], rtol=1e-4, atol=1e-6), name
+
+
+# --- what a token of a cross-attention model sees
+
+
+def test_the_image_index_is_the_latest_image_of_the_row():
+    model, processor = tiny(fusion="cross_attention")
+    token = model.config.image_token_id
+    ids = torch.tensor([[1, token, 2, token, 3], [4, 5, 6, 7, 8], [9, 9, token, 1, 1]])
+    index = model._image_index(ids == token, None)
+    assert index.tolist() == [[-1, 0, 0, 1, 1], [-1] * 5, [-1, -1, 2, 2, 2]]
+
+
+def test_the_image_index_follows_a_tree_mask():
+    """Two trees in a row, each an image and two branches: a branch sees the image of its own trunk."""
+    model, _ = tiny(fusion="cross_attention")
+    token = model.config.image_token_id
+    #       tree 0: trunk [I a], branches [b] [c]   tree 1: trunk [d I], branch [e]   tree 2: no image
+    ids = torch.tensor([[token, 11, 12, 13, 14, token, 15, 16]])
+    sees = torch.zeros(8, 8, dtype=torch.bool)
+    for query, keys in enumerate([[0], [0, 1], [0, 1, 2], [0, 1, 3], [4], [4, 5], [4, 5, 6], [7]]):
+        sees[query, keys] = True
+    expected = [[0, 0, 0, 0, -1, 1, 1, -1]]
+    assert model._image_index(ids == token, sees[None, None]).tolist() == expected
+    additive = torch.zeros(8, 8).masked_fill(~sees, torch.finfo(torch.float32).min)
+    assert model._image_index(ids == token, additive[None, None]).tolist() == expected
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_packed_row_equals_its_conversations_alone(fusion):
+    """With a 4D mask and position ids of its own, a conversation beside another one gives the logits it gives alone."""
+    model, processor = tiny(fusion=fusion)
+    one, two = batch(processor, (image(0), "what is it")), batch(processor, ("a dog", image(1), "and a cat"))
+    lengths = [x["input_ids"].shape[1] for x in (one, two)]
+    row = torch.arange(2).repeat_interleave(torch.tensor(lengths))
+    mask = (row[:, None] == row[None, :]).tril()
+    packed = logits(
+        model,
+        input_ids=torch.cat([one["input_ids"], two["input_ids"]], dim=1),
+        pixel_values=torch.cat([one["pixel_values"], two["pixel_values"]]),
+        attention_mask=mask[None, None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+    )
+    alone = torch.cat([logits(model, **one), logits(model, **two)], dim=1)
+    assert torch.allclose(packed, alone, atol=1e-4)
+
+
+# --- features in place of pixels
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_features_kept_from_an_earlier_run_are_as_good_as_pixels(strategy):
+    model, processor = tiny(vision_feature_select_strategy=strategy)
+    inputs = dict(batch(processor, (image(0), image(1), "what is it")))
+    with torch.no_grad():
+        features, grid = model.get_vision_features(inputs["pixel_values"])
+    assert features.shape == (2, 16 + (strategy == "full"), 24)
+    expected = logits(model, **inputs)
+    del inputs["pixel_values"]
+    assert torch.equal(logits(model, **inputs, vision_features=features, vision_grid=grid), expected)
+    with pytest.raises(ValueError, match="vision_features together with vision_grid"):
+        model(**inputs, vision_features=features)
+
+
+# --- errors
+
+
+def test_wrong_numbers_of_image_tokens_are_refused():
+    model, processor = tiny()
+    inputs = dict(batch(processor, (image(0), "what is it"), (image(1), "a dog")))
+    with pytest.raises(ValueError, match="32 image tokens; 1 images of 16 tokens need 16"):
+        model(**{**inputs, "pixel_values": inputs["pixel_values"][:1]})
+    ids = inputs["input_ids"].clone()
+    ids[0, (ids[0] == model.config.image_token_id).nonzero()[0]] = 5
+    ids[1, -1] = model.config.image_token_id
+    with pytest.raises(ValueError, match="row 0 of input_ids holds 15 image tokens, and an image takes 16"):
+        model(**{**inputs, "input_ids": ids})
+    with pytest.raises(ValueError, match="row 0 of input_ids"):
+        model.generate(**{**inputs, "input_ids": ids}, num_beams=2, max_new_tokens=2)
+    del inputs["pixel_values"]
+    with pytest.raises(ValueError, match="32 image tokens; 0 images"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="images need input_ids"):
+        model(inputs_embeds=torch.randn(1, 20, 32), pixel_values=torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4),
+        FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    ],
+    ids=["bloom", "falcon"],
+)
+def test_decoders_that_drop_keyword_arguments_are_refused_for_cross_attention(config):
+    options = {"vision_config": clip_config(), "text_config": config}
+    with pytest.raises(ValueError, match=r"(Bloom|Falcon)ForCausalLM does not pass .* Use fusion: prefix"):
+        VLMForConditionalGeneration(VLMConfig(**options, fusion="cross_attention", cross_attention_every=1))
+    model = VLMForConditionalGeneration(VLMConfig(**options, image_token_id=98, image_seq_length=16)).eval()
+    ids = torch.tensor([[1] + [98] * 16 + [2]])
+    different = [logits(model, input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32)) for _ in range(2)]
+    assert not torch.equal(*different)
+
+
+def test_a_configuration_is_checked():
+    with pytest.raises(ValueError, match="unknown projector 'mlpp'. Did you mean 'mlp'"):
+        VLMConfig(projector={"type": "mlpp"})
+    with pytest.raises(ValueError, match="unknown fusion 'cross_atention'. Did you mean 'cross_attention'"):
+        VLMConfig(fusion="cross_atention")
+    with pytest.raises(ValueError, match="cross_attention_every is 9; this language model has 4 layers"):
+        VLMForConditionalGeneration(
+            VLMConfig(
+                vision_config=clip_config(),
+                text_config=text_config(),
+                fusion="cross_attention",
+                cross_attention_every=9,
+            )
+        )
+    assert vision_config_of(VLMConfig(vision_config=clip_config())).hidden_size == 24
+
+
+# --- saved and loaded
+
+
+def same_after_saving(model, processor, folder):
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    again, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert isinstance(AutoConfig.from_pretrained(folder), VLMConfig)
+    loaded = AutoProcessor.from_pretrained(folder)
+    inputs = batch(processor, (image(0), "what is it"), ("a cat", image(1), image(2)))
+    assert {k: v.tolist() for k, v in batch(loaded, (image(0), "what is it"), ("a cat", image(1), image(2))).items()} == {
+        k: v.tolist() for k, v in inputs.items()
+    }
+    assert torch.equal(logits(again.eval(), **inputs), logits(model, **inputs))
+    assert again.generation_config.to_dict() == model.generation_config.to_dict()
+    return again, loaded
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_decoders_and_fusions_are_the_same_when_loaded(decoder, fusion, tmp_path):
+    same_after_saving(*tiny(decoder, fusion), tmp_path)
+
+
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_projectors_are_the_same_when_loaded(projector, tmp_path):
+    spec = {"type": projector, **OPTIONS.get(projector, {})}
+    model, processor = tiny(fusion="prefix+cross_attention", projector=spec)
+    again, _ = same_after_saving(model, processor, tmp_path)
+    assert again.config.projector == spec
+
+
+VIT_IN_TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4}
+
+
+@pytest.mark.parametrize("feature_layer", [None, -2])
+@pytest.mark.parametrize(
+    "vision_config",
+    [
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+        SwinConfig(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4),
+        TimmWrapperConfig(architecture="resnet18", model_args={"channels": [8, 8, 16, 24]}),
+        TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=VIT_IN_TIMM),
+    ],
+    ids=["resnet", "swin", "timm_resnet", "timm_vit"],
+)
+def test_encoders_are_the_same_when_loaded(vision_config, feature_layer, tmp_path):
+    model, processor = tiny(vision_config=vision_config, vision_feature_layer=feature_layer)
+    same_after_saving(model, processor, tmp_path)
+
+
+@pytest.mark.parametrize("decoder", ["gemma3", "gpt2", "llama"])
+def test_tied_embeddings_stay_tied(decoder, tmp_path):
+    from tests import tiny as helper
+
+    torch.manual_seed(0)
+    config = text_config(decoder, tie_word_embeddings=True)
+    model, processor = helper.assemble(
+        helper.AutoModel.from_config(clip_config()),
+        AutoModelForCausalLM.from_config(config),
+        helper.image_processor(),
+        byte_level_tokenizer(),
+        fusion="prefix+cross_attention",
+        cross_attention_every=2,
+    )
+    open_gates(model)
+    again, _ = same_after_saving(model.eval(), processor, tmp_path)
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+
+
+def test_half_precision_and_sharded_files_load(tmp_path):
+    model, processor = tiny(fusion="prefix+cross_attention")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    inputs = batch(processor, (image(0), "what is it"))
+    assert torch.allclose(logits(again, **inputs).float(), logits(model, **inputs), atol=0.5)
+
+
+def test_pipeline_answers(tmp_path):
+    model, processor = tiny()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    answer = pipeline("image-text-to-text", model=str(tmp_path), device="cpu")
+    request = [user(image(0), "what is it")]
+    said = answer(text=request, max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"]
+    inputs = batch(processor, (image(0), "what is it"))
+    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert said == processor.decode(ids, skip_special_tokens=True)
+    assert said
+
+
+# --- in the hands of transformers
+
+
+def test_hidden_states_tuples_and_no_split_modules():
+    model, processor = tiny(fusion="prefix+cross_attention")
+    inputs = batch(processor, (image(0), "what is it"))
+    with torch.no_grad():
+        outputs = model(**inputs, output_hidden_states=True)
+        assert len(outputs.hidden_states) == 5
+        assert torch.equal(model(**inputs, return_dict=False)[0], outputs.logits)
+    assert {"FusedDecoderLayer", "LlamaDecoderLayer"} <= set(model._no_split_modules)
+    assert torch.equal(logits(copy.deepcopy(model), **inputs), outputs.logits)
+
+
+def test_evaluation_in_a_trainer_gathers_logits_and_nothing_else(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model, processor = tiny(fusion="cross_attention")
+    inputs = dict(batch(processor, (image(0), "what is it")))
+    inputs["labels"] = inputs["input_ids"]
+    rows = [{key: value[0] for key, value in inputs.items()}] * 2
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to=[], disable_tqdm=True)
+    result = Trainer(model, arguments).predict(torch.utils.data.ConcatDataset([rows]))
+    assert result.predictions.shape == (2, *logits(model, **inputs).shape[1:])
