@@ -1,0 +1,113 @@
+"""Loading a model, and answers from it: many at once, or one as it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, TextIteratorStreamer
+
+import vlm  # noqa: F401 - registers our classes with the Auto classes
+from vlm.data.conversation import with_images
+from vlm.data.example import Message
+from vlm.errors import UserError
+from vlm.precision import default_device
+
+Request = tuple[Sequence[Image.Image], Sequence[Message]]
+"""Images, and messages that end with the user's. Image parts take the images in order."""
+
+
+def checkpoint_of(name_or_path: str) -> str:
+    """The checkpoint inside a run folder; any other folder or Hub name as it is. Raises UserError for a run folder
+    without one."""
+    folder = Path(name_or_path).expanduser()
+    if (folder / "model" / "config.json").is_file():
+        return str(folder / "model")
+    if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is a run without a finished model: its training did not end. Resume it with --resume.")
+    return str(folder) if folder.exists() else name_or_path
+
+
+def load(
+    name_or_path: str, *, device: str | None = None, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Any]:
+    """Model, in evaluation mode, and processor of a run folder, a checkpoint folder or a Hub name."""
+    source = checkpoint_of(name_or_path)
+    try:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise UserError(f"cannot load {name_or_path!r} as a run, a checkpoint folder or a Hub name: {error}") from None
+    return model.to(device or default_device()).eval(), processor
+
+
+def encode_requests(processor: Any, requests: Sequence[Request], device: torch.device | str) -> Any:
+    """Requests as one left-padded batch of model inputs."""
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    conversations = [with_images(messages, images) for images, messages in requests]
+    return processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        sanitize_control_tokens=True,
+        processor_kwargs={"return_tensors": "pt", "padding": True},
+    ).to(device)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    processor: Any,
+    requests: Sequence[Request],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+    **generate_kwargs: Any,
+) -> list[str]:
+    """The answer to each request, greedy unless `generate_kwargs` say otherwise.
+
+    `progress` is called with the number of answers of each batch that is done.
+    """
+    options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
+    answers: list[str] = []
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        inputs = encode_requests(processor, batch, model.device)
+        output = model.generate(**inputs, **options)
+        new = output[:, inputs["input_ids"].shape[1] :]
+        answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+        if progress:
+            progress(len(batch))
+    return answers
+
+
+def stream(
+    model: PreTrainedModel, processor: Any, request: Request, *, max_new_tokens: int = 256, **generate_kwargs: Any
+) -> Iterator[str]:
+    """The answer to one request, piece by piece as it is written."""
+    inputs = encode_requests(processor, [request], model.device)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens, "streamer": streamer}
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            model.generate(**inputs, **options)
+        except BaseException as error:
+            failure.append(error)
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if failure:
+        raise failure[0]

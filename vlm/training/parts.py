@@ -1,0 +1,87 @@
+"""The parts of a model that a recipe can train: vision, projector, fusion, language, and LoRA on the language model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+PARTS = ("vision", "projector", "fusion", "language", "lora")
+
+# Names of our model first; then what stock vision-language models of transformers call the same.
+_VISION = ("vision_tower", "vision_model", "visual", "image_encoder")
+_PROJECTOR = (
+    "multi_modal_projector",
+    "connector",
+    "modality_projection",
+    "qformer",
+    "query_tokens",
+    "language_projection",
+    "merger",
+)
+
+
+def part_of(name: str) -> str:
+    """The part that the parameter `name` belongs to."""
+    names = name.split(".")
+    if any(n.startswith("lora_") for n in names):
+        return "lora"
+    if "cross_attention" in names:
+        return "fusion"
+    if any(n in _PROJECTOR for n in names):
+        return "projector"
+    if any(n in _VISION for n in names):
+        return "vision"
+    return "language"
+
+
+def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Parameters of the parts in `rates` learn, all others are frozen. Raises ValueError for a part without any."""
+    found = set()
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        parameter.requires_grad_(part in rates)
+        found.add(part)
+    if missing := sorted(set(rates) - found):
+        raise ValueError(
+            f"this model has no {' and no '.join(missing)} parameters to train; it has {', '.join(sorted(found))}"
+        )
+
+
+def freeze_state(model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Put frozen vision encoders into evaluation mode: their dropout and batch statistics must not act either."""
+    if "vision" not in rates:
+        for name, module in model.named_modules():
+            if name.split(".")[-1] in _VISION:
+                module.eval()
+
+
+def add_lora(model: nn.Module, lora: Mapping[str, Any], rates: Mapping[str, float]) -> PeftModel:
+    """LoRA on the language model; the other parts in `rates` are saved with it.
+
+    `target_modules` are names of linear layers, or `all-linear`: each one in the decoder's layers.
+    """
+    targets = lora["target_modules"]
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and part_of(name) == "language"
+        and re.search(r"\.\d+\.", name)
+        and (targets == "all-linear" or name.split(".")[-1] in targets)
+    ]
+    if not names:
+        raise ValueError(f"lora.target_modules: the language model has no linear layer named {targets}")
+    kept = {"projector": "multi_modal_projector", "fusion": "cross_attention", "vision": "vision_tower"}
+    config = LoraConfig(
+        r=lora["r"],
+        lora_alpha=lora["lora_alpha"],
+        lora_dropout=lora["lora_dropout"],
+        use_rslora=lora["use_rslora"],
+        target_modules=names,
+        modules_to_save=[kept[part] for part in rates if part in kept] or None,
+    )
+    return get_peft_model(model, config)
