@@ -28,6 +28,8 @@ from vlm.build import assemble
 from vlm.modeling import VLMForConditionalGeneration
 from vlm.processing import VLMProcessor
 
+torch.set_num_threads(1)  # several only wait for each other in models this small
+
 VOCABULARY = 320
 LINES = ["user assistant system what is in the image ? a cat and a dog on the street \n 0 1 2 3"] * 4
 FUSIONS = ["prefix", "cross_attention", "prefix+cross_attention"]
@@ -138,13 +140,14 @@ def tiny(
     tokenizer: Any = None,
     gates: bool = True,
     seed: int = 0,
+    tie_word_embeddings: bool = False,
     **options: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """A model and its processor. `gates` opens the cross-attention gates, so that images matter."""
     torch.manual_seed(seed)
     model, processor = assemble(
         AutoModel.from_config(vision_config or clip_config()),
-        AutoModelForCausalLM.from_config(text_config(decoder)),
+        AutoModelForCausalLM.from_config(text_config(decoder, tie_word_embeddings=tie_word_embeddings)),
         image_processor(),
         tokenizer or byte_level_tokenizer(),
         projector=projector,

@@ -6,6 +6,7 @@ import inspect
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -50,6 +51,42 @@ def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
     raise ValueError(f"{name} has no list of {depth} decoder layers: no place for cross-attention")
 
 
+class _Reached(Exception):  # noqa: N818 - no error: it ends a run of the decoder at its first layer
+    pass
+
+
+class _Probe(FusedDecoderLayer):
+    """In place of a decoder's first layer, tells whether keyword arguments come this far."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.layer = layer
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise _Reached("vision_states" in kwargs)
+
+
+@torch.no_grad()
+def passes_kwargs_to_layers(language_model: PreTrainedModel) -> bool:
+    """Whether a decoder hands the keyword arguments of its `forward` to its layers. Tried: signatures do not tell."""
+    if not all(_takes_kwargs(forward) for forward in (language_model.forward, language_model.base_model.forward)):
+        return False
+    if language_model.device.type == "meta":  # being loaded: it passed when it was built
+        return True
+    layers = decoder_layers(language_model)
+    first, layers[0] = layers[0], _Probe(layers[0])
+    token = torch.zeros(
+        1, 1, language_model.config.hidden_size, device=language_model.device, dtype=language_model.dtype
+    )
+    try:
+        language_model(inputs_embeds=token, vision_states=None, use_cache=False)
+    except _Reached as reached:
+        return reached.args[0]
+    finally:
+        layers[0] = first
+    return False
+
+
 def _takes_kwargs(function: Any) -> bool:
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
@@ -60,8 +97,7 @@ def insert_cross_attention(language_model: PreTrainedModel, every: int) -> None:
     Raises ValueError for a decoder whose layers do not get the keyword arguments of its `forward` (Bloom, Falcon).
     """
     layers = decoder_layers(language_model)
-    forwards = (language_model.forward, language_model.base_model.forward, layers[0].forward)
-    if not all(_takes_kwargs(forward) for forward in forwards):
+    if not passes_kwargs_to_layers(language_model):
         raise ValueError(
             f"{type(language_model).__name__} does not pass keyword arguments to its layers, which cross-attention "
             "needs. Use fusion: prefix, or another language model."

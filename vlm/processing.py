@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END
 
 IMAGE_TOKEN = "<image>"
 
@@ -70,9 +71,12 @@ class VLMProcessor(ProcessorMixin):
     def __call__(self, images: Any = None, text: Any = None, *, pixels: bool = True, **kwargs: Any) -> Any:
         """As in `ProcessorMixin`. With `pixels=False` image placeholders are expanded although no image is given: the
         ids of a text whose pixels, or features, come from elsewhere."""
+        texts = [text] if isinstance(text, str) else text
+        if kwargs.get("sanitize_control_tokens"):
+            # Taken out for counting, the token that a user wrote into `<im<image>age>` would leave another behind.
+            texts = [sample.replace(_CONTROL_TOKEN_END, 2 * _CONTROL_TOKEN_END) for sample in texts]
         if pixels:
-            return super().__call__(images=images, text=text, **kwargs)
-        texts = [text] if isinstance(text, str) else list(text)
+            return super().__call__(images=images, text=texts, **kwargs)
         num_images = sum(sample.count(self.image_token) for sample in texts)
         texts, _ = self.get_text_with_replacements(texts, [self.replace_image_token({}, 0)] * num_images)
         return BatchFeature(dict(self.tokenizer(texts, **kwargs)))

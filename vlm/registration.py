@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 
 AUTO_MODULE = "transformers.models.auto"
@@ -28,28 +29,37 @@ def register() -> None:
     AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
 
 
-class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Lets the import of `AUTO_MODULE` go its way, then registers."""
+class _RegisterAfterImport(importlib.abc.MetaPathFinder):
+    """Lets the import of `AUTO_MODULE` go its way, then registers.
+
+    Our own modules import `AUTO_MODULE` as well, and cannot be registered while they are half imported. So their
+    imports are watched too, and what falls into one waits for its end.
+    """
+
+    def __init__(self) -> None:
+        self.ours_in_progress = 0
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != AUTO_MODULE:
+        ours = fullname.startswith("vlm.")
+        if not ours and fullname != AUTO_MODULE:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is not None and spec.loader is not None:
-            self.loader, spec.loader = spec.loader, self
+            execute = spec.loader.exec_module
+            spec.loader.exec_module = partial(self._execute, execute, ours)  # type: ignore[method-assign]
         return spec
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        if module.__spec__ is not None:
-            module.__spec__.loader = module.__loader__ = self.loader
-        sys.meta_path.remove(self)
-        register()
+    def _execute(self, execute: Callable[[ModuleType], None], ours: bool, module: ModuleType) -> None:
+        self.ours_in_progress += ours
+        try:
+            execute(module)
+        finally:
+            self.ours_in_progress -= ours
+        if not self.ours_in_progress and AUTO_MODULE in sys.modules and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            register()
 
 
 def register_with_transformers() -> None:

@@ -98,5 +98,3 @@ def test_accelerate_moves_vision_states_between_devices():
     assert moved.keys_values is vision.keys_values
     assert moved.read_by is vision.read_by
     assert send_to_device(vision, "cpu") is vision
-
-

@@ -68,7 +68,7 @@ def test_resampler_depends_on_the_features():
 )
 def test_a_grid_that_does_not_fit_is_refused(spec, num_prefix, grid, words):
     projector = build_projector(spec, 8, 8)
-    with pytest.raises(ValueError, match="grid|class tokens|patches") as error:
+    with pytest.raises(ValueError, match=spec["type"]) as error:
         projector.num_tokens(num_prefix, grid)
     assert all(word in str(error.value) for word in words)
 
@@ -79,9 +79,9 @@ def test_average_pool_needs_a_square_number():
 
 
 def test_unknown_names_are_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="unknown projector 'resample'. Did you mean 'resampler'"):
+    with pytest.raises(ValueError, match=r"unknown projector 'resample'\. Did you mean 'resampler'"):
         build_projector({"type": "resample"}, 8, 8)
-    with pytest.raises(ValueError, match="'num_image_token'. Did you mean 'num_image_tokens'"):
+    with pytest.raises(ValueError, match=r"'num_image_token'\. Did you mean 'num_image_tokens'"):
         build_projector({"type": "average_pool", "num_image_token": 4}, 8, 8)
     with pytest.raises(ValueError, match="Known: average_pool, linear, mlp"):
         build_projector({"type": "zzz"}, 8, 8)

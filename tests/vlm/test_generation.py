@@ -1,0 +1,141 @@
+"""Generation: with and without a cache, one by one and in batches, by beams; what is computed once."""
+
+import pytest
+import torch
+
+from tests.tiny import DECODERS, FUSIONS, continuation, encode, image, text_config, tiny, user
+from vlm.processing import IMAGE_TOKEN
+
+CONVERSATIONS = [
+    [user(image(0), "what is it")],
+    [user("a cat and", image(1), "a dog, then", image(2), "what is in the image ?")],
+    [user("no image at all")],
+]
+
+
+def calls_of(model, suffix):
+    counts = []
+    for name, module in model.named_modules():
+        if name.endswith(suffix):
+            module.register_forward_hook(lambda *_: counts.append(1))
+    return counts
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_with_a_cache_equals_without(decoder, fusion):
+    model, processor = tiny(decoder, fusion)
+    inputs = encode(processor, CONVERSATIONS)
+    cached = continuation(model, inputs)
+    assert cached == continuation(model, inputs, use_cache=False)
+    options = {"min_new_tokens": 6, "max_new_tokens": 6, "do_sample": False, "output_logits": True}
+    steps = [model.generate(**inputs, **options, return_dict_in_generate=True, use_cache=use) for use in (True, False)]
+    for with_cache, without in zip(steps[0].logits, steps[1].logits, strict=True):
+        assert torch.allclose(with_cache, without, atol=1e-4)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_left_padded_batch_equals_one_by_one(decoder, fusion):
+    model, processor = tiny(decoder, fusion)
+    together = continuation(model, encode(processor, CONVERSATIONS))
+    alone = [continuation(model, encode(processor, [conversation]))[0] for conversation in CONVERSATIONS]
+    assert together == alone
+    assert len({tuple(row) for row in together}) > 1
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_generation_looks_at_the_image(fusion):
+    model, processor = tiny(fusion=fusion)
+    answers = {
+        tuple(continuation(model, encode(processor, [[user(image(seed), "what is it")]]))[0]) for seed in range(4)
+    }
+    assert len(answers) > 1
+
+
+def test_images_are_encoded_and_projected_once_per_answer():
+    model, processor = tiny(fusion="prefix+cross_attention")
+    parts = (".cross_attention.k_proj", ".cross_attention.v_proj", "multi_modal_projector", "vision_tower")
+    counts = [calls_of(model, part) for part in parts]
+    queries = calls_of(model, ".cross_attention.q_proj")
+    continuation(model, encode(processor, CONVERSATIONS), tokens=6)
+    blocks = 2
+    assert [len(count) for count in counts] == [blocks, blocks, 1, 1]
+    assert len(queries) == 6 * blocks
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("decoder", ["llama", "gemma3"])
+def test_a_static_cache_gives_the_same(decoder, fusion):
+    model, processor = tiny(decoder, fusion)
+    inputs = encode(processor, CONVERSATIONS[:2])
+    static = continuation(model, inputs, cache_implementation="static", disable_compile=True)
+    assert static == continuation(model, inputs)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+def test_beams_keep_images_with_their_row(fusion, options):
+    model, processor = tiny(fusion=fusion)
+    inputs = encode(processor, CONVERSATIONS)
+    together = continuation(model, inputs, **options)
+    each = options.get("num_return_sequences", 1)
+    alone = [
+        row
+        for conversation in CONVERSATIONS
+        for row in continuation(model, encode(processor, [conversation]), **options)
+    ]
+    assert together == alone
+    assert len(together) == each * len(CONVERSATIONS)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_samples_of_a_row_see_the_rows_images(fusion):
+    """With the lowest temperature samples are the greedy answer, each for its own images."""
+    model, processor = tiny(fusion=fusion)
+    inputs = encode(processor, CONVERSATIONS)
+    options = {"do_sample": True, "temperature": 1e-6, "top_k": None, "num_return_sequences": 2}
+    samples = continuation(model, inputs, **options)
+    assert samples[0::2] == samples[1::2] == continuation(model, inputs)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_features_in_place_of_pixels_generate_the_same(fusion):
+    model, processor = tiny(fusion=fusion)
+    inputs = dict(encode(processor, CONVERSATIONS))
+    expected = [continuation(model, inputs), continuation(model, inputs, num_beams=2)]
+    with torch.no_grad():
+        features, grid = model.get_vision_features(inputs.pop("pixel_values"))
+    inputs |= {"vision_features": features, "vision_grid": grid}
+    assert [continuation(model, inputs), continuation(model, inputs, num_beams=2)] == expected
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_conversation_goes_on_from_its_cache(fusion):
+    """The images are in the cache, or in `vision_states`; only new ids are given."""
+    model, processor = tiny(fusion=fusion)
+    inputs = encode(processor, CONVERSATIONS[:1])
+    more = torch.tensor([[7, 9, 11]])
+    with torch.no_grad():
+        first = model(**inputs, use_cache=True)
+        after = model(
+            input_ids=more,
+            attention_mask=torch.ones(1, inputs["input_ids"].shape[1] + 3),
+            past_key_values=first.past_key_values,
+            vision_states=first.vision_states,
+        ).logits
+        whole = model(input_ids=torch.cat([inputs["input_ids"], more], 1), pixel_values=inputs["pixel_values"]).logits
+    assert torch.allclose(after, whole[:, -3:], atol=1e-4)
+
+
+def test_the_image_token_is_never_written():
+    model, processor = tiny()
+    with torch.no_grad():  # the language model would say nothing else
+        model.get_output_embeddings().weight[model.config.image_token_id] *= 100
+    inputs = encode(processor, CONVERSATIONS)
+    assert all(model.config.image_token_id not in row for row in continuation(model, inputs))
+    assert model.generation_config.suppress_tokens == [processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)]
+
+
+def test_gemma_really_slides():
+    assert text_config("gemma3").sliding_window < 16 < encode(tiny()[1], CONVERSATIONS[:1])["input_ids"].shape[1]
