@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Any
 from vlm.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from vlm.build import build
     from vlm.configuration import VLMConfig
     from vlm.modeling import VLMForConditionalGeneration
     from vlm.processing import VLMProcessor
 
 __version__ = "0.1.0"
-__all__ = ["VLMConfig", "VLMForConditionalGeneration", "VLMProcessor", "build"]
+__all__ = ["VLMConfig", "VLMForConditionalGeneration", "VLMProcessor"]
 
 _HOMES = {
     "VLMConfig": "vlm.configuration",
     "VLMForConditionalGeneration": "vlm.modeling",
     "VLMProcessor": "vlm.processing",
-    "build": "vlm.build",
 }
 
 register_with_transformers()

@@ -1,0 +1,181 @@
+"""A model from folders: what is loaded stays as it was, and nothing is said that a user need not know."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionModelWithProjection,
+    TimmWrapperConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from tests.tiny import (
+    byte_level_tokenizer,
+    clip_config,
+    continuation,
+    encode,
+    image,
+    image_processor,
+    metaspace_tokenizer,
+    text_config,
+    user,
+)
+from vlm.build import assemble, build, image_size_of, set_image_size
+from vlm.encoder import load_vision_tower
+from vlm.generation import generate
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A CLIP, its vision half with a projection, an image classifier without a pooler, and language models."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("parts")
+    size = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 48}
+    text = CLIPTextConfig(vocab_size=99, num_hidden_layers=1, **size)
+    clip = CLIPConfig(text_config=text.to_dict(), vision_config=clip_config().to_dict())
+    CLIPModel(clip).save_pretrained(root / "clip")
+    CLIPVisionModelWithProjection(clip_config()).save_pretrained(root / "clip_vision")
+    vit = ViTConfig(num_hidden_layers=2, image_size=32, patch_size=8, **size)
+    ViTForImageClassification(vit).save_pretrained(root / "vit")
+    for name in ("clip", "clip_vision"):
+        image_processor().save_pretrained(root / name)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(root / "vit")
+    for name, tokenizer in (("byte_level", byte_level_tokenizer()), ("metaspace", metaspace_tokenizer())):
+        # As many embeddings as tokens, so that the image token needs one more.
+        config = text_config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+        AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def warnings(caplog):
+    """What transformers says at the level that users see."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("language", ["byte_level", "metaspace"])
+@pytest.mark.parametrize("vision", ["clip", "clip_vision", "vit"])
+def test_build_says_nothing_and_answers(folders, vision, language, warnings, capfd):
+    model, processor = build(str(folders / vision), str(folders / language), fusion="prefix+cross_attention")
+    assert warnings() == []
+    assert "UNEXPECTED" not in capfd.readouterr().err
+    assert model.config.image_seq_length == 16
+    answers = generate(
+        model,
+        processor,
+        [([image(0)], [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}])],
+        max_new_tokens=3,
+    )
+    assert isinstance(answers[0], str)
+
+
+def test_weights_are_those_of_the_checkpoints(folders):
+    model, processor = build(str(folders / "clip"), str(folders / "metaspace"), fusion="cross_attention")
+    clip = CLIPModel.from_pretrained(folders / "clip").vision_model
+    tower = model.vision_tower.state_dict()
+    for name, value in clip.state_dict().items():
+        assert torch.equal(tower[name if name in tower else f"vision_model.{name}"], value), name
+    language = AutoModelForCausalLM.from_pretrained(folders / "metaspace")
+    tokens = language.config.vocab_size
+    ours = {name.replace(".layer.", "."): value for name, value in model.language_model.state_dict().items()}
+    for name, value in language.state_dict().items():
+        assert torch.equal(ours[name][: len(value)], value), name
+    embeddings = model.get_input_embeddings().weight
+    assert len(embeddings) >= len(processor.tokenizer) == tokens + 1
+    assert len(model.get_output_embeddings().weight) == len(embeddings) == model.config.text_config.vocab_size
+    # The new embedding is about as large as the others, so that it is neither likely nor impossible.
+    assert embeddings[tokens].norm() < 2 * embeddings[:tokens].norm(dim=1).max()
+
+
+def test_assembling_changes_no_weight():
+    torch.manual_seed(0)
+    tower, language = AutoModel.from_config(clip_config()), AutoModelForCausalLM.from_config(text_config())
+    tower.train()
+    weights = [copy.deepcopy(part.state_dict()) for part in (tower, language)]
+    model, _ = assemble(tower, language, image_processor(), byte_level_tokenizer())
+    for part, before in zip((model.vision_tower, model.language_model), weights, strict=True):
+        assert part.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in part.state_dict().items())
+    assert tower.training, "running the encoder once must not change its mode"
+
+
+def test_batch_norm_statistics_are_not_touched():
+    tower = AutoModel.from_config(TimmWrapperConfig(architecture="resnet18", model_args={"channels": [8, 8, 16, 24]}))
+    before = copy.deepcopy(tower.train().state_dict())
+    assemble(tower, AutoModelForCausalLM.from_config(text_config()), image_processor(), byte_level_tokenizer())
+    assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
+
+
+def test_special_tokens_stay_special(folders):
+    _, processor = build(str(folders / "clip"), str(folders / "byte_level"))
+    ids = processor.tokenizer("<|im_start|>a<image>b<|im_end|>")["input_ids"]
+    assert processor.decode(ids, skip_special_tokens=True) == "ab"
+
+
+@pytest.mark.parametrize(("language", "end"), [("byte_level", "<|im_end|>"), ("metaspace", "</s>")])
+def test_answers_end_with_the_turn(folders, language, end):
+    """The token that ends an assistant's turn in the chat template stops generation."""
+    model, processor = build(str(folders / "clip"), str(folders / language))
+    messages = [user("a"), {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}]
+    assert processor.apply_chat_template(messages).strip().endswith(end)
+    assert processor.tokenizer.convert_tokens_to_ids(end) in model.generation_config.eos_token_id
+    inputs = encode(processor, [[user(image(0), "a")]])
+    assert len(continuation(model, inputs)[0]) == 6
+
+
+def test_missing_weights_are_an_error(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folders / "clip_vision" / "model.safetensors")
+    lost = next(name for name in weights if "layer_norm1.weight" in name)
+    save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((folders / "clip_vision" / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"lacks weights of CLIPVisionModel: .*layer_norm1\.weight"):
+        load_vision_tower(str(tmp_path))
+
+
+def test_image_size(folders):
+    model, processor = build(str(folders / "clip"), str(folders / "byte_level"), image_size=64)
+    assert image_size_of(processor.image_processor) == (64, 64)
+    assert model.config.image_seq_length == 64
+    inputs = encode(processor, [[user(image(0), "what is it")]])
+    assert inputs["pixel_values"].shape == (1, 3, 64, 64)
+    assert len(continuation(model, inputs)[0]) == 6
+
+
+def test_images_of_different_sizes_are_refused_until_a_size_is_set(folders):
+    keeps_proportions = ViTImageProcessor(size={"shortest_edge": 32})
+    with pytest.raises(ValueError, match=r"keeps each image's proportions.*set image_size"):
+        image_size_of(keeps_proportions)
+    set_image_size(keeps_proportions, 48)
+    assert image_size_of(keeps_proportions) == (48, 48)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"projector": "mpl"}, r"unknown projector 'mpl'\. Did you mean 'mlp'"),
+        ({"projector": {"type": "average_pool", "num_tokens": 4}}, "Did you mean 'num_image_tokens'"),
+        ({"projector": {"type": "pixel_shuffle", "scale_factor": 3}}, "scale_factor 3 .* is 4 x 4"),
+        ({"projector": "pixel_shuffle", "vision_feature_select_strategy": "full"}, "no place for class tokens"),
+        ({"projector": {"type": "average_pool", "num_image_tokens": 25}}, "grid is 4 x 4"),
+        ({"vision_feature_layer": -7}, "vision_feature_layer is -7; this encoder gives 4"),
+        ({"fusion": "cross_attention", "cross_attention_every": 0}, "cross_attention_every is 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folders, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(str(folders / "clip"), str(folders / "byte_level"), **options)
