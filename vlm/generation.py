@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, TextIteratorStreamer
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 import vlm  # noqa: F401 - registers our classes with the Auto classes
 from vlm.data.conversation import with_images
@@ -17,7 +24,7 @@ from vlm.data.example import Message
 from vlm.errors import UserError
 from vlm.precision import default_device
 
-Request = tuple[Sequence[Image.Image], Sequence[Message]]
+Request = tuple[list[Image.Image], list[Message]]
 """Images, and messages that end with the user's. Image parts take the images in order."""
 
 
@@ -28,7 +35,9 @@ def checkpoint_of(name_or_path: str) -> str:
     if (folder / "model" / "config.json").is_file():
         return str(folder / "model")
     if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is a run without a finished model: its training did not end. Resume it with --resume.")
+        raise UserError(
+            f"{folder} is a run without a finished model: its training did not end. Resume it with --resume."
+        )
     return str(folder) if folder.exists() else name_or_path
 
 
@@ -42,28 +51,41 @@ def load(
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise UserError(f"cannot load {name_or_path!r} as a run, a checkpoint folder or a Hub name: {error}") from None
-    return model.to(device or default_device()).eval(), processor
+    return model.to(device or default_device()).eval(), processor  # type: ignore[arg-type]  # a string is a device
 
 
-def encode_requests(processor: Any, requests: Sequence[Request], device: torch.device | str) -> Any:
-    """Requests as one left-padded batch of model inputs."""
+@torch.no_grad()
+def encode_requests(model: Any, processor: Any, requests: Sequence[Request]) -> Any:
+    """Requests as one left-padded batch of model inputs.
+
+    Our own model encodes an image once, however many requests of the batch show it (by identity).
+    """
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    conversations = [with_images(messages, images) for images, messages in requests]
-    return processor.apply_chat_template(
-        conversations,
+    shared = hasattr(model, "get_vision_features") and getattr(processor, "fixed_image_tokens", False)
+    options: dict[str, Any] = {"return_tensors": "pt", "padding": True}
+    inputs = processor.apply_chat_template(
+        [messages if shared else with_images(messages, images) for images, messages in requests],
         tokenize=True,
         return_dict=True,
         add_generation_prompt=True,
         sanitize_control_tokens=True,
-        processor_kwargs={"return_tensors": "pt", "padding": True},
-    ).to(device)
+        processor_kwargs={**options, "pixels": False} if shared else options,
+    ).to(model.device)
+    images = [image for row, _ in requests for image in row]
+    if shared and images:
+        distinct = {id(image): image for image in images}
+        order = {key: position for position, key in enumerate(distinct)}
+        pixels = processor.image_processor(list(distinct.values()), return_tensors="pt")["pixel_values"]
+        features, inputs["vision_grid"] = model.get_vision_features(pixels.to(model.device))
+        inputs["vision_features"] = features[[order[id(image)] for image in images]]
+    return inputs
 
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel,
+    model: Any,
     processor: Any,
     requests: Sequence[Request],
     *,
@@ -80,7 +102,7 @@ def generate(
     answers: list[str] = []
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
-        inputs = encode_requests(processor, batch, model.device)
+        inputs = encode_requests(model, processor, batch)
         output = model.generate(**inputs, **options)
         new = output[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
@@ -89,14 +111,26 @@ def generate(
     return answers
 
 
+class _When(StoppingCriteria):
+    """Stops every row once `event` is set."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
 def stream(
-    model: PreTrainedModel, processor: Any, request: Request, *, max_new_tokens: int = 256, **generate_kwargs: Any
+    model: Any, processor: Any, request: Request, *, max_new_tokens: int = 256, **generate_kwargs: Any
 ) -> Iterator[str]:
     """The answer to one request, piece by piece as it is written."""
-    inputs = encode_requests(processor, [request], model.device)
+    inputs = encode_requests(model, processor, [request])
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens, "streamer": streamer}
     failure: list[BaseException] = []
+    stop = Event()
+    options["stopping_criteria"] = StoppingCriteriaList([_When(stop)])
 
     def work() -> None:
         try:
@@ -107,7 +141,10 @@ def stream(
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:  # also when nobody reads on: a closed chat must not go on generating
+        stop.set()
+        thread.join()
     if failure:
         raise failure[0]

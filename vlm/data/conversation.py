@@ -54,10 +54,8 @@ def encode_conversation(
 
     `images=None` asks for the ids alone, which our own processor can give without looking at a pixel.
     """
-    if images is None:
-        conversation, options = list(messages), {"pixels": False}
-    else:
-        conversation, options = with_images(messages, images), {"return_tensors": "pt"}
+    conversation = list(messages) if images is None else with_images(messages, images)
+    options: dict[str, Any] = {"pixels": False} if images is None else {"return_tensors": "pt"}
     return processor.apply_chat_template(
         conversation,
         tokenize=True,

@@ -1,4 +1,4 @@
-"""From examples to batches: every conversation tokenized, trees made, rows packed, pixels or kept features beside them."""
+"""From examples to batches: conversations tokenized, trees made, rows packed, pixels or kept features beside them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def make_items(
         if features is not None and index not in features:
             continue
         try:
-            branches = [_tokenize(processor, branch, example, memory, features is not None) for branch in example.branches]
+            branches = [
+                _tokenize(processor, branch, example, memory, features is not None) for branch in example.branches
+            ]
         except ImageError as error:
             report(Problem(example.where, "image", str(error), len(example.branches)))
             continue

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ BATCH_IMAGES = 16
 
 @dataclass
 class FeatureCache:
-    """Features of images by the SHA-256 of their bytes. `encode` maps a list of RGB images to `[B, N, D]` and the grid."""
+    """Features by the SHA-256 of an image's bytes. `encode` maps a list of RGB images to `[B, N, D]` and the grid."""
 
     folder: Path
     encode: Callable[[list[Image.Image]], tuple[Tensor, tuple[int, int]]]
@@ -61,7 +61,7 @@ class FeatureCache:
         return torch.from_numpy(np.array(features[row]))
 
     def add(
-        self, sources: Sequence[ImageSource], progress: Callable[[Iterator[int], int], Iterator[int]]
+        self, sources: Sequence[ImageSource], progress: Callable[[Iterable[int], int], Iterable[int]]
     ) -> dict[int, str | ImageError]:
         """Encode those of `sources` that are not kept yet. Gives for each position its SHA-256, or why it is broken."""
         found: dict[int, str | ImageError] = {}
@@ -78,12 +78,12 @@ class FeatureCache:
         return {p: broken.get(v, v) if isinstance(v, str) else v for p, v in found.items()}
 
     def _encode_missing(
-        self, missing: dict[str, ImageSource], progress: Callable[[Iterator[int], int], Iterator[int]]
+        self, missing: dict[str, ImageSource], progress: Callable[[Iterable[int], int], Iterable[int]]
     ) -> dict[str, ImageError]:
         broken: dict[str, ImageError] = {}
         shard: dict[str, Tensor] = {}
         items = list(missing.items())
-        for start in progress(iter(range(0, len(items), BATCH_IMAGES)), -(-len(items) // BATCH_IMAGES)):
+        for start in progress(range(0, len(items), BATCH_IMAGES), -(-len(items) // BATCH_IMAGES)):
             images = {}
             for sha, source in items[start : start + BATCH_IMAGES]:
                 try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+
+from vlm.errors import UserError
 
 PARTS = ("vision", "projector", "fusion", "language", "lora")
 
@@ -38,15 +40,22 @@ def part_of(name: str) -> str:
     return "language"
 
 
-def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Parameters of the parts in `rates` learn, all others are frozen. Raises ValueError for a part without any."""
-    found = set()
+def named_parts(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Part, name and parameter, without the untrained copies that peft keeps of the modules it saves."""
     for name, parameter in model.named_parameters():
-        part = part_of(name)
+        if "original_module" not in name.split("."):
+            yield part_of(name), name, parameter
+
+
+def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Parameters of the parts in `rates` learn, all others are frozen. Raises UserError for a part without any."""
+    found = set()
+    model.requires_grad_(False)
+    for part, _, parameter in named_parts(model):
         parameter.requires_grad_(part in rates)
         found.add(part)
     if missing := sorted(set(rates) - found):
-        raise ValueError(
+        raise UserError(
             f"this model has no {' and no '.join(missing)} parameters to train; it has {', '.join(sorted(found))}"
         )
 
@@ -74,7 +83,7 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any], rates: Mapping[str, floa
         and (targets == "all-linear" or name.split(".")[-1] in targets)
     ]
     if not names:
-        raise ValueError(f"lora.target_modules: the language model has no linear layer named {targets}")
+        raise UserError(f"lora.target_modules: the language model has no linear layer named {targets}")
     kept = {"projector": "multi_modal_projector", "fusion": "cross_attention", "vision": "vision_tower"}
     config = LoraConfig(
         r=lora["r"],

@@ -1,4 +1,4 @@
-"""transformers' Trainer, with a learning rate for each part, the loss on supervised tokens alone, and its traps closed."""
+"""transformers' Trainer with a learning rate for each part, the loss on supervised tokens, and its traps closed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from vlm.data.conversation import IGNORE
 from vlm.data.dataset import shifted
-from vlm.training.parts import freeze_state, part_of
+from vlm.training.parts import freeze_state, named_parts
 
 
 class NonFiniteGradients(RuntimeError):  # noqa: N818 - named for what happened
@@ -41,8 +41,8 @@ class VLMTrainer(Trainer):
 
     max_bad_steps = 5
 
-    def __init__(self, *args: Any, rates: Mapping[str, float], **kwargs: Any) -> None:
-        super().__init__(*args, compute_loss_func=supervised_loss, **kwargs)
+    def __init__(self, *, rates: Mapping[str, float], **kwargs: Any) -> None:
+        super().__init__(compute_loss_func=supervised_loss, **kwargs)
         self.rates = dict(rates)
         # The loss is ours: the model need not be told how many items it is divided by.
         self.model_accepts_loss_kwargs = False
@@ -56,15 +56,15 @@ class VLMTrainer(Trainer):
         keep = shifted(inputs["labels"]) != IGNORE
         return super().compute_loss(model, {**inputs, "logits_to_keep": keep, "use_cache": False}, *args, **kwargs)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As in Trainer, with a parameter group for each part and for decayed and undecayed weights."""
         if self.optimizer is None:
             model = model or self.model
             decayed = set(self.get_decay_parameter_names(model))
             groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-            for name, parameter in model.named_parameters():
+            for part, name, parameter in named_parts(model):
                 if parameter.requires_grad:
-                    groups.setdefault((part_of(name), name in decayed), []).append(parameter)
+                    groups.setdefault((part, name in decayed), []).append(parameter)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(
                 [

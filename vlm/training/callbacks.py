@@ -1,0 +1,86 @@
+"""What watches a training run: the metrics file, and the check that what should learn does and nothing else."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from vlm.training.parts import named_parts, part_of
+
+
+class PartNotTraining(RuntimeError):  # noqa: N818 - named for what happened
+    """A part that should learn does not, or a frozen one does."""
+
+
+class MetricsLog(TrainerCallback):
+    """Appends what the Trainer logs to `metrics.jsonl`, one JSON object a line, with stage, step and seconds."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path, self.stage, self.start = path, stage, time.monotonic()
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            entry = {"stage": self.stage, "step": state.global_step, "seconds": round(time.monotonic() - self.start, 2)}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry | dict(logs or {})) + "\n")
+
+
+class PartCheck(TrainerCallback):
+    """After the first steps every part in `rates` must have had a gradient and moved, and no other part moved.
+
+    Some parts move a few steps late by design: the rate may start at zero, and a zero gate of cross-attention lets no
+    gradient through to the projector until it has opened. So it waits `patience` steps before it calls that an error.
+    Raises PartNotTraining.
+    """
+
+    patience = 5
+
+    def __init__(self, model: nn.Module, rates: Mapping[str, float]) -> None:
+        self.model, self.rates = model, rates
+        self.before = self._fingerprints()
+        self.with_gradient: set[str] = set()
+        self.done = False
+
+    @torch.no_grad()
+    def _fingerprints(self) -> dict[str, tuple[float, float]]:
+        return {
+            name: (float(p.double().sum()), float(p.double().abs().sum())) for _, name, p in named_parts(self.model)
+        }
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.done:
+            for part, _, parameter in named_parts(self.model):
+                if parameter.grad is not None and bool(parameter.grad.any()):
+                    self.with_gradient.add(part)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.done:
+            self._check(last=state.global_step >= self.patience)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.done and state.global_step:
+            self._check(last=state.global_step > 1)
+
+    def _check(self, last: bool) -> None:
+        after = self._fingerprints()
+        moved = {part_of(name) for name, value in after.items() if value != self.before[name]}
+        if wrong := sorted(moved - set(self.rates)):
+            raise PartNotTraining(f"{', '.join(wrong)} should be frozen, but the first steps changed it")
+        still = sorted(part for part in self.rates if part not in moved or part not in self.with_gradient)
+        if still and last:
+            raise PartNotTraining(
+                f"{', '.join(still)} should learn, but got no gradient or did not move in the first steps. "
+                "Is the part used by this model and this data? A learning rate of 0 has the same effect."
+            )
+        if not still:
+            self.done = True
+            self.before = {}

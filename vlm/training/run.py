@@ -1,0 +1,239 @@
+"""A whole run: a recipe becomes a folder with a model, its scores, and all that is needed to see how it came about.
+
+RUN/recipe.yaml         the recipe, resolved            RUN/environment.json   versions and hardware
+RUN/metrics.jsonl       losses and rates by step        RUN/loss.png           the same as a picture
+RUN/checkpoints/STAGE/  to resume from                  RUN/data_problems.json what was left out, and why
+RUN/model/              the model, LoRA merged in       RUN/adapter/           LoRA and trained parts, unmerged
+RUN/evaluation/         summary.json, predictions.jsonl, samples.html
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import track
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, TrainingArguments, set_seed
+
+from vlm import generation
+from vlm.build import build
+from vlm.data.check import ProblemLog, image_problem
+from vlm.data.dataset import LeftOut, TreeCollator, TreeItem, make_items
+from vlm.data.example import Example
+from vlm.data.features import FeatureCache
+from vlm.data.images import ImageError
+from vlm.data.readers import read
+from vlm.errors import UserError
+from vlm.eval import evaluate
+from vlm.recipe import Recipe, home, require_models
+from vlm.training.report import environment, plot_losses
+from vlm.training.stage import Batches, cache_for, merged, run_stage, training_arguments
+
+
+def train(
+    recipe: Recipe,
+    *,
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console,
+) -> Path:
+    """Train and evaluate as `recipe` says; gives the run folder. `dry_run` does everything but step and write.
+
+    Raises UserError if the folder already holds a run and neither `resume` nor `overwrite` says what to do with it.
+    """
+    require_models(recipe)
+    folder = Path(recipe.output_dir)
+    if not dry_run:
+        _prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
+    set_seed(recipe.seed)
+    log = ProblemLog(0, recipe.data.max_bad)
+    train_examples = _read(recipe, recipe.data.train, log)
+    validation_examples = _read(recipe, recipe.data.validation, log) if recipe.data.validation else []
+    done = _finished_stages(folder, recipe) if resume else 0
+    model, processor = _start_model(recipe, folder, done)
+    adapter = None
+    for number, stage in enumerate(recipe.stages[done:], start=done):
+        last = number == len(recipe.stages) - 1
+        console.print(f"stage {number + 1} of {len(recipe.stages)}: {stage.name}", style="bold", highlight=False)
+        args = training_arguments(recipe, stage, folder / "checkpoints" / stage.name)
+        frozen = "vision" not in stage.learning_rates and hasattr(model, "get_vision_features")
+        cache = (
+            cache_for(model, processor, args, home() / "features") if frozen and recipe.data.cache_features else None
+        )
+        wants_loss = args.eval_strategy != "no"
+        batches = Batches(
+            _items(recipe, train_examples, processor, cache, log, console, "training"),
+            _items(recipe, validation_examples, processor, cache, log, console, "held out") if wants_loss else [],
+            TreeCollator(processor, recipe.data.max_tokens_per_row, cache),
+        )
+        trained, adapter = run_stage(
+            recipe, stage, model, batches, folder, dry_run=dry_run, resume=resume, console=console
+        )
+        if dry_run:
+            continue
+        home_of_stage = folder if last else folder / "stages" / stage.name
+        if adapter is not None:
+            adapter.save_pretrained(str(home_of_stage / "adapter"))
+        model = merged(trained)
+        model.requires_grad_(False)
+        _save(model, processor, home_of_stage / "model")
+        plot_losses(folder / "metrics.jsonl", folder / "loss.png")
+        if recipe.evaluation.metrics:
+            examples = validation_examples[: recipe.evaluation.limit]
+            _evaluate(recipe, model, processor, examples, args, home_of_stage / "evaluation", console)
+    if log.problems:
+        console.print(log.summary(), highlight=False, markup=False)
+        if not dry_run:
+            text = json.dumps([vars(problem) for problem in log.problems], indent=1, ensure_ascii=False)
+            (folder / "data_problems.json").write_text(text, encoding="utf-8")
+    console.print("nothing was trained: this was a dry run" if dry_run else f"done: {folder}", highlight=False)
+    return folder
+
+
+def _prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    if (folder / "recipe.yaml").is_file() and overwrite:
+        shutil.rmtree(folder)
+    if (folder / "recipe.yaml").is_file() and not resume:
+        finished = (folder / "model" / "config.json").is_file()
+        state, choice = ("finished", "") if finished else ("stopped", "Go on with it with --resume, ")
+        raise UserError(
+            f"{folder} holds a {state} run. {choice}replace it with --overwrite, or choose another folder with "
+            "output_dir=..."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
+    (folder / "recipe.yaml").write_text(resolved, encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+
+
+def _read(recipe: Recipe, source: dict[str, Any], log: ProblemLog) -> list[Example]:
+    result = read(source, base_dir=Path(recipe.data.base_dir))
+    if not result.examples:
+        reasons = "".join(f"\n  {problem}" for problem in result.problems[:5])
+        raise UserError(f"there is not one usable example in {source}{reasons}")
+    log.total += result.total
+    log.extend(result.problems)
+    return result.examples
+
+
+def _finished_stages(folder: Path, recipe: Recipe) -> int:
+    """How many stages need not run again."""
+    if (folder / "model" / "config.json").is_file():
+        raise UserError(f"{folder} holds a finished run: nothing to resume. Use --overwrite to train anew.")
+    names = [stage.name for stage in recipe.stages[:-1]]
+    return next(
+        (i for i, name in enumerate(names) if not (folder / "stages" / name / "model" / "config.json").is_file()),
+        len(names),
+    )
+
+
+def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedModel, Any]:
+    """The model that the next stage starts from: the last finished stage's, a pretrained one, or a new one."""
+    spec = recipe.model
+    if done:
+        source = str(folder / "stages" / recipe.stages[done - 1].name / "model")
+    elif spec.pretrained:
+        source = generation.checkpoint_of(spec.pretrained)
+    else:
+        return build(**spec.model_dump(exclude={"pretrained", "adapter"}), **spec.adapter.model_dump())
+    trust = spec.trust_remote_code
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype="float32", trust_remote_code=trust)
+    return model, AutoProcessor.from_pretrained(source, trust_remote_code=trust)
+
+
+def _items(
+    recipe: Recipe,
+    examples: Sequence[Example],
+    processor: Any,
+    cache: FeatureCache | None,
+    log: ProblemLog,
+    console: Console,
+    name: str,
+) -> list[TreeItem]:
+    """Examples as trees, their images' features kept; what is broken or too long is counted and named."""
+    features = _features(examples, cache, log, console, name) if cache is not None else None
+    items, left_out = make_items(
+        examples,
+        processor,
+        max_length=recipe.data.max_length,
+        too_long=recipe.data.too_long,
+        report=log.add,
+        features=features,
+        progress=lambda it, total: track(it, f"tokenizing ({name})", total, console=console, transient=True),
+    )
+    if left_out.branches:
+        console.print(_too_long(left_out, recipe.data.max_length, name), highlight=False)
+    if not items:
+        raise UserError(f"no example is left to train on ({name}): every one is broken or over data.max_length")
+    return items
+
+
+def _too_long(left_out: LeftOut, max_length: int, name: str) -> str:
+    return (
+        f"{name}: {left_out.branches} answers left out ({left_out.examples} whole examples), with which an example is "
+        f"longer than data.max_length {max_length} tokens; the longest is {left_out.longest}"
+    )
+
+
+def _features(
+    examples: Sequence[Example], cache: FeatureCache, log: ProblemLog, console: Console, name: str
+) -> dict[int, tuple[str, ...]]:
+    """For each whole example the keys of its images in `cache`; broken images are reported to `log`."""
+
+    def progress(steps: Iterable[int], total: int) -> Iterable[int]:
+        return track(steps, f"encoding images ({name})", total, console=console, transient=True)
+
+    sources = [source for example in examples for source in example.images]
+    found = cache.add(sources, progress)
+    keys: dict[int, tuple[str, ...]] = {}
+    position = 0
+    for index, example in enumerate(examples):
+        mine = [found[position + i] for i in range(len(example.images))]
+        position += len(example.images)
+        broken = [value for value in mine if isinstance(value, ImageError)]
+        if broken:
+            log.add(image_problem(broken[0], example))
+        else:
+            keys[index] = tuple(value for value in mine if isinstance(value, str))
+    return keys
+
+
+def _save(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _evaluate(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    processor: Any,
+    examples: Sequence[Example],
+    args: TrainingArguments,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Score by generation, sighted and blind, in the precision that was trained in."""
+    from vlm.evaluate import show
+
+    network: Any = model.to(args.device).eval()  # type: ignore[arg-type]  # a device is a device
+    precision = torch.autocast(args.device.type, torch.bfloat16) if args.bf16 else nullcontext()
+
+    def predict(requests: list[Any]) -> list[str]:
+        with precision:
+            return generation.generate(
+                network,
+                processor,
+                requests,
+                max_new_tokens=recipe.evaluation.max_new_tokens,
+                batch_size=recipe.evaluation.batch_size,
+            )
+
+    show(evaluate(examples, predict, recipe.evaluation.metrics, output_dir=folder, seed=recipe.seed), console)

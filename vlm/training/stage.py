@@ -1,0 +1,166 @@
+"""One stage: the parts that learn, the batches, the Trainer, and the model merged again at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, supervised_tokens
+from vlm.data.features import FeatureCache
+from vlm.precision import default_device, fast_bfloat16
+from vlm.recipe import Recipe, Stage
+from vlm.training.callbacks import MetricsLog, PartCheck
+from vlm.training.parts import add_lora, set_trainable
+from vlm.training.report import duration, parts_table
+from vlm.training.trainer import VLMTrainer
+
+
+@dataclass
+class Batches:
+    """What a stage trains on, and the way it is made into batches."""
+
+    train: list[TreeItem]
+    validation: list[TreeItem]
+    collator: TreeCollator
+
+
+def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
+    """The stage's `train` section, and what we set ourselves; precision by the device unless the recipe says it."""
+    chosen = dict(stage.train)
+    if not {"bf16", "fp16"} & set(chosen):
+        chosen["bf16"] = fast_bfloat16(default_device())
+    if chosen.get("gradient_checkpointing"):
+        chosen.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    chosen.setdefault("report_to", "none")
+    return TrainingArguments(
+        output_dir=str(folder),
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+        prediction_loss_only=True,
+        **chosen,
+    )
+
+
+def run_stage(
+    recipe: Recipe,
+    stage: Stage,
+    model: PreTrainedModel,
+    batches: Batches,
+    folder: Path,
+    *,
+    dry_run: bool,
+    resume: bool,
+    console: Console,
+) -> tuple[PreTrainedModel, PeftModel | None]:
+    """Train `model` as `stage` says. Gives the model, LoRA merged into it, and the unmerged adapter if there is one."""
+    rates = stage.learning_rates
+    trained: Any = add_lora(model, stage.lora.model_dump(), rates) if stage.lora else model
+    set_trainable(trained, rates)
+    checkpoints = folder / "checkpoints" / stage.name
+    args = training_arguments(recipe, stage, checkpoints)
+    trainer = VLMTrainer(
+        model=trained,
+        args=args,
+        train_dataset=TreeDataset(batches.train),
+        eval_dataset=TreeDataset(batches.validation) if args.eval_strategy != "no" else None,
+        data_collator=batches.collator,
+        rates=rates,
+        callbacks=[MetricsLog(folder / "metrics.jsonl", stage.name), PartCheck(trained, rates)],
+    )
+    steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+    seconds = _time_of_a_step(trainer) * args.gradient_accumulation_steps
+    tokens = sum(len(item.tree) for item in batches.train)
+    console.print(
+        parts_table(
+            trained,
+            rates,
+            {
+                "examples": f"{len(batches.train):,}",
+                "answers": f"{sum(len(item.example.branches) for item in batches.train):,}",
+                "tokens": f"{tokens:,}, of them supervised {supervised_tokens(batches.train):,}",
+                "steps": f"{steps:,}",
+                "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+                "device": str(args.device),
+                "expected time": f"{duration(steps * seconds)} ({seconds:.1f} s a step)",
+            },
+        )
+    )
+    if dry_run:
+        return model, None
+    checkpoint = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.skipped_steps:
+        console.print(f"{trainer.skipped_steps} steps were skipped: their gradients were not finite")
+    return trained, trained if stage.lora else None
+
+
+def merged(trained: Any) -> PreTrainedModel:
+    """The model with LoRA merged into its weights; a model without LoRA as it is."""
+    return trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
+
+
+def _time_of_a_step(trainer: Any) -> float:
+    """Seconds of one forward and backward pass; the second of two, since the first one warms caches up. Nothing is
+    changed: no step is taken, and random numbers are as before."""
+    state = torch.get_rng_state()
+    items = [trainer.train_dataset[i] for i in range(min(trainer._train_batch_size, len(trainer.train_dataset)))]
+    batch = trainer.data_collator(items)
+    model = trainer.model.to(trainer.args.device).train()
+    precision = (
+        torch.autocast(trainer.args.device.type, torch.bfloat16 if trainer.args.bf16 else torch.float16)
+        if trainer.args.bf16 or trainer.args.fp16
+        else nullcontext()
+    )
+    for _ in range(2):
+        start = time.monotonic()
+        with precision:
+            loss = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
+        loss.backward()
+        if trainer.args.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - start
+        model.zero_grad()
+    torch.set_rng_state(state)
+    return seconds
+
+
+def encoder_of(model: Any, processor: Any, args: TrainingArguments) -> Callable[[list[Any]], Any]:
+    """The function that a feature cache runs images through."""
+    device = args.device
+
+    @torch.no_grad()
+    def encode(images: list[Any]) -> Any:
+        model.vision_tower.to(device).eval()
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            features, grid = model.get_vision_features(pixels)
+        return (features.half() if args.bf16 or args.fp16 else features), grid
+
+    return encode
+
+
+def cache_for(model: Any, processor: Any, args: TrainingArguments, folder: Path) -> FeatureCache:
+    """The cache of this encoder's features, in this precision, below `folder`."""
+    from vlm.data.features import cache_key
+
+    config = model.config
+    key = cache_key(
+        model.vision_tower,
+        processor.image_processor,
+        config.vision_feature_layer,
+        config.vision_feature_select_strategy,
+        args.bf16 or args.fp16,
+    )
+    return FeatureCache(folder / key, encoder_of(model, processor, args))
