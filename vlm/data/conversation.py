@@ -20,8 +20,8 @@ class TokenizedBranch:
 
     Attributes:
         input_ids: token ids, image tokens expanded.
-        labels: the same where an assistant's answer (its end token included) is supervised, else -100. The first is -100.
-        inputs: what else the processor made of the images (`pixel_values`, ...); empty where the pixels come separately.
+        labels: the same where an assistant's answer, with its end token, is supervised; else, and at first, -100.
+        inputs: what else the processor made of the images (`pixel_values`, ...), unless they come separately.
     """
 
     input_ids: list[int]

@@ -36,12 +36,11 @@ class Batches:
 
 def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
     """The stage's `train` section, and what we set ourselves; precision by the device unless the recipe says it."""
-    chosen = dict(stage.train)
+    chosen = {"use_cpu": default_device() == "cpu", "report_to": "none", **stage.train}
     if not {"bf16", "fp16"} & set(chosen):
-        chosen["bf16"] = fast_bfloat16(default_device())
+        chosen["bf16"] = fast_bfloat16("cpu" if chosen["use_cpu"] else default_device())
     if chosen.get("gradient_checkpointing"):
         chosen.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
-    chosen.setdefault("report_to", "none")
     return TrainingArguments(
         output_dir=str(folder),
         seed=recipe.seed,
