@@ -18,7 +18,7 @@ class VLMConfig(PreTrainedConfig):
     Args:
         vision_config: any configuration `AutoModel` knows, timm's through `TimmWrapperConfig`.
         text_config: any configuration `AutoModelForCausalLM` knows.
-        projector: `{"type": NAME, **options}` with a name of [`vlm.adapters.PROJECTORS`] and that projector's own options.
+        projector: `{"type": NAME, **options}` with a name of [`vlm.adapters.PROJECTORS`] and that projector's options.
         fusion: `prefix` puts the visual tokens into the sequence (LLaVA), `cross_attention` lets decoder layers attend
             to them (Flamingo), `prefix+cross_attention` does both (NVLM-H).
         cross_attention_every: with cross-attention, every how many decoder layers a gated block is inserted.

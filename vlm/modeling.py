@@ -90,13 +90,22 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         vision_features: Tensor | None = None,
         vision_grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Visual tokens `[images, M, D_t]` of pixels, or of features that `get_vision_features` gave earlier."""
+        """Visual tokens `[images, M, D_t]` of pixels, or of features that `get_vision_features` gave earlier.
+
+        Raises ValueError if images of this size do not become the tokens that stand for an image in `input_ids`.
+        """
         if vision_features is None and pixel_values is not None:
             vision_features, vision_grid = self.get_vision_features(pixel_values)
         if vision_features is None or vision_grid is None:
             raise ValueError("images come as pixel_values, or as vision_features together with vision_grid")
         dtype = next(self.multi_modal_projector.parameters()).dtype
-        return self.multi_modal_projector(vision_features.to(dtype), vision_grid)
+        visual_tokens = self.multi_modal_projector(vision_features.to(dtype), vision_grid)
+        if self.config.uses_prefix and visual_tokens.shape[1] != self.config.image_seq_length:
+            raise ValueError(
+                f"images with a grid of {vision_grid[0]} x {vision_grid[1]} become {visual_tokens.shape[1]} tokens; "
+                f"this model's take {self.config.image_seq_length}. Let its own processor prepare the images."
+            )
+        return visual_tokens
 
     @can_return_tuple
     def forward(

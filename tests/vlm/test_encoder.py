@@ -62,7 +62,9 @@ TOKENS = {
 MAPS = {
     "resnet": (lambda: ResNetConfig(embedding_size=8, layer_type="basic", **STAGES), 64, 0, 16),
     "efficientnet": (
-        lambda: EfficientNetConfig(width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=320, image_size=64),
+        lambda: EfficientNetConfig(
+            width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=320, image_size=64, initializer_range=0.3
+        ),
         64,
         0,
         32,

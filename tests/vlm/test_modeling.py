@@ -105,7 +105,7 @@ def test_loss_equals_stock_llava(llava_and_ours):
 def test_closed_gates_leave_the_language_model_as_it_was_bit_for_bit(decoder):
     model, processor = tiny(decoder, "cross_attention", gates=False)
     inputs = batch(processor, (image(0), "what is it"), ("a cat", image(1), image(2), "and a dog"))
-    bare = AutoModelForCausalLM.from_config(text_config(decoder)).eval()
+    bare = AutoModelForCausalLM.from_config(model.config.text_config).eval()
     weights = {key.replace(".layer.", "."): value for key, value in model.language_model.state_dict().items()}
     weights = {key: value for key, value in weights.items() if ".cross_attention." not in key}
     assert weights.keys() == bare.state_dict().keys()
@@ -166,7 +166,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(fusion, reentrant):
     for module in model.modules():
         if type(module).__name__ in ("CrossAttentionBlock", "LlamaDecoderLayer"):
             module.register_forward_hook(lambda *_: recomputed.append(1))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
     assert all(m.gradient_checkpointing for m in model.modules() if type(m).__name__ == "CrossAttentionBlock")
     if reentrant and "cross" in fusion:
         # Visual tokens reach the blocks beside the hidden states; a reentrant checkpoint cannot carry their gradients.
@@ -256,6 +256,8 @@ def test_wrong_numbers_of_image_tokens_are_refused():
         model(**{**inputs, "input_ids": ids})
     with pytest.raises(ValueError, match="row 0 of input_ids"):
         model.generate(**{**inputs, "input_ids": ids}, num_beams=2, max_new_tokens=2)
+    with pytest.raises(ValueError, match="grid of 8 x 8 become 64 tokens; this model's take 16"):
+        model(**{**inputs, "pixel_values": torch.randn(2, 3, 64, 64)})
     del inputs["pixel_values"]
     with pytest.raises(ValueError, match="32 image tokens; 0 images"):
         model(**inputs)
