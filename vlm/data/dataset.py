@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vlm.data.check import image_problem
 from vlm.data.conversation import IGNORE, TokenizedBranch, tokenize_branch
 from vlm.data.example import Branch, Example, Problem
 from vlm.data.features import FeatureCache
 from vlm.data.images import ImageError, open_image
-from vlm.data.trees import Tree, lay_out, make_tree, pack
+from vlm.data.trees import Tree, lay_out, make_tree, pack, trunk_length
 
 T = TypeVar("T")
 Progress = Callable[[Iterable[T], int], Iterable[T]]
@@ -22,11 +25,22 @@ Progress = Callable[[Iterable[T], int], Iterable[T]]
 
 @dataclass
 class TreeItem:
-    """One example, ready: its tree, and where its images come from (kept features, or the images themselves)."""
+    """One example, ready: its tree, and where its images come from (kept features, or the images themselves).
+
+    `answers` counts the branches in the tree.
+    """
 
     tree: Tree
     example: Example
     features: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> int:
+        return max(self.tree.branch_ids)
+
+
+Row = list[TreeItem]
+"""Items whose trees stand in one row."""
 
 
 @dataclass
@@ -51,8 +65,10 @@ def make_items(
     """Tokenize `examples` into trees.
 
     `features` gives for each example the keys of its images in a [`FeatureCache`]; examples that it lacks are broken
-    and left out (whoever built it reported them). What is longer than `max_length` tokens is handled as `too_long`
-    says and counted; an image is never cut, and neither is an answer.
+    and left out (whoever built it reported them). Without it every image is opened here, so that a broken one is
+    reported now and does not stop the training later. What is longer than `max_length` tokens is handled as `too_long`
+    says and counted; an image is never cut, and neither is an answer. Where text stands before an image and differs
+    between the branches, they do not share the image, and each becomes a tree of its own.
     Raises ValueError for `too_long="error"`.
     """
     items: list[TreeItem] = []
@@ -63,25 +79,32 @@ def make_items(
         if features is not None and index not in features:
             continue
         try:
-            branches = [
-                _tokenize(processor, branch, example, memory, features is not None) for branch in example.branches
-            ]
+            # Kept features were made of images that open.
+            images = [open_image(source, where=example.where) for source in example.images] if features is None else []
         except ImageError as error:
-            report(Problem(example.where, "image", str(error), len(example.branches)))
+            report(image_problem(error, example))
             continue
-        kept = _fit(branches, max_length, too_long, example, left_out)
-        if kept:
-            items.append(TreeItem(make_tree(kept), example, features[index] if features is not None else ()))
+        branches = [_tokenize(processor, branch, images, memory) for branch in example.branches]
+        groups = [branches] if _share_images(branches, processor) else [[branch] for branch in branches]
+        kept = [fitting for group in groups if (fitting := _fit(group, max_length, too_long, example, left_out))]
+        left_out.examples += not kept
+        keys = features[index] if features is not None else ()
+        items += [TreeItem(make_tree(group), example, keys) for group in kept]
     return items, left_out
 
 
+def _share_images(branches: list[TokenizedBranch], processor: Any) -> bool:
+    """Whether all image tokens are in the trunk, so that each image is in the row once."""
+    start = trunk_length(branches)
+    return len(branches) == 1 or all(processor.image_token_id not in branch.input_ids[start:] for branch in branches)
+
+
 def _tokenize(
-    processor: Any, branch: Branch, example: Example, memory: dict[str, TokenizedBranch], ids_only: bool
+    processor: Any, branch: Branch, images: list[Image.Image], memory: dict[str, TokenizedBranch]
 ) -> TokenizedBranch:
     # Our own processor gives an image the same number of tokens whatever it shows, so equal conversations about
     # different images have equal ids.
     if not getattr(processor, "fixed_image_tokens", False):
-        images = [open_image(source, where=example.where) for source in example.images]
         return tokenize_branch(processor, branch, images)
     key = repr(branch.messages)
     if key not in memory:
@@ -108,41 +131,45 @@ def _fit(
             if len(make_tree([*kept, branch])) <= max_length:
                 kept.append(branch)
     left_out.branches += len(branches) - len(kept)
-    left_out.examples += not kept
     return kept
 
 
-class TreeDataset(Dataset[TreeItem]):
-    """The items, by index. What is expensive, opening images or reading features, is left to the collator."""
+class TreeDataset(Dataset[Row]):
+    """The items, packed into rows of at most `max_tokens` tokens; an index gives a row.
 
-    def __init__(self, items: Sequence[TreeItem]) -> None:
-        self.items = items
+    Neighbours in the data are often alike, so rows are packed from the items in a random order. What is expensive,
+    opening images or reading features, is left to the collator.
+    """
+
+    def __init__(self, items: Sequence[TreeItem], max_tokens: int, seed: int = 0) -> None:
+        items = random.Random(seed).sample(items, len(items))
+        self.rows = [[items[i] for i in row] for row in pack([len(item.tree) for item in items], max_tokens)]
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> TreeItem:
-        return self.items[index]
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
 
 
 @dataclass
 class TreeCollator:
-    """Packs a batch of items into rows of at most `max_tokens_per_row` and adds what the model sees of their images.
+    """Lays rows of items out and adds what the model sees of their images.
 
     Gives `input_ids`, `labels`, `position_ids` `[B, L]`, `attention_mask` `[B, 1, L, L]` (boolean) and either
     `pixel_values [images, 3, H, W]` or `vision_features [images, N, D]` with `vision_grid`, images in row order.
     """
 
     processor: Any
-    max_tokens_per_row: int
     features: FeatureCache | None = None
 
-    def __call__(self, items: Sequence[TreeItem]) -> dict[str, Any]:
-        rows = pack([len(item.tree) for item in items], self.max_tokens_per_row)
-        batch: dict[str, Any] = lay_out(
-            [[items[i].tree for i in row] for row in rows], self.processor.tokenizer.pad_token_id
-        )
-        return batch | self._images([items[i] for row in rows for i in row])
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        batch: dict[str, Any] = lay_out([[item.tree for item in row] for row in rows], self._padding())
+        return batch | self._images([item for row in rows for item in row])
+
+    def _padding(self) -> int:
+        tokenizer = self.processor.tokenizer
+        return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
     def _images(self, items: Sequence[TreeItem]) -> dict[str, Any]:
         if self.features is not None:

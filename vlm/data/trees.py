@@ -8,12 +8,14 @@ once, as a trunk, and lays the rest out as branches behind it:
     attends to trunk so far       | trunk, branch 1 | trunk, branch 2
 
 so that every token sees exactly what it would see in a row of its own, and loss and gradients equal those of one row an
-answer. Molmo trains so (arXiv 2409.17146, 2601.10611: "message trees"). A branch starts with the last shared token
-once more, so that the ordinary shifted labels work unchanged. Several trees stand in one row; none sees another.
+answer. Molmo trains so (arXiv 2409.17146, 2601.10611: "message trees"). Where an answer begins right after the trunk,
+each branch starts with the last shared token once more, so that the ordinary shifted labels work unchanged. Several
+trees stand in one row; none sees another.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,8 +46,7 @@ class Tree:
 
 def make_tree(branches: Sequence[TokenizedBranch]) -> Tree:
     """The tree of conversations about the same images."""
-    shared = shared_length(branches) if len(branches) > 1 else 0
-    start = max(shared - 1, 0)
+    start = trunk_length(branches) if len(branches) > 1 else 0
     trunk = branches[0].input_ids[:start]
     tree = Tree(list(trunk), [IGNORE] * start, list(range(start)), [TRUNK] * start)
     for number, branch in enumerate(branches, start=1):
@@ -57,16 +58,19 @@ def make_tree(branches: Sequence[TokenizedBranch]) -> Tree:
     return tree
 
 
-def shared_length(branches: Sequence[TokenizedBranch]) -> int:
+def trunk_length(branches: Sequence[TokenizedBranch]) -> int:
     """How many tokens the branches begin with in common, up to the first supervised one: a token that one answer
-    supervises must count once an answer, even where answers begin alike."""
+    supervises must count once an answer, even where answers begin alike.
+
+    One less if a branch supervises the token that follows: what predicts that token must then stand before it. A branch
+    has at least one token.
+    """
     first = branches[0]
-    shared = min(len(b.input_ids) for b in branches)
-    shared = min(shared, *(_first_supervised(b) for b in branches))
+    shared = min(min(len(b.input_ids) - 1, _first_supervised(b)) for b in branches)
     for other in branches[1:]:
-        while first.input_ids[:shared] != other.input_ids[:shared]:
-            shared = next(i for i in range(shared) if first.input_ids[i] != other.input_ids[i])
-    return shared
+        shared = next((i for i in range(shared) if first.input_ids[i] != other.input_ids[i]), shared)
+    supervised = any(b.labels[shared] != IGNORE for b in branches)
+    return max(shared - 1, 0) if supervised else shared
 
 
 def _first_supervised(branch: TokenizedBranch) -> int:
@@ -74,20 +78,21 @@ def _first_supervised(branch: TokenizedBranch) -> int:
 
 
 def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of `lengths` grouped into rows of at most `max_tokens`, longest first into the first row with room.
+    """Indices of `lengths` grouped into rows of at most `max_tokens`, longest first into the fullest row with room.
 
     One that is longer than `max_tokens` has a row of its own. Rows keep the given order inside.
     """
     rows: list[list[int]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # what is free in each row, in order: data sets have 100,000 images
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, free in enumerate(room) if free >= lengths[index]), None)
-        if row is None:
+        place = bisect.bisect_left(room, (lengths[index], -1))
+        if place < len(room):
+            free, row = room.pop(place)
+        else:
+            free, row = max_tokens, len(rows)
             rows.append([])
-            room.append(max_tokens)
-            row = len(rows) - 1
         rows[row].append(index)
-        room[row] -= lengths[index]
+        bisect.insort(room, (free - lengths[index], row))
     return [sorted(row) for row in rows]
 
 

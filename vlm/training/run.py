@@ -72,7 +72,7 @@ def train(
         batches = Batches(
             _items(recipe, train_examples, processor, cache, log, console, "training"),
             _items(recipe, validation_examples, processor, cache, log, console, "held out") if wants_loss else [],
-            TreeCollator(processor, recipe.data.max_tokens_per_row, cache),
+            TreeCollator(processor, cache),
         )
         trained, adapter = run_stage(
             recipe, stage, model, batches, folder, dry_run=dry_run, resume=resume, console=console

@@ -69,11 +69,12 @@ def run_stage(
     set_trainable(trained, rates)
     checkpoints = folder / "checkpoints" / stage.name
     args = training_arguments(recipe, stage, checkpoints)
+    wants_loss = args.eval_strategy != "no"
     trainer = VLMTrainer(
         model=trained,
         args=args,
-        train_dataset=TreeDataset(batches.train),
-        eval_dataset=TreeDataset(batches.validation) if args.eval_strategy != "no" else None,
+        train_dataset=TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed),
+        eval_dataset=TreeDataset(batches.validation, recipe.data.max_tokens_per_row) if wants_loss else None,
         data_collator=batches.collator,
         rates=rates,
         callbacks=[MetricsLog(folder / "metrics.jsonl", stage.name), PartCheck(trained, rates)],
@@ -86,8 +87,9 @@ def run_stage(
             trained,
             rates,
             {
-                "examples": f"{len(batches.train):,}",
-                "answers": f"{sum(len(item.example.branches) for item in batches.train):,}",
+                "examples": f"{len({id(item.example) for item in batches.train}):,}",
+                "rows": f"{len(trainer.train_dataset):,}",
+                "answers": f"{sum(item.answers for item in batches.train):,}",
                 "tokens": f"{tokens:,}, of them supervised {supervised_tokens(batches.train):,}",
                 "steps": f"{steps:,}",
                 "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
