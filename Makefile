@@ -1,0 +1,58 @@
+# `make quickstart` and `make test` are all there is to know. Both make their own virtual environment in .venv, and
+# install into it again only after pyproject.toml has changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Several test processes with one thread each are faster than one with many: the models in the tests are tiny.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help quickstart test venv lint format types test-fast test-slow clean
+
+help:
+	@echo "make quickstart  install, fetch two small models and some images, train, score, and ask a question"
+	@echo "make test        install, then lint, types and the fast tests"
+	@echo "make lint        ruff: rules and format          make format     let ruff put both right"
+	@echo "make types       mypy                            make venv       the virtual environment alone"
+	@echo "make test-fast   the tests without the slow ones make test-slow  the slow ones: minutes, and downloads"
+	@echo "make clean       remove the environment and all caches; runs/ stays"
+
+quickstart: $(VENV)/.installed-quickstart
+	$(BIN)/vlm quickstart
+
+test: lint types test-fast
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy -p vlm
+
+test-fast: $(VENV)/.installed-test
+	$(PYTEST) -m "not slow" -n logical --maxprocesses 4
+
+test-slow: $(VENV)/.installed-test
+	$(PYTEST) -m slow
+
+venv: $(VENV)/.made
+
+# Some systems ship Python without ensurepip, but with a pip that can install into another environment.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, and $(PYTHON) is older or missing: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml | $(VENV)/.made
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,225 @@
+"""The README and the guides say what is so: their commands, links, recipes, tables and code are checked against ours.
+
+docs/data.md has more tests of its own in tests/data/test_docs.py.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from vlm import recipe
+from vlm.cli import app
+from vlm.recipe_source import read_yaml
+
+ROOT = Path(__file__).parents[1]
+GUIDES = {path.relative_to(ROOT).as_posix(): path for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])}
+TEXTS = {name: path.read_text(encoding="utf-8") for name, path in GUIDES.items()}
+
+AWAITED = {"docs/images/samples.png", "docs/images/chat.svg"}
+"""Pictures of a real run, which may come after the text that shows them. One that is there is taken off this list."""
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def command_lines(text: str) -> list[list[str]]:
+    """The words of each line in the bash blocks, comments off, with pipes and redirections ending a command."""
+    lines = []
+    for line in "".join(blocks(text, "bash")).splitlines():
+        words = shlex.split(line, comments=True)
+        while "|" in words:
+            at = words.index("|")
+            lines.append(words[:at])
+            words = words[at + 1 :]
+        lines.append(words[: words.index(">")] if ">" in words else words)
+    return [words for words in lines if words]
+
+
+def find_command(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that `words` after `vlm` name, and its own words. Fails for a name that no command has."""
+    command: Any = typer.main.get_command(app)
+    words = list(words)
+    while words and hasattr(command, "commands") and not words[0].startswith("-"):
+        assert words[0] in command.commands, f"there is no command {words[0]!r}; there are {sorted(command.commands)}"
+        command = command.commands[words.pop(0)]
+    return command, words
+
+
+SHOWN = [(name, words) for name, text in TEXTS.items() for words in command_lines(text)]
+SHOWN_VLM = [(name, words[1:]) for name, words in SHOWN if words[0] == "vlm"]
+INLINE = [
+    (name, found.split())
+    for name, text in TEXTS.items()
+    for found in re.findall(r"`vlm ([^`]+)`", " ".join(prose(text).split()))
+]
+
+
+def case(value: tuple[str, list[str]]) -> str:
+    return f"{value[0]}: vlm {' '.join(value[1])}"
+
+
+def the_recipe() -> dict[str, Any]:
+    """The recipe at the head of docs/training.md, of which the other snippets change a section."""
+    return read_yaml(blocks(TEXTS["docs/training.md"], "yaml")[0], "docs/training.md")[0]
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(SHOWN_VLM) > 20
+    assert len(INLINE) > 5
+    assert {words[0] for _, words in SHOWN_VLM} == set(find_command([])[0].commands) - {"quickstart"}
+
+
+@pytest.mark.parametrize("shown", SHOWN_VLM, ids=case)
+def test_a_shown_command_is_understood(shown: tuple[str, list[str]]) -> None:
+    command, words = find_command(shown[1])
+    context = command.make_context("vlm", list(words))  # raises for options and arguments that it does not know
+    values = context.params
+    if command.name == "train":
+        if values["recipe"] in recipe.packaged():
+            recipe.load(values["recipe"], values["overrides"] or [])
+        else:
+            recipe.from_dict(the_recipe(), values["overrides"] or [])
+    if command.name == "show":
+        assert values["name"] in recipe.packaged()
+    if command.name == "check" and "=" in values["source"][0]:
+        recipe.parse_data(values["source"])
+    if command.name == "eval":
+        data = shlex.split(values["data"])
+        if "=" in data[0]:
+            recipe.parse_data(data)
+        else:
+            assert data[0] in recipe.packaged() or data[0].endswith(".yaml")
+        if values["metrics"]:
+            from vlm.eval import METRICS
+
+            assert set(values["metrics"].split(",")) <= set(METRICS)
+
+
+@pytest.mark.parametrize("shown", INLINE, ids=case)
+def test_a_command_in_a_sentence_exists(shown: tuple[str, list[str]]) -> None:
+    command, words = find_command(shown[1])
+    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word for word in words if word.startswith("-")} <= options
+
+
+def test_shown_make_targets_exist() -> None:
+    rules = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][\w-]*):", rules, flags=re.MULTILINE))
+    shown = {words[1] for _, words in SHOWN if words[0] == "make"}
+    shown |= set(re.findall(r"`make ([\w-]+)`", " ".join(TEXTS.values())))
+    assert {"quickstart", "test"} <= shown <= targets
+
+
+def test_the_readme_sets_up_with_two_commands() -> None:
+    setup = TEXTS["README.md"].split("## Set up\n")[1].split("\n## ")[0]
+    assert command_lines(setup) == [["make", "quickstart"], ["make", "test"]]
+    assert "make test\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a text's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_links_lead_somewhere(name: str) -> None:
+    missing = set()
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(TEXTS[name])):
+        if re.match(r"[a-z]+:", target):
+            assert target.startswith("https://"), target
+            continue
+        path, _, anchor = target.partition("#")
+        file = (GUIDES[name].parent / path).resolve() if path else GUIDES[name]
+        place = file.relative_to(ROOT).as_posix()
+        if not file.exists():
+            missing.add(place)
+        elif anchor:
+            assert anchor in anchors(TEXTS[place]), f"{target}: no such heading"
+    assert missing <= AWAITED
+
+
+def test_no_picture_is_awaited_that_nobody_shows() -> None:
+    assert all(any(Path(place).name in text for text in TEXTS.values()) for place in AWAITED)
+
+
+SNIPPETS = [
+    pytest.param(name, text, id=f"{name}-{number}")
+    for name in ("README.md", "docs/training.md")
+    for number, text in enumerate(blocks(TEXTS[name], "yaml"))
+]
+
+
+@pytest.mark.parametrize(("name", "snippet"), SNIPPETS)
+def test_a_shown_recipe_is_valid(name: str, snippet: str) -> None:
+    changed, places = read_yaml(snippet, name)
+    whole = changed if {"model", "data"} <= changed.keys() else the_recipe() | changed
+    if "stages" in changed:
+        whole = {key: value for key, value in whole.items() if key not in recipe.Recipe.shorthand}
+    recipe.from_dict(whole, places=places, file=name)
+
+
+@pytest.mark.parametrize("section", [recipe.Model, recipe.Adapter, recipe.Data, recipe.Lora, recipe.Evaluation])
+def test_every_key_of_a_recipe_is_explained(section: Any) -> None:
+    text = TEXTS["docs/training.md"]
+    missing = [key for key in section.model_fields if f"`{key}`" not in text and f" {key}:" not in text]
+    assert not missing
+
+
+def first_column(text: str, header: str) -> set[str]:
+    """The names in the first column of the table whose first header cell is `header`."""
+    [table] = re.findall(rf"^\| {header} \|.*\n\| ---.*\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
+    return {re.sub(r"\W", "", row.split("|")[1]) for row in table.splitlines()}
+
+
+def test_tables_list_all_there_is_and_nothing_else() -> None:
+    from vlm.adapters import PROJECTORS
+    from vlm.data.readers import READERS
+    from vlm.eval import METRICS
+    from vlm.recipe import PARTS
+
+    assert first_column(TEXTS["README.md"], "projector") == set(PROJECTORS)
+    assert first_column(TEXTS["README.md"], "format") == set(READERS)
+    assert first_column(TEXTS["docs/training.md"], "projector") == set(PROJECTORS)
+    assert first_column(TEXTS["docs/training.md"], "part") == set(PARTS)
+    assert first_column(TEXTS["docs/using.md"], "metric") == set(METRICS)
+
+
+def test_code_to_load_a_pushed_model_is_that_of_the_model_card(tmp_path: Path) -> None:
+    """tests/vlm/test_hub.py runs the card's code."""
+    from vlm.hub import model_card
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "vlm"}))
+    assert blocks(TEXTS["README.md"], "python") == blocks(model_card(tmp_path, "me/my-vlm").text, "python")
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_shown_python_compiles(name: str) -> None:
+    for code in blocks(TEXTS[name], "python"):
+        compile(code, name, "exec")
+
+
+def test_the_map_of_the_files_is_whole() -> None:
+    text = TEXTS["CONTRIBUTING.md"]
+    named = {path for path in re.findall(r"`([\w./]+)`", text) if "/" in path}
+    gone = [path for path in named if not (ROOT / path).exists()]
+    assert not gone
+    modules = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("adapters", "eval", "vlm", "vlm/data", "vlm/training")
+        for path in (ROOT / folder).glob("*.py")
+        if path.name != "__init__.py" and not path.name.startswith("readers_")
+    ]
+    missing = sorted(set(modules) - named)
+    assert not missing, f"CONTRIBUTING.md does not say what is in {missing}"
