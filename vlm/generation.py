@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import vlm  # noqa: F401 - registers our classes with the Auto classes
-from vlm.data.conversation import with_images
+from vlm.data.conversation import template_options, with_images
 from vlm.data.example import Message
 from vlm.errors import UserError
 from vlm.precision import default_device
@@ -71,6 +71,7 @@ def encode_requests(model: Any, processor: Any, requests: Sequence[Request]) -> 
         return_dict=True,
         add_generation_prompt=True,
         sanitize_control_tokens=True,
+        **template_options(processor),
         processor_kwargs={**options, "pixels": False} if shared else options,
     ).to(model.device)
     images = [image for row, _ in requests for image in row]

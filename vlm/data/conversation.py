@@ -14,6 +14,12 @@ IGNORE = -100
 """The label of a token that is not supervised, as everywhere in transformers."""
 
 
+def template_options(processor: Any) -> dict[str, Any]:
+    """What a chat template is told, in training and after it: that of a model that can think aloud (Qwen3) then puts
+    empty thoughts into the prompt, not into the answer."""
+    return {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+
+
 @dataclass
 class TokenizedBranch:
     """One conversation as the model sees it.
@@ -63,6 +69,7 @@ def encode_conversation(
         add_generation_prompt=add_generation_prompt,
         sanitize_control_tokens=True,
         processor_kwargs=options,
+        **template_options(processor),
     )
 
 
@@ -87,21 +94,27 @@ def tokenize_branch(processor: Any, branch: Branch, images: Sequence[Image.Image
         after = whole if last else ids(branch.messages[: turn + 1], False)[0]
         if whole[: len(before)] != before or whole[: len(after)] != after:
             raise ValueError(
-                f"{branch.where}: the chat template changes earlier turns when later ones are added, so that answers "
-                "cannot be told from questions; use another chat template (model.chat_template: chatml)"
+                f"{branch.where}: the chat template changes earlier turns, or their last token, when later ones are "
+                "added, so that answers cannot be told from questions; use another (model.chat_template: chatml)"
             )
-        labels[len(before) : len(after)] = whole[len(before) : len(after)]
-    labels = _without_trailing_space(processor, whole, labels)
+        start, end = len(before), _end_of_answer(processor, whole, len(before), len(after))
+        labels[start:end] = whole[start:end]
     return TokenizedBranch(whole, labels, {k: v for k, v in inputs.items() if k != "attention_mask"})
 
 
-def _without_trailing_space(processor: Any, ids: list[int], labels: list[int]) -> list[int]:
-    """ChatML ends a turn with `<|im_end|>` and a line break; nobody generates past the end token, so the line break
-    after the last one is not supervised."""
-    end = len(ids)
-    while end and labels[end - 1] != IGNORE and not processor.tokenizer.decode(ids[end - 1 : end]).strip():
-        end -= 1
-    return labels[:end] + [IGNORE] * (len(ids) - end)
+def _end_of_answer(processor: Any, ids: list[int], start: int, end: int) -> int:
+    """Where an answer in `ids[start:end]` ends. ChatML ends a turn with `<|im_end|>` and a line break; nobody generates
+    past the end token, so white space behind it is not supervised."""
+    tokenizer, last = processor.tokenizer, end
+    while last > start and not tokenizer.decode(ids[last - 1 : last]).strip():
+        last -= 1
+    is_end_token = last > start and ids[last - 1] in _special_ids(tokenizer)
+    return last if is_end_token else end
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    # Not `all_special_ids`, which lacks the end of a turn where that is not also the end of a text (Gemma).
+    return {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _row(ids: Any) -> list[int]:
