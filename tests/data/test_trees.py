@@ -229,7 +229,7 @@ def test_the_trees_of_a_row_do_not_see_each_other():
 
 
 def test_a_short_sliding_window_is_why_gemma_is_watched():
-    """The reason for the refusal: with a window of 8, a row of 20 tokens in a tree is not the row that generation sees."""
+    """The reason for the refusal: with a window of 8, a longer row is not the one that generation sees."""
     model, _ = tiny("gemma3")
     ids = list(range(20))
     rows = lay_out([[make_tree([branch(ids, [X, *ids[1:]])])]], 0)

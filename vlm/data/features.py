@@ -123,7 +123,8 @@ def cache_key(vision_tower: torch.nn.Module, image_processor: Any, *parts: Any) 
     digest = hashlib.sha256()
     for name, tensor in sorted(vision_tower.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        # Flat, since a batch norm's counter, a single number, cannot be seen as bytes.
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
     preprocessing = image_processor.to_dict() if hasattr(image_processor, "to_dict") else repr(image_processor)
     digest.update(json.dumps([preprocessing, *parts], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:24]

@@ -28,7 +28,7 @@ from vlm.data.check import ProblemLog, image_problem
 from vlm.data.dataset import LeftOut, TreeCollator, TreeItem, make_items
 from vlm.data.example import Example
 from vlm.data.features import FeatureCache
-from vlm.data.images import ImageError
+from vlm.data.images import ImageError, open_image
 from vlm.data.readers import read
 from vlm.errors import UserError
 from vlm.eval import evaluate
@@ -200,10 +200,20 @@ def _features(
         position += len(example.images)
         broken = [value for value in mine if isinstance(value, ImageError)]
         if broken:
-            log.add(image_problem(broken[0], example))
+            log.add(image_problem(_with_row(broken[0], example), example))
         else:
             keys[index] = tuple(value for value in mine if isinstance(value, str))
     return keys
+
+
+def _with_row(error: ImageError, example: Example) -> ImageError:
+    """The cache knows images by their bytes; several rows may name the same broken one, and each is lost."""
+    for source in example.images:
+        try:
+            open_image(source, where=example.where)
+        except ImageError as named:
+            return named
+    return error
 
 
 def _save(model: PreTrainedModel, processor: Any, folder: Path) -> None:
