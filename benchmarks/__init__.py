@@ -1,0 +1,1 @@
+"""Runs whose numbers the documentation quotes. Each is one command; none is installed with the package."""
