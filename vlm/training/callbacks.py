@@ -20,10 +20,19 @@ class PartNotTraining(RuntimeError):  # noqa: N818 - named for what happened
 
 
 class MetricsLog(TrainerCallback):
-    """Appends what the Trainer logs to `metrics.jsonl`, one JSON object a line, with stage, step and seconds."""
+    """Appends what the Trainer logs to `metrics.jsonl`, one JSON object a line, with stage, step and seconds.
+
+    A resumed run takes out first what it had logged after its checkpoint: those steps come again.
+    """
 
     def __init__(self, path: Path, stage: str) -> None:
         self.path, self.stage, self.start = path, stage, time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.path.is_file():
+            entries = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            kept = [entry for entry in entries if entry["stage"] != self.stage or entry["step"] <= state.global_step]
+            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
@@ -46,9 +55,13 @@ class PartCheck(TrainerCallback):
 
     def __init__(self, model: nn.Module, rates: Mapping[str, float]) -> None:
         self.model, self.rates = model, rates
-        self.before = self._fingerprints()
+        self.before: dict[str, tuple[float, float]] = {}
         self.with_gradient: set[str] = set()
+        self.steps = 0
         self.done = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = self._fingerprints()  # now, since a checkpoint may have been loaded
 
     @torch.no_grad()
     def _fingerprints(self) -> dict[str, tuple[float, float]]:
@@ -64,11 +77,12 @@ class PartCheck(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.done:
-            self._check(last=state.global_step >= self.patience)
+            self.steps += 1
+            self._check(last=self.steps >= self.patience)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.done and state.global_step:
-            self._check(last=state.global_step > 1)
+        if not self.done and self.steps:
+            self._check(last=self.steps > 1)
 
     def _check(self, last: bool) -> None:
         after = self._fingerprints()

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from vlm.errors import UserError
 
@@ -68,6 +69,17 @@ def freeze_state(model: nn.Module, rates: Mapping[str, float]) -> None:
                 module.eval()
 
 
+def _modules_of(model: nn.Module, rates: Mapping[str, float]) -> list[str]:
+    """Names of the outermost modules that make up the parts in `rates`, but the language model."""
+    found: list[str] = []
+    for name, _ in model.named_modules():
+        last, part = name.split(".")[-1], part_of(name)
+        heads = (*_VISION, *_PROJECTOR, "cross_attention")
+        if part in rates and last in heads and not any(name.startswith(outer + ".") for outer in found):
+            found.append(name)
+    return found
+
+
 def add_lora(model: nn.Module, lora: Mapping[str, Any], rates: Mapping[str, float]) -> PeftModel:
     """LoRA on the language model; the other parts in `rates` are saved with it.
 
@@ -77,20 +89,19 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any], rates: Mapping[str, floa
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | Conv1D)
         and part_of(name) == "language"
         and re.search(r"\.\d+\.", name)
         and (targets == "all-linear" or name.split(".")[-1] in targets)
     ]
     if not names:
         raise UserError(f"lora.target_modules: the language model has no linear layer named {targets}")
-    kept = {"projector": "multi_modal_projector", "fusion": "cross_attention", "vision": "vision_tower"}
     config = LoraConfig(
         r=lora["r"],
         lora_alpha=lora["lora_alpha"],
         lora_dropout=lora["lora_dropout"],
         use_rslora=lora["use_rslora"],
         target_modules=names,
-        modules_to_save=[kept[part] for part in rates if part in kept] or None,
+        modules_to_save=_modules_of(model, rates) or None,
     )
     return get_peft_model(model, config)

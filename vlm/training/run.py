@@ -32,9 +32,15 @@ from vlm.data.images import ImageError, open_image
 from vlm.data.readers import read
 from vlm.errors import UserError
 from vlm.eval import evaluate
+from vlm.eval.summary import show
 from vlm.recipe import Recipe, home, require_models
 from vlm.training.report import environment, plot_losses
 from vlm.training.stage import Batches, cache_for, merged, run_stage, training_arguments
+
+CONTENTS = (
+    "recipe.yaml", "environment.json", "metrics.jsonl", "loss.png", "data_problems.json",
+    "checkpoints", "stages", "model", "model.saving", "adapter", "evaluation",
+)  # fmt: skip
 
 
 def train(
@@ -52,13 +58,15 @@ def train(
     require_models(recipe)
     folder = Path(recipe.output_dir)
     if not dry_run:
-        _prepare_folder(folder, recipe, resume=resume, overwrite=overwrite)
+        _require_free(folder, recipe, resume=resume, overwrite=overwrite)
     set_seed(recipe.seed)
     log = ProblemLog(0, recipe.data.max_bad)
     train_examples = _read(recipe, recipe.data.train, log)
     validation_examples = _read(recipe, recipe.data.validation, log) if recipe.data.validation else []
     done = _finished_stages(folder, recipe) if resume else 0
     model, processor = _start_model(recipe, folder, done)
+    if not dry_run:  # only now, so that a mistake in the recipe or its data leaves the folder as it was
+        _prepare_folder(folder, recipe, overwrite=overwrite, console=console)
     adapter = None
     for number, stage in enumerate(recipe.stages[done:], start=done):
         last = number == len(recipe.stages) - 1
@@ -78,6 +86,7 @@ def train(
             recipe, stage, model, batches, folder, dry_run=dry_run, resume=resume, console=console
         )
         if dry_run:
+            model = merged(trained)
             continue
         home_of_stage = folder if last else folder / "stages" / stage.name
         if adapter is not None:
@@ -98,20 +107,46 @@ def train(
     return folder
 
 
-def _prepare_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    if (folder / "recipe.yaml").is_file() and overwrite:
-        shutil.rmtree(folder)
-    if (folder / "recipe.yaml").is_file() and not resume:
+def _require_free(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    start = recipe.model.pretrained
+    if overwrite and start and folder.resolve() in (Path(start).resolve(), *Path(start).resolve().parents):
+        raise UserError(
+            f"model.pretrained {start} is in {folder}, which --overwrite would replace; choose another folder"
+        )
+    if (folder / "recipe.yaml").is_file() and not (resume or overwrite):
         finished = (folder / "model" / "config.json").is_file()
         state, choice = ("finished", "") if finished else ("stopped", "Go on with it with --resume, ")
         raise UserError(
             f"{folder} holds a {state} run. {choice}replace it with --overwrite, or choose another folder with "
             "output_dir=..."
         )
+
+
+def _prepare_folder(folder: Path, recipe: Recipe, *, overwrite: bool, console: Console) -> None:
+    if overwrite:  # what a run leaves, not the folder: there may be files of the user's in it
+        for name in CONTENTS:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+    elif (folder / "recipe.yaml").is_file():
+        before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        for change in _changes(before, recipe.resolved()):
+            console.print(f"the recipe has changed since this run began: {change}", style="yellow", markup=False)
     folder.mkdir(parents=True, exist_ok=True)
     resolved = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
     (folder / "recipe.yaml").write_text(resolved, encoding="utf-8")
     (folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+
+
+def _changes(before: Any, now: Any, key: str = "") -> list[str]:
+    """`stages.0.train.max_steps: 10, now 20` for each value that differs."""
+    if isinstance(before, list) and isinstance(now, list):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        return [line for k in keys for line in _changes(before.get(k), now.get(k), f"{key}.{k}" if key else str(k))]
+    return [] if before == now else [f"{key}: {before}, now {now}"]
 
 
 def _read(recipe: Recipe, source: dict[str, Any], log: ProblemLog) -> list[Example]:
@@ -217,8 +252,11 @@ def _with_row(error: ImageError, example: Example) -> ImageError:
 
 
 def _save(model: PreTrainedModel, processor: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    beside = folder.with_name(folder.name + ".saving")  # a folder called `model` is a whole model
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    processor.save_pretrained(beside)
+    beside.rename(folder)
 
 
 def _evaluate(
@@ -231,8 +269,6 @@ def _evaluate(
     console: Console,
 ) -> None:
     """Score by generation, sighted and blind, in the precision that was trained in."""
-    from vlm.evaluate import show
-
     network: Any = model.to(args.device).eval()  # type: ignore[arg-type]  # a device is a device
     precision = torch.autocast(args.device.type, torch.bfloat16) if args.bf16 else nullcontext()
 

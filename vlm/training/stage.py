@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, supervised_tokens
 from vlm.data.features import FeatureCache
+from vlm.errors import UserError
 from vlm.precision import default_device, fast_bfloat16
 from vlm.recipe import Recipe, Stage
 from vlm.training.callbacks import MetricsLog, PartCheck
@@ -65,15 +66,18 @@ def run_stage(
 ) -> tuple[PreTrainedModel, PeftModel | None]:
     """Train `model` as `stage` says. Gives the model, LoRA merged into it, and the unmerged adapter if there is one."""
     rates = stage.learning_rates
+    require_short_rows(model, batches.train)
+    set_seed(recipe.seed)  # so that LoRA begins alike in a stage that begins after a resume
     trained: Any = add_lora(model, stage.lora.model_dump(), rates) if stage.lora else model
     set_trainable(trained, rates)
     checkpoints = folder / "checkpoints" / stage.name
     args = training_arguments(recipe, stage, checkpoints)
     wants_loss = args.eval_strategy != "no"
+    rows = TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed)
     trainer = VLMTrainer(
         model=trained,
         args=args,
-        train_dataset=TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed),
+        train_dataset=rows,
         eval_dataset=TreeDataset(batches.validation, recipe.data.max_tokens_per_row) if wants_loss else None,
         data_collator=batches.collator,
         rates=rates,
@@ -88,7 +92,7 @@ def run_stage(
             rates,
             {
                 "examples": f"{len({id(item.example) for item in batches.train}):,}",
-                "rows": f"{len(trainer.train_dataset):,}",
+                "rows": f"{len(rows):,}",
                 "answers": f"{sum(item.answers for item in batches.train):,}",
                 "tokens": f"{tokens:,}, of them supervised {supervised_tokens(batches.train):,}",
                 "steps": f"{steps:,}",
@@ -99,12 +103,26 @@ def run_stage(
         )
     )
     if dry_run:
-        return model, None
+        return trained, None
     checkpoint = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.skipped_steps:
         console.print(f"{trainer.skipped_steps} steps were skipped: their gradients were not finite")
     return trained, trained if stage.lora else None
+
+
+def require_short_rows(model: Any, items: Sequence[TreeItem]) -> None:
+    """Raise UserError if a conversation is longer than a decoder with a sliding window can look back. The mask of a
+    tree has no window, so training would see more than generation does."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window = getattr(config, "sliding_window", None) if "sliding_attention" in layers else None
+    longest = max(max(item.tree.position_ids) + 1 for item in items)
+    if window is not None and longest > window:
+        raise UserError(
+            f"this language model looks back {window} tokens, and the longest conversation has {longest}: set "
+            f"data.max_length to {window}, or choose a projector with fewer tokens for an image"
+        )
 
 
 def merged(trained: Any) -> PreTrainedModel:
@@ -114,10 +132,11 @@ def merged(trained: Any) -> PreTrainedModel:
 
 def _time_of_a_step(trainer: Any) -> float:
     """Seconds of one forward and backward pass; the second of two, since the first one warms caches up. Nothing is
-    changed: no step is taken, and random numbers are as before."""
+    changed: no step is taken, and random numbers and batch statistics are as before."""
     state = torch.get_rng_state()
-    items = [trainer.train_dataset[i] for i in range(min(trainer._train_batch_size, len(trainer.train_dataset)))]
-    batch = trainer.data_collator(items)
+    buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
+    rows = [trainer.train_dataset[i] for i in range(min(trainer._train_batch_size, len(trainer.train_dataset)))]
+    batch = trainer.data_collator(rows)
     model = trainer.model.to(trainer.args.device).train()
     precision = (
         torch.autocast(trainer.args.device.type, torch.bfloat16 if trainer.args.bf16 else torch.float16)
@@ -133,6 +152,8 @@ def _time_of_a_step(trainer: Any) -> float:
             torch.cuda.synchronize()
         seconds = time.monotonic() - start
         model.zero_grad()
+    for buffer, before in buffers:
+        buffer.copy_(before)
     torch.set_rng_state(state)
     return seconds
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 
 from vlm.data.conversation import IGNORE
 from vlm.data.dataset import shifted
+from vlm.errors import UserError
 from vlm.training.parts import freeze_state, named_parts
+
+SAVING = ".saving"
+"""The folder in which a checkpoint is written until it is whole."""
 
 
 class NonFiniteGradients(RuntimeError):  # noqa: N818 - named for what happened
@@ -26,11 +35,16 @@ def supervised_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | i
     the result. `outputs.logits` are `[S, V]`, one row a supervised token; models that do not know `logits_to_keep`
     give `[B, L, V]`.
     """
+    losses, _ = token_losses(outputs, labels)
+    return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+
+
+def token_losses(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross-entropy `[S]` of each supervised token, and the row `[S]` it stands in."""
     targets = shifted(labels)
     keep = targets != IGNORE
     logits = outputs.logits if outputs.logits.ndim == 2 else outputs.logits[keep]
-    loss = F.cross_entropy(logits.float(), targets[keep], reduction="sum")
-    return loss / (keep.sum() if num_items_in_batch is None else num_items_in_batch)
+    return F.cross_entropy(logits.float(), targets[keep], reduction="none"), keep.nonzero()[:, 0]
 
 
 class VLMTrainer(Trainer):
@@ -49,6 +63,7 @@ class VLMTrainer(Trainer):
         self._loss_shifts_labels = True
         self.skipped_steps = 0
         self._bad_in_a_row = 0
+        self._saving = False
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The head runs on supervised positions alone: `[B, L, V]` logits never exist."""
@@ -102,4 +117,64 @@ class VLMTrainer(Trainer):
         """The loss alone, as in training."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        losses, rows = token_losses(outputs, inputs["labels"])
+        sums = losses.new_zeros(len(inputs["labels"]), 2, dtype=torch.float64)
+        sums.index_add_(0, rows, torch.stack([losses, torch.ones_like(losses)], dim=1).double())
+        self._evaluated += self.accelerator.gather_for_metrics(sums).sum(dim=0)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """With the loss of each supervised token counted once. Trainer takes the mean over batches, and on several
+        processes counts the rows twice that fill the last batch."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        total, count = self._evaluated.tolist()
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / max(count, 1)
+        return output
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, SAVING) if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Written in a folder beside and renamed when whole, so that what is called a checkpoint is one. Trainer writes
+        it in place, and a run that was killed meanwhile goes on from half a checkpoint."""
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        beside, lead = folder / SAVING, self.is_world_process_zero()
+        if lead:
+            shutil.rmtree(beside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(folder / name)
+        if lead:
+            self.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
+            for file in (beside / name).rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as written:
+                        os.fsync(written.fileno())
+            if (folder / name).exists():  # of an earlier try, from before the run was resumed
+                (folder / name).rename(beside / "replaced")
+            (beside / name).rename(folder / name)
+            shutil.rmtree(beside)
+            rotate_checkpoints(
+                str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As in Trainer, which says nothing where there is no such state, and goes on otherwise than it would have."""
+        world, rank = self.args.world_size, self.args.process_index
+        name = f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"
+        if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, name)):
+            raise UserError(
+                f"{checkpoint} holds no {name}: it was saved with another number of processes than {world}, or with "
+                "save_only_model. Resume it as it was started, or begin anew with --overwrite."
+            )
+        super()._load_rng_state(checkpoint)

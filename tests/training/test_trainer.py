@@ -1,0 +1,257 @@
+"""The Trainer's overrides, each against what would be wrong without it."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import ResNetConfig, Trainer, TrainerCallback
+
+from tests.tiny import clip_config, tiny
+from tests.training.helpers import examples, rows_of, trainer_of, weights
+from vlm.data.conversation import IGNORE
+from vlm.data.dataset import TreeCollator, shifted
+from vlm.training.parts import add_lora, named_parts
+from vlm.training.trainer import NonFiniteGradients
+
+RATES = {"vision": 1e-5, "projector": 1e-3, "fusion": 2e-3, "language": 3e-5}
+
+
+def test_each_part_has_its_rate_and_decay_spares_norms_and_biases(tmp_path):
+    made = tiny(fusion="prefix+cross_attention")
+    trainer = trainer_of(tmp_path, RATES, made=made, weight_decay=0.1)
+    groups = trainer.create_optimizer().param_groups
+    by_parameter = {id(p): group for group in groups for p in group["params"]}
+    names = list(named_parts(made[0]))
+    assert len(by_parameter) == len(names)
+    for part, name, parameter in names:
+        group = by_parameter[id(parameter)]
+        assert group["lr"] == RATES[part] and group["part"] == part
+        assert group["weight_decay"] == (0.0 if "norm" in name or name.endswith("bias") else 0.1), name
+    assert {part for part, _, _ in names} == set(RATES)
+
+
+def test_frozen_parts_are_in_no_group_and_do_not_move(tmp_path):
+    made = tiny(fusion="cross_attention")
+    trainer = trainer_of(tmp_path, {"projector": 1e-2}, made=made)
+    before = weights(made[0])
+    trainer.train()
+    moved = {name for name, value in weights(made[0]).items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name.startswith("multi_modal_projector")}
+
+
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
+def test_accumulating_equals_a_large_batch(tmp_path, fusion):
+    """8 rows at once, or 4 times 2 with unequal numbers of supervised tokens: the same weights."""
+    results = []
+    for batch, accumulate in ((8, 1), (2, 4)):
+        made = tiny(fusion=fusion)
+        trainer = trainer_of(
+            tmp_path,
+            {"projector": 1e-2, "language": 1e-2},
+            made=made,
+            optim="sgd",
+            max_grad_norm=0.0,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+        )
+        trainer.train()
+        results.append((weights(made[0]), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+    (one, losses), (other, other_losses) = results
+    assert losses == pytest.approx(other_losses, abs=1e-5)
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-6
+    counts = {int((row.labels != IGNORE).sum()) for row in _batches(tiny()[1])}
+    assert len(counts) > 2, "the numbers of supervised tokens must differ for this to say anything"
+
+
+def _batches(processor):
+    class Batch:
+        def __init__(self, row):
+            self.labels = TreeCollator(processor)([row])["labels"]
+
+    return [Batch(row) for row in rows_of(processor, examples()).rows]
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens(tmp_path):
+    made = tiny()
+    trainer = trainer_of(tmp_path, made=made)
+    batch = trainer.data_collator(trainer.train_dataset.rows)
+    labels = batch["labels"]
+    with torch.no_grad():
+        scores = made[0](**{k: v for k, v in batch.items() if k != "labels"}).logits
+        wanted = F.cross_entropy(scores[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+        assert trainer.compute_loss(made[0], batch).item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_the_head_runs_on_supervised_positions_only(tmp_path):
+    made = tiny()
+    shapes = []
+    made[0].get_output_embeddings().register_forward_hook(lambda module, args, output: shapes.append(args[0].shape))
+    trainer = trainer_of(tmp_path, made=made, max_steps=1, per_device_train_batch_size=8)
+    trainer.train()
+    labels = trainer.data_collator(trainer.train_dataset.rows)["labels"]
+    assert [math.prod(shape[:-1]) for shape in shapes] == [int((shifted(labels) != IGNORE).sum())]
+
+
+# --- gradients that are not finite
+
+
+class Spoil(TrainerCallback):
+    """Makes the gradients of some steps NaN, as an overflow would."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def hook(self, trainer):
+        parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
+        parameter.register_hook(lambda grad: grad * math.nan if trainer.state.global_step in self.steps else grad)
+
+
+def test_a_step_of_nan_gradients_changes_nothing_and_is_counted(tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(weights(model))
+
+    made = tiny()
+    trainer = trainer_of(tmp_path, made=made, callbacks=[Watch()], max_steps=4, weight_decay=0.1)
+    Spoil({1}).hook(trainer)
+    trainer.train()
+    assert trainer.skipped_steps == 1
+    names = [name for name in seen[0] if name.startswith("multi_modal_projector")]
+    same = [all(torch.equal(seen[i][n], seen[i + 1][n]) for n in names) for i in range(3)]
+    assert same == [True, False, False]
+    assert all(torch.isfinite(value).all() for value in seen[-1].values())
+
+
+def test_without_the_override_the_nan_is_applied(tmp_path, monkeypatch):
+    from vlm.training.trainer import VLMTrainer
+
+    monkeypatch.setattr(VLMTrainer, "_get_grad_norm", Trainer._get_grad_norm)
+    made = tiny()
+    trainer = trainer_of(tmp_path, made=made)
+    Spoil({1}).hook(trainer)
+    trainer.train()
+    assert not all(torch.isfinite(p).all() for p in made[0].parameters())
+
+
+def test_many_steps_of_nan_in_a_row_stop_the_run(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=20)
+    Spoil(set(range(2, 20))).hook(trainer)
+    with pytest.raises(NonFiniteGradients, match=r"5 steps in a row up to step 7 .*Lower the learning rates"):
+        trainer.train()
+    assert trainer.skipped_steps == 5
+
+
+def test_single_bad_steps_do_not_add_up(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=14)
+    Spoil(set(range(0, 14, 2))).hook(trainer)
+    trainer.train()
+    assert trainer.skipped_steps == 7
+
+
+# --- frozen encoders
+
+
+def test_a_frozen_encoder_stays_in_evaluation_mode(tmp_path):
+    """Its batch statistics must not follow the training data, whatever Trainer does to the model's mode."""
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    made = tiny(vision_config=resnet)
+    before = weights(made[0].vision_tower)
+    trainer_of(tmp_path, made=made).train()
+    after = weights(made[0].vision_tower)
+    assert any("running_mean" in name for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert made[0].training and not made[0].vision_tower.training
+
+
+def test_a_trained_encoder_is_in_training_mode(tmp_path):
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    made = tiny(vision_config=resnet)
+    before = weights(made[0].vision_tower)
+    trainer_of(tmp_path, {"vision": 1e-3}, made=made).train()
+    after = weights(made[0].vision_tower)
+    assert all(not torch.equal(before[name], after[name]) for name in before if "running_mean" in name)
+
+
+def test_dropout_of_a_frozen_encoder_is_off(tmp_path):
+    made = tiny(vision_config=clip_config(attention_dropout=0.9))
+    trainer = trainer_of(tmp_path, made=made)
+    batch = trainer.data_collator(trainer.train_dataset.rows)
+    made[0].train()
+    with torch.no_grad():
+        losses = {trainer.compute_loss(made[0], copy.copy(batch)).item() for _ in range(3)}
+    assert len(losses) == 1
+
+
+# --- the loss on held-out data
+
+
+def test_the_held_out_loss_counts_every_token_once(tmp_path):
+    """Whatever the batches: 7 examples in rows of unequal numbers of supervised tokens."""
+    losses = []
+    for batch in (1, 2, 5):
+        made = tiny()
+        trainer = trainer_of(tmp_path, made=made, eval_data=examples(7), per_device_eval_batch_size=batch)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) == pytest.approx(losses[2], rel=1e-6)
+    total, count = 0.0, 0
+    model, processor = tiny()
+    for row in rows_of(processor, examples(7)).rows:
+        batch = TreeCollator(processor)([row])
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            scores = model(**batch).logits
+        nll = F.cross_entropy(scores[0, :-1], labels[0, 1:], ignore_index=IGNORE, reduction="sum")
+        total, count = total + float(nll), count + int((labels[:, 1:] != IGNORE).sum())
+    assert losses[0] == pytest.approx(total / count, rel=1e-5)
+
+
+# --- LoRA
+
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", "use_rslora": False}
+
+
+def _some_logits(model, processor):
+    batch = TreeCollator(processor)(rows_of(processor, examples(3), 500).rows)
+    batch.pop("labels")
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize("decoder", ["llama", "gpt2"])
+@pytest.mark.parametrize("fusion", ["prefix", "prefix+cross_attention"])
+def test_lora_merged_equals_adapted_and_its_folder_loads_again(tmp_path, decoder, fusion):
+    from peft import PeftModel
+
+    model, processor = tiny(decoder, fusion)
+    rates = {"projector": 1e-2, "lora": 1e-2} | ({"fusion": 1e-2} if "cross" in fusion else {})
+    adapted = add_lora(model, LORA, rates)
+    before = _some_logits(adapted.eval(), processor)
+    trainer_of(tmp_path, rates, made=(adapted, processor)).train()
+    adapted.eval()
+    wanted = _some_logits(adapted, processor)
+    assert not torch.allclose(before, wanted, atol=1e-3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    fresh = PeftModel.from_pretrained(tiny(decoder, fusion)[0], tmp_path / "adapter").eval()
+    assert torch.equal(_some_logits(fresh, processor), wanted)
+    assert torch.allclose(_some_logits(adapted.merge_and_unload().eval(), processor), wanted, atol=1e-5)
+
+
+def test_lora_is_on_the_decoder_alone(tmp_path):
+    model, _ = tiny(fusion="cross_attention")
+    adapted = add_lora(model, LORA, {"lora": 1e-3, "fusion": 1e-3})
+    places = {name for name, _ in adapted.named_modules() if name.endswith("lora_A")}
+    assert len(places) == 4 * 7  # layers x (q, k, v, o, gate, up, down)
+    assert all(".layers." in name and "cross_attention" not in name for name in places)
+
+
+def test_lora_on_named_layers_only():
+    model, _ = tiny()
+    adapted = add_lora(model, LORA | {"target_modules": ["q_proj", "v_proj"]}, {"lora": 1e-3})
+    places = {name.split(".")[-2] for name, _ in adapted.named_modules() if name.endswith("lora_A")}
+    assert places == {"q_proj", "v_proj"}
+    with pytest.raises(ValueError, match=r"lora\.target_modules: .*no linear layer named \['query'\]"):
+        add_lora(tiny()[0], LORA | {"target_modules": ["query"]}, {"lora": 1e-3})
