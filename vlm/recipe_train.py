@@ -30,7 +30,9 @@ REFUSED: dict[str, str] = {
     "average_tokens_across_devices": "kept on: without it the loss depends on the number of devices",
     "logging_nan_inf_filter": "kept off: it hides bad steps; vlm skips them (gradients not finite) and says so",
     "label_smoothing_factor": "not supported: the loss is summed over the supervised tokens by vlm itself",
-    "enable_jit_checkpoint": "not needed: vlm saves and stops by itself on SIGTERM and Ctrl-C, and resumes exactly",
+    "enable_jit_checkpoint": (
+        "not supported: it saves inside a step and the ranks do not agree; checkpoints are written by save_strategy"
+    ),
     "prediction_loss_only": _METRICS,
     "include_for_metrics": _METRICS,
     "batch_eval_metrics": _METRICS,
