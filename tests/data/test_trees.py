@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import DECODERS, FUSIONS, image, text_config, tiny
 from vlm.data.conversation import TokenizedBranch
-from vlm.data.trees import lay_out, make_tree, pack
+from vlm.data.trees import lay_out, make_tree, pack, paths
 from vlm.training.trainer import supervised_loss
 
 X = -100
@@ -239,3 +239,13 @@ def test_a_short_sliding_window_is_why_gemma_is_watched():
     assert torch.allclose(tree[0, :8], plain[0, :8], atol=1e-4)
     assert not torch.allclose(tree[0, 12:], plain[0, 12:], atol=1e-3)
     assert text_config("gemma3").sliding_window == 8
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(conversations(image_token=9, image_size=3))
+def test_the_paths_of_a_tree_are_the_conversations(made):
+    _, branches = made
+    found = paths(make_tree(branches))
+    assert [path.input_ids for path in found] == [b.input_ids for b in branches]
+    assert [path.labels for path in found] == [[X, *b.labels[1:]] for b in branches]
+    assert all(path.position_ids == list(range(len(path))) for path in found)

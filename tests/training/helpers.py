@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments
 
-from tests.tiny import image, tiny
+from tests.tiny import byte_level_tokenizer, clip_config, image, image_processor, text_config, tiny
 from vlm.data.dataset import TreeCollator, TreeDataset, make_items
 from vlm.data.example import Example, question_and_answer
 from vlm.training.parts import set_trainable
@@ -84,3 +86,64 @@ def trainer_of(
 
 def weights(model: Any) -> dict[str, Any]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def save_parts(folder: Path) -> Path:
+    """A vision encoder and a language model, each a folder as the Hub has them."""
+    torch.manual_seed(0)
+    AutoModel.from_config(clip_config()).save_pretrained(folder / "vision")
+    image_processor().save_pretrained(folder / "vision")
+    tokenizer = byte_level_tokenizer()
+    config = text_config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "language")
+    tokenizer.save_pretrained(folder / "language")
+    return folder
+
+
+def save_images(folder: Path, *, broken: int = 0) -> Path:
+    """An image folder: 10 images for training, two captions each, and 3 held out. The first `broken` do not open."""
+    folder.mkdir(parents=True)
+    for name, numbers in (("train", range(10)), ("test", range(10, 13))):
+        rows = []
+        for n in numbers:
+            image(n).save(folder / f"{n}.png")
+            rows.append({"file_name": f"{n}.png", "captions": [ANSWERS[n % 6], ANSWERS[(n + 2) % 6]]})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for n in range(broken):
+        (folder / f"{n}.png").write_bytes(b"not an image")
+    return folder
+
+
+TRAIN = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 1,
+    "use_cpu": True,
+    "bf16": False,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "disable_tqdm": True,
+}
+
+
+def recipe_values(parts: Path, images: Path, run: Path) -> dict[str, Any]:
+    """A recipe as its YAML file would say it."""
+    source = {"format": "image_folder", "path": str(images)}
+    return {
+        "name": "tiny",
+        "model": {"vision": str(parts / "vision"), "language": str(parts / "language")},
+        "data": {
+            "train": {**source, "metadata": "train.jsonl"},
+            "validation": {**source, "metadata": "test.jsonl"},
+            "max_bad": 0.5,
+            "max_tokens_per_row": 200,
+        },
+        "trainable": {"projector": 1.0e-2},
+        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": 1.0e-2},
+        "train": dict(TRAIN),
+        "evaluation": {"metrics": ["exact_match"], "max_new_tokens": 4},
+        "output_dir": str(run),
+    }

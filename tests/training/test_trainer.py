@@ -27,7 +27,8 @@ def test_each_part_has_its_rate_and_decay_spares_norms_and_biases(tmp_path):
     assert len(by_parameter) == len(names)
     for part, name, parameter in names:
         group = by_parameter[id(parameter)]
-        assert group["lr"] == RATES[part] and group["part"] == part
+        assert group["lr"] == RATES[part]
+        assert group["part"] == part
         assert group["weight_decay"] == (0.0 if "norm" in name or name.endswith("bias") else 0.1), name
     assert {part for part, _, _ in names} == set(RATES)
 
@@ -164,7 +165,8 @@ def test_a_frozen_encoder_stays_in_evaluation_mode(tmp_path):
     after = weights(made[0].vision_tower)
     assert any("running_mean" in name for name in before)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert made[0].training and not made[0].vision_tower.training
+    assert made[0].training
+    assert not made[0].vision_tower.training
 
 
 def test_a_trained_encoder_is_in_training_mode(tmp_path):

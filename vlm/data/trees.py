@@ -77,6 +77,17 @@ def _first_supervised(branch: TokenizedBranch) -> int:
     return next((i for i, label in enumerate(branch.labels) if label != IGNORE), len(branch.labels))
 
 
+def paths(tree: Tree) -> list[Tree]:
+    """Each branch with its trunk, as a tree of its own: the rows that `tree` stands for."""
+    found = []
+    for number in range(1, max(tree.branch_ids) + 1):
+        kept = [i for i, branch in enumerate(tree.branch_ids) if branch in (TRUNK, number)]
+        columns = (tree.input_ids, tree.labels, tree.position_ids)
+        ids, labels, positions = ([column[i] for i in kept] for column in columns)
+        found.append(Tree(ids, labels, positions, [min(tree.branch_ids[i], 1) for i in kept]))
+    return found
+
+
 def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices of `lengths` grouped into rows of at most `max_tokens`, longest first into the fullest row with room.
 

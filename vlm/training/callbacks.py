@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +14,48 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from vlm.errors import UserError
 from vlm.training.parts import named_parts, part_of
 
 
 class PartNotTraining(RuntimeError):  # noqa: N818 - named for what happened
     """A part that should learn does not, or a frozen one does."""
+
+
+class Stopped(UserError):  # noqa: N818 - named for what happened
+    """The run was told to stop, and has saved a checkpoint."""
+
+
+class StopOnSignal(TrainerCallback):
+    """At Ctrl-C or SIGTERM the step is ended, a checkpoint saved and training left; `stopped` tells. The second time
+    the signal does what it always does. Every process stops at the same step, whichever was told.
+
+    Used as a context, after which signals act as before.
+    """
+
+    def __init__(self) -> None:
+        self.told = self.stopped = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.told = True
+        signal.signal(number, self.before[number])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        told = torch.tensor(float(self.told), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+        if told and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
 
 
 class MetricsLog(TrainerCallback):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, TrainingArguments, set_seed
@@ -33,6 +34,7 @@ from vlm.data.readers import read
 from vlm.errors import UserError
 from vlm.eval import evaluate
 from vlm.eval.summary import show
+from vlm.precision import default_device
 from vlm.recipe import Recipe, home, require_models
 from vlm.training.report import environment, plot_losses
 from vlm.training.stage import Batches, cache_for, merged, run_stage, training_arguments
@@ -65,7 +67,9 @@ def train(
     validation_examples = _read(recipe, recipe.data.validation, log) if recipe.data.validation else []
     done = _finished_stages(folder, recipe) if resume else 0
     model, processor = _start_model(recipe, folder, done)
-    if not dry_run:  # only now, so that a mistake in the recipe or its data leaves the folder as it was
+    processes = PartialState(cpu=default_device() == "cpu")  # those of `accelerate launch`, or this one alone
+    processes.wait_for_everyone()
+    if processes.is_main_process and not dry_run:  # only now: a mistake in the recipe or its data changes no folder
         _prepare_folder(folder, recipe, overwrite=overwrite, console=console)
     adapter = None
     for number, stage in enumerate(recipe.stages[done:], start=done):
@@ -73,15 +77,15 @@ def train(
         console.print(f"stage {number + 1} of {len(recipe.stages)}: {stage.name}", style="bold", highlight=False)
         args = training_arguments(recipe, stage, folder / "checkpoints" / stage.name)
         frozen = "vision" not in stage.learning_rates and hasattr(model, "get_vision_features")
-        cache = (
-            cache_for(model, processor, args, home() / "features") if frozen and recipe.data.cache_features else None
-        )
+        keep = frozen and recipe.data.cache_features
         wants_loss = args.eval_strategy != "no"
-        batches = Batches(
-            _items(recipe, train_examples, processor, cache, log, console, "training"),
-            _items(recipe, validation_examples, processor, cache, log, console, "held out") if wants_loss else [],
-            TreeCollator(processor, cache),
-        )
+        with processes.main_process_first():  # whose features the others find
+            cache = cache_for(model, processor, args, home() / "features") if keep else None
+            batches = Batches(
+                _items(recipe, train_examples, processor, cache, log, console, "training"),
+                _items(recipe, validation_examples, processor, cache, log, console, "held out") if wants_loss else [],
+                TreeCollator(processor, cache),
+            )
         trained, adapter = run_stage(
             recipe, stage, model, batches, folder, dry_run=dry_run, resume=resume, console=console
         )
@@ -89,10 +93,12 @@ def train(
             model = merged(trained)
             continue
         home_of_stage = folder if last else folder / "stages" / stage.name
-        if adapter is not None:
+        if adapter is not None and processes.is_main_process:
             adapter.save_pretrained(str(home_of_stage / "adapter"))
         model = merged(trained)
         model.requires_grad_(False)
+        if not processes.is_main_process:
+            continue
         _save(model, processor, home_of_stage / "model")
         plot_losses(folder / "metrics.jsonl", folder / "loss.png")
         if recipe.evaluation.metrics:
@@ -100,7 +106,7 @@ def train(
             _evaluate(recipe, model, processor, examples, args, home_of_stage / "evaluation", console)
     if log.problems:
         console.print(log.summary(), highlight=False, markup=False)
-        if not dry_run:
+        if not dry_run and processes.is_main_process:
             text = json.dumps([vars(problem) for problem in log.problems], indent=1, ensure_ascii=False)
             (folder / "data_problems.json").write_text(text, encoding="utf-8")
     console.print("nothing was trained: this was a dry run" if dry_run else f"done: {folder}", highlight=False)

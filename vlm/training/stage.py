@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, supervised_tokens
 from vlm.data.features import FeatureCache
+from vlm.data.trees import paths
 from vlm.errors import UserError
 from vlm.precision import default_device, fast_bfloat16
 from vlm.recipe import Recipe, Stage
-from vlm.training.callbacks import MetricsLog, PartCheck
+from vlm.training.callbacks import MetricsLog, PartCheck, StopOnSignal, Stopped
 from vlm.training.parts import add_lora, set_trainable
 from vlm.training.report import duration, parts_table
-from vlm.training.trainer import VLMTrainer
+from vlm.training.trainer import VLMTrainer, supervised_loss
 
 
 @dataclass
@@ -81,8 +82,9 @@ def run_stage(
         eval_dataset=TreeDataset(batches.validation, recipe.data.max_tokens_per_row) if wants_loss else None,
         data_collator=batches.collator,
         rates=rates,
-        callbacks=[MetricsLog(folder / "metrics.jsonl", stage.name), PartCheck(trained, rates)],
+        callbacks=[MetricsLog(folder / "metrics.jsonl", stage.name), PartCheck(trained, rates), stop := StopOnSignal()],
     )
+    require_exact_trees(trainer, batches.train)
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
     seconds = _time_of_a_step(trainer) * args.gradient_accumulation_steps
     tokens = sum(len(item.tree) for item in batches.train)
@@ -105,7 +107,10 @@ def run_stage(
     if dry_run:
         return trained, None
     checkpoint = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with stop:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.stopped:
+        raise Stopped(f"stopped after step {trainer.state.global_step} of {steps}; go on with --resume")
     if trainer.skipped_steps:
         console.print(f"{trainer.skipped_steps} steps were skipped: their gradients were not finite")
     return trained, trained if stage.lora else None
@@ -122,6 +127,29 @@ def require_short_rows(model: Any, items: Sequence[TreeItem]) -> None:
         raise UserError(
             f"this language model looks back {window} tokens, and the longest conversation has {longest}: set "
             f"data.max_length to {window}, or choose a projector with fewer tokens for an image"
+        )
+
+
+@torch.no_grad()
+def require_exact_trees(trainer: Any, items: Sequence[TreeItem]) -> None:
+    """Raise UserError if a tree's loss is not that of one row an answer, tried on one example: so it is where a model
+    makes positions or masks of its own (M-RoPE, recurrent layers), and those given here do not count."""
+    item = max(items, key=lambda item: item.answers)
+    model = trainer.model.eval()
+
+    def loss(rows: list[list[TreeItem]], *left_to_the_model: str) -> float:
+        batch = trainer._prepare_inputs(trainer.data_collator(rows))
+        labels = batch.pop("labels")
+        inputs = {key: value for key, value in batch.items() if key not in left_to_the_model}
+        return float(supervised_loss(model(**inputs, use_cache=False), labels))
+
+    tree = loss([[item]])
+    # Padded at their ends, rows need no mask: nothing looks ahead.
+    plain = loss([[replace(item, tree=path)] for path in paths(item.tree)], "position_ids", "attention_mask")
+    if abs(tree - plain) > 1e-3 * max(1.0, abs(plain)):
+        raise UserError(
+            f"{type(model).__name__} cannot train on several answers in a row: their loss is {tree:.4f}, and "
+            f"{plain:.4f} one by one. Its layers do not follow the positions and the mask that they are given."
         )
 
 

@@ -1,0 +1,112 @@
+"""What is watched while training: that each part learns that should, and no other; and the metrics file."""
+
+import json
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.tiny import tiny
+from tests.training.helpers import trainer_of
+from vlm.training.callbacks import MetricsLog, PartCheck, PartNotTraining
+
+
+def detach(module):
+    """A module whose output has lost its way back, the classic silent mistake."""
+    module.register_forward_hook(lambda module, args, output: output.detach())
+
+
+def checked(tmp_path, rates, made, **changes):
+    check = PartCheck(made[0], rates)
+    trainer_of(tmp_path, rates, made=made, callbacks=[check, *changes.pop("callbacks", [])], **changes).train()
+    return check
+
+
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention", "prefix+cross_attention"])
+def test_healthy_training_passes(tmp_path, fusion):
+    rates = {"projector": 1e-3, "language": 1e-4} | ({"fusion": 1e-3} if "cross" in fusion else {})
+    assert checked(tmp_path, rates, tiny(fusion=fusion)).done
+
+
+def test_a_detached_projector_is_found(tmp_path):
+    made = tiny()
+    detach(made[0].multi_modal_projector)
+    with pytest.raises(PartNotTraining, match=r"^projector should learn, but got no gradient"):
+        checked(tmp_path, {"projector": 1e-3, "language": 1e-4}, made, max_steps=8)
+
+
+def test_detached_cross_attention_is_found(tmp_path):
+    made = tiny(fusion="cross_attention")
+    for name, module in made[0].named_modules():
+        if name.endswith(".cross_attention"):
+            # What a block adds is there, but without a gradient of its own.
+            module.register_forward_hook(lambda m, args, output: args[0] + (output - args[0]).detach())
+    with pytest.raises(PartNotTraining, match=r"^fusion, projector should learn"):
+        checked(tmp_path, {"projector": 1e-3, "fusion": 1e-3, "language": 1e-4}, made, max_steps=8)
+
+
+def test_a_short_run_is_checked_at_its_end(tmp_path):
+    made = tiny()
+    detach(made[0].multi_modal_projector)
+    with pytest.raises(PartNotTraining):
+        checked(tmp_path, {"projector": 1e-3, "language": 1e-4}, made, max_steps=2)
+
+
+class Meddle(TrainerCallback):
+    """Changes what is frozen, as a wrong optimizer or tied weights would."""
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        next(model.vision_tower.parameters()).add_(1e-3)
+
+
+def test_a_frozen_part_that_moves_is_found(tmp_path):
+    made = tiny()
+    rates = {"projector": 1e-3}
+    # Before the check, so that it sees the first step's change.
+    with pytest.raises(PartNotTraining, match="vision should be frozen"):
+        trainer_of(tmp_path, rates, made=made, callbacks=[Meddle(), PartCheck(made[0], rates)]).train()
+
+
+def test_gates_that_start_at_zero_are_waited_for(tmp_path):
+    """A closed gate lets nothing through to the projector at the first step; that is no mistake."""
+    made = tiny(fusion="cross_attention", gates=False)
+    gradients = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            gradients.append(max(float(p.grad.abs().max()) for p in model.multi_modal_projector.parameters()))
+
+    check = checked(tmp_path, {"projector": 1e-3, "fusion": 1e-3}, made, callbacks=[Watch()], max_steps=4)
+    assert gradients[0] == 0
+    assert gradients[-1] > 0
+    assert check.done
+
+
+def test_a_warm_up_from_zero_is_waited_for(tmp_path):
+    changes = {"lr_scheduler_type": "linear", "warmup_steps": 3, "max_steps": 6}
+    assert checked(tmp_path, {"projector": 1e-3}, tiny(), **changes).done
+
+
+def test_the_metrics_file_has_a_line_for_each_log(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    trainer_of(tmp_path, callbacks=[MetricsLog(path, "align")]).train()
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    losses = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in losses] == [1, 2, 3]
+    assert all(entry["stage"] == "align" and entry["seconds"] >= 0 for entry in entries)
+    assert all({"grad_norm", "learning_rate", "epoch"} <= entry.keys() for entry in losses)
+
+
+def test_a_run_that_begins_again_replaces_what_it_logged(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"stage": "align", "step": 9, "loss": 1.0}\n{"stage": "tune", "step": 2, "loss": 5.0}\n')
+    trainer_of(tmp_path, callbacks=[MetricsLog(path, "tune")]).train()
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(e["stage"], e["step"]) for e in entries if "loss" in e] == [
+        ("align", 9),
+        ("tune", 1),
+        ("tune", 2),
+        ("tune", 3),
+    ]
+    assert 5.0 not in [e.get("loss") for e in entries]

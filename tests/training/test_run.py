@@ -1,0 +1,483 @@
+"""Whole runs from a recipe to a folder, on tiny models."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from typer.testing import CliRunner
+
+from tests.tiny import image
+from tests.training.helpers import TRAIN, recipe_values, save_images, save_parts
+from vlm import generation, recipe
+from vlm.cli import app
+from vlm.data.check import TooManyProblems
+from vlm.errors import UserError
+from vlm.training import run as running
+from vlm.training.trainer import VLMTrainer
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return save_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return save_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(autouse=True)
+def vlm_home(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("VLM_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture
+def values(parts, images, tmp_path):
+    return recipe_values(parts, images, tmp_path / "run")
+
+
+def train(values, **options):
+    """Run a recipe; what it said."""
+    console = Console(file=StringIO(), width=200)
+    running.train(recipe.from_dict(values), console=console, **options)
+    return console.file.getvalue()
+
+
+ASKED = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the image."}]}]
+REQUESTS = [([image(n)], ASKED) for n in range(10, 13)]
+
+
+# --- a run, as a user starts it
+
+
+@pytest.fixture(scope="module")
+def finished(parts, tmp_path_factory):
+    """A run through the command line, one image broken. Gives its folder and what was printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    data = save_images(folder / "images", broken=1)
+    (folder / "mine.yaml").write_text(yaml.safe_dump(recipe_values(parts, data, folder / "run")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLM_HOME", str(folder / "home"))
+        result = CliRunner().invoke(app, ["train", str(folder / "mine.yaml"), "seed=3"])
+    assert result.exit_code == 0, result.output
+    return folder / "run", result.output
+
+
+def test_the_run_folder(finished):
+    folder, _ = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "recipe.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "loss.png",
+        "data_problems.json",
+        "checkpoints",
+        "model",
+        "adapter",
+        "evaluation",
+    }
+    assert {path.name for path in (folder / "evaluation").iterdir()} == {
+        "summary.json",
+        "predictions.jsonl",
+        "samples.html",
+    }
+    assert sorted(path.name for path in (folder / "checkpoints/train").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_its_recipe_is_resolved_and_runs_again(finished):
+    folder, _ = finished
+    loaded = recipe.load(folder / "recipe.yaml")
+    assert loaded.seed == 3
+    assert loaded.stages[0].learning_rates == {"projector": 1e-2, "lora": 1e-2}
+
+
+def test_its_metrics_picture_and_environment(finished):
+    folder, _ = finished
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3, 4]
+    assert [e["step"] for e in entries if "eval_loss" in e] == [2, 4]
+    losses = [e["loss"] for e in entries if "loss" in e]
+    assert all(loss > 0 for loss in losses)
+    assert losses[-1] < losses[0]
+    with Image.open(folder / "loss.png") as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 300
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"]
+
+
+def test_the_broken_image_is_named_once(finished):
+    folder, output = finished
+    problems = json.loads((folder / "data_problems.json").read_text())
+    assert len(problems) == 1
+    assert problems[0]["key"] == "image"
+    assert problems[0]["lost"] == 2
+    assert "train.jsonl" in problems[0]["where"]
+    assert problems[0]["where"].count("0.png") == 1
+    assert "0.png" not in problems[0]["why"]
+    assert "Skipped 2 of 26 answers" in " ".join(output.split())
+
+
+def test_the_table_before_training(finished):
+    _, output = finished
+    lines = [line.split() for line in output.splitlines()]
+    assert any(line[:1] == ["vision"] and line[-1] == "frozen" for line in lines)
+    assert any(line[:1] == ["projector"] and line[-1] == "0.01" for line in lines)
+    assert any(line[:1] == ["lora"] and line[-1] == "0.01" for line in lines)
+    assert ["examples", "9"] in lines
+    assert ["answers", "18"] in lines
+    assert ["steps", "4"] in lines
+
+
+def test_the_summary_is_of_the_held_out_images(finished):
+    folder, _ = finished
+    summary = json.loads((folder / "evaluation/summary.json").read_text())
+    assert summary["n_images"] == 3
+    rows = [json.loads(line) for line in (folder / "evaluation/predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+
+
+def test_the_saved_model_loads_and_answers_as_it_was_evaluated(finished):
+    folder, _ = finished
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    answers = generation.generate(model, processor, REQUESTS, max_new_tokens=4)
+    rows = [json.loads(line) for line in (folder / "evaluation/predictions.jsonl").read_text().splitlines()]
+    assert answers == [row["prediction"] for row in rows]
+
+
+def test_the_saved_model_equals_the_one_in_memory_and_its_adapter(values, parts, tmp_path, monkeypatch):
+    from peft import PeftModel
+
+    from vlm.build import build
+
+    kept, save = [], running._save
+    monkeypatch.setattr(running, "_save", lambda model, *rest: (kept.append(model), save(model, *rest)))
+    train(values | {"evaluation": {}})
+    loaded, processor = generation.load(str(tmp_path / "run"), device="cpu")
+    inputs = generation.encode_requests(loaded, processor, REQUESTS)
+    with torch.no_grad():
+        wanted = kept[0].cpu().eval()(**inputs).logits
+        assert torch.equal(loaded(**inputs).logits, wanted)
+        set_seed(0)
+        base, _ = build(str(parts / "vision"), str(parts / "language"))
+        adapted = PeftModel.from_pretrained(base, tmp_path / "run/adapter").eval()
+        assert torch.allclose(adapted(**inputs).logits, wanted, atol=1e-5)
+
+
+def test_a_run_is_the_start_of_another_recipe(finished, values, tmp_path):
+    folder, _ = finished
+    start = {"model": {"pretrained": str(folder)}, "trainable": {"projector": 1e-3}, "lora": None}
+    train(values | start | {"train": TRAIN | {"max_steps": 2}})
+    before, _ = generation.load(str(folder), device="cpu")
+    after, _ = generation.load(str(tmp_path / "run"), device="cpu")
+    moved = {
+        name.split(".")[0]
+        for (name, p), (_, q) in zip(before.named_parameters(), after.named_parameters(), strict=True)
+        if not torch.equal(p, q)
+    }
+    assert moved == {"multi_modal_projector"}
+
+
+def test_a_second_run_in_the_folder_is_refused_and_overwrite_replaces_it(finished, parts, images, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    values = recipe_values(parts, images, tmp_path / "run") | {"evaluation": {}}
+    with pytest.raises(UserError, match=r"holds a finished run\. replace it with --overwrite|holds a finished run"):
+        train(values)
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(values, resume=True)
+    train(values, overwrite=True)
+    assert not (tmp_path / "run/evaluation").exists(), "of the old run nothing is left"
+    assert not (tmp_path / "run/data_problems.json").exists()
+    assert (tmp_path / "run/notes.txt").read_text() == "mine", "what is the user's stays"
+
+
+def test_overwrite_does_not_replace_the_model_that_it_starts_from(finished, values):
+    folder, _ = finished
+    start = values | {"model": {"pretrained": str(folder / "model")}, "output_dir": str(folder)}
+    with pytest.raises(UserError, match="which --overwrite replaces"):
+        train(start, overwrite=True)
+    assert (folder / "model/config.json").is_file()
+
+
+def test_a_mistake_in_the_data_leaves_the_old_run_alone(finished, values, tmp_path):
+    folder, _ = finished
+    data = values["data"] | {"train": values["data"]["train"] | {"metadata": "gone.jsonl"}}
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        train(values | {"data": data, "output_dir": str(folder)}, overwrite=True)
+    assert (folder / "model/config.json").is_file()
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        train(values | {"data": data})
+    assert not (tmp_path / "run").exists(), "so that a second try needs no flag"
+
+
+# --- stages
+
+
+STAGES = [
+    {"name": "align", "trainable": {"projector": 1e-2}, "train": dict(TRAIN)},
+    {
+        "name": "tune",
+        "trainable": {"projector": 1e-3},
+        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": 1e-2},
+        "train": dict(TRAIN),
+    },
+]
+
+
+def staged(values):
+    return {key: value for key, value in values.items() if key not in ("trainable", "lora", "train")} | {
+        "stages": STAGES,
+        "evaluation": {},
+    }
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_in(monkeypatch, stage, step):
+    """Die at a step of a stage, as the machine would."""
+    from vlm.training.callbacks import MetricsLog
+
+    original = MetricsLog.on_log
+
+    def on_log(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if (self.stage, state.global_step) == (stage, step):
+            raise Killed
+
+    monkeypatch.setattr(MetricsLog, "on_log", on_log)
+
+
+@pytest.fixture(scope="module")
+def two_stages(parts, images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLM_HOME", str(folder.parent / "home"))
+        train(staged(recipe_values(parts, images, folder)))
+    return folder
+
+
+def test_stages_chain(two_stages):
+    """The second starts where the first ended: only its LoRA and its projector moved since."""
+    first, _ = generation.load(str(two_stages / "stages/align"), device="cpu")
+    last, _ = generation.load(str(two_stages), device="cpu")
+    moved = {
+        name
+        for (name, p), (_, q) in zip(first.named_parameters(), last.named_parameters(), strict=True)
+        if not torch.equal(p, q)
+    }
+    assert any("multi_modal_projector" in name for name in moved)
+    assert any("q_proj" in name for name in moved)
+    assert not any("vision_tower" in name or "norm" in name or "embed" in name for name in moved)
+    assert not (two_stages / "stages/align/adapter").exists()
+    assert (two_stages / "adapter/adapter_config.json").is_file()
+    entries = [json.loads(line) for line in (two_stages / "metrics.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(entry["stage"] for entry in entries)) == ["align", "tune"]
+
+
+@pytest.mark.parametrize(("stage", "step"), [("align", 3), ("tune", 1), ("tune", 3)])
+def test_an_interrupted_run_resumes_to_the_same_weights(two_stages, values, tmp_path, monkeypatch, stage, step):
+    with monkeypatch.context() as patch:
+        kill_in(patch, stage, step)
+        with pytest.raises(Killed):
+            train(staged(values))
+    with pytest.raises(UserError, match=r"holds a stopped run.*--resume"):
+        train(staged(values))
+    with pytest.raises(UserError, match="its training did not end"):
+        generation.load(str(tmp_path / "run"))
+    torch.manual_seed(77)
+    train(staged(values), resume=True)
+    wanted, _ = generation.load(str(two_stages), device="cpu")
+    found, _ = generation.load(str(tmp_path / "run"), device="cpu")
+    for (name, p), (_, q) in zip(wanted.named_parameters(), found.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    logs = [
+        [(e["stage"], e["step"], e["loss"]) for e in map(json.loads, path.read_text().splitlines()) if "loss" in e]
+        for path in (two_stages / "metrics.jsonl", tmp_path / "run/metrics.jsonl")
+    ]
+    assert logs[0] == logs[1], "the log is that of the undisturbed run too"
+
+
+def test_a_changed_recipe_is_said_on_resuming(values, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_in(patch, "train", 3)
+        with pytest.raises(Killed):
+            train(values)
+    output = train(values | {"evaluation": {}, "train": TRAIN | {"max_steps": 5}}, resume=True)
+    assert "stages.0.train.max_steps: 4, now 5" in output
+
+
+# --- before training
+
+
+def test_a_dry_run_takes_no_step_and_writes_no_folder(values, tmp_path, monkeypatch):
+    monkeypatch.setattr(VLMTrainer, "train", lambda *args, **kwargs: pytest.fail("a step was taken"))
+    output = train(staged(values), dry_run=True)
+    assert "this was a dry run" in output
+    assert "stage 2 of 2: tune" in output
+    assert "expected time" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_two_lora_stages(values, tmp_path):
+    stages = [STAGES[1] | {"name": name} for name in ("one", "two")]
+    output = train(staged(values) | {"stages": stages}, dry_run=True)
+    counts = [line.split()[1] for line in output.splitlines() if line.startswith(("lora", "language"))]
+    assert counts[:2] == counts[2:], "the second stage begins with a model without LoRA, as it would"
+
+
+def test_too_many_broken_images_stop_it(parts, tmp_path):
+    values = recipe_values(parts, save_images(tmp_path / "images", broken=4), tmp_path / "run")
+    values["data"]["max_bad"] = 0.1
+    with pytest.raises(TooManyProblems, match=r"(?s)train\.jsonl.*more than max_bad = 0\.1 allows; repair the data"):
+        train(values)
+
+
+def test_too_many_bad_rows_stop_it(parts, tmp_path):
+    folder = save_images(tmp_path / "images")
+    with (folder / "train.jsonl").open("a") as file:
+        file.write('{"file_name": "0.png", "captoins": ["typo"]}\n' * 5)
+    values = recipe_values(parts, folder, tmp_path / "run")
+    values["data"]["max_bad"] = 0.1
+    with pytest.raises(TooManyProblems, match=r"train\.jsonl"):
+        train(values)
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_left_to_train_on_is_said(values):
+    values["data"]["max_length"] = 10
+    with pytest.raises(UserError, match=r"no example is left.*data\.max_length"):
+        train(values)
+
+
+def test_a_broken_image_is_found_before_training_without_a_cache_too(parts, tmp_path):
+    values = recipe_values(parts, save_images(tmp_path / "images", broken=1), tmp_path / "run") | {"evaluation": {}}
+    values["data"]["cache_features"] = False
+    train(values)
+    assert len(json.loads((tmp_path / "run/data_problems.json").read_text())) == 1
+
+
+def test_a_window_shorter_than_the_rows_is_refused(values, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny import byte_level_tokenizer, text_config
+
+    tokenizer = byte_level_tokenizer()
+    config = text_config("gemma3", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    values["model"]["language"] = str(tmp_path / "gemma")
+    with pytest.raises(UserError, match=r"looks back 8 tokens.*data\.max_length"):
+        train(values, dry_run=True)
+
+
+def test_the_cache_changes_nothing(values, tmp_path):
+    models = []
+    for number, kept in enumerate((True, False)):
+        data = values["data"] | {"cache_features": kept}
+        train(values | {"data": data, "evaluation": {}, "output_dir": str(tmp_path / str(number))})
+        models.append(generation.load(str(tmp_path / str(number)), device="cpu")[0])
+    for (name, p), (_, q) in zip(models[0].named_parameters(), models[1].named_parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-5), name
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "prefix+cross_attention"])
+def test_cross_attention_trains(values, fusion):
+    model = values["model"] | {"adapter": {"fusion": fusion, "cross_attention_every": 2}}
+    trainable = {"projector": 1e-2, "fusion": 1e-2}
+    train(values | {"model": model, "trainable": trainable, "lora": None, "evaluation": {}})
+
+
+def test_every_part_trains_with_gradient_checkpointing(values):
+    trainable = {"projector": 1e-3, "vision": 1e-4, "language": 1e-4}
+    arguments = TRAIN | {"gradient_checkpointing": True, "max_steps": 2}
+    train(values | {"trainable": trainable, "lora": None, "train": arguments, "evaluation": {}})
+
+
+def test_as_a_module(values, tmp_path):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "vlm", "train", str(tmp_path / "mine.yaml"), "--dry-run"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert result.returncode == 0, result.stderr
+    assert "dry run" in result.stdout
+
+
+def test_a_model_that_ignores_the_mask_is_refused(values, monkeypatch):
+    """Trees are tried on one example: a decoder that goes its own way is found before a step is taken."""
+    from vlm.modeling import VLMForConditionalGeneration
+
+    forward = VLMForConditionalGeneration.forward
+
+    def without_mask(self, *args, attention_mask=None, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(VLMForConditionalGeneration, "forward", without_mask)
+    with pytest.raises(UserError, match="cannot train on several answers in a row"):
+        train(values, dry_run=True)
+
+
+def test_a_run_told_to_stop_says_how_to_go_on(values, tmp_path, monkeypatch):
+    from vlm.training.callbacks import MetricsLog
+
+    original = MetricsLog.on_log
+
+    def on_log(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "on_log", on_log)
+        with pytest.raises(UserError, match=r"stopped after step 2 of 4; go on with --resume"):
+            train(values)
+    assert not (tmp_path / "run/model").exists()
+    train(values, resume=True)
+    assert (tmp_path / "run/model/config.json").is_file()
+    assert (tmp_path / "run/evaluation/summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run(values, tmp_path):
+    """As `accelerate launch` starts them: the same losses as one process with twice the rows a step."""
+    values["data"]["max_tokens_per_row"] = 1
+    values |= {"lora": None, "evaluation": {}}
+    losses = []
+    for processes in (1, 2):
+        arguments = TRAIN | {"per_device_train_batch_size": 2 // processes, "ddp_backend": "gloo"}
+        run = tmp_path / str(processes)
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values | {"train": arguments, "output_dir": str(run)}))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m", "vlm"]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+        root = Path(__file__).parents[2]
+        result = subprocess.run(
+            [*command, "train", str(tmp_path / "mine.yaml")],
+            capture_output=True,
+            text=True,
+            cwd=root,
+            env=environment,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("done: ") == 1
+        entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([entry["loss"] for entry in entries if "loss" in entry])
+        losses.append([entry["eval_loss"] for entry in entries if "eval_loss" in entry])
+    assert losses[0] == pytest.approx(losses[2], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[3], rel=1e-4)
