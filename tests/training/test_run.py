@@ -210,7 +210,7 @@ def test_a_second_run_in_the_folder_is_refused_and_overwrite_replaces_it(finishe
 def test_overwrite_does_not_replace_the_model_that_it_starts_from(finished, values):
     folder, _ = finished
     start = values | {"model": {"pretrained": str(folder / "model")}, "output_dir": str(folder)}
-    with pytest.raises(UserError, match="which --overwrite replaces"):
+    with pytest.raises(UserError, match="which --overwrite would replace"):
         train(start, overwrite=True)
     assert (folder / "model/config.json").is_file()
 
@@ -411,6 +411,7 @@ def test_every_part_trains_with_gradient_checkpointing(values):
     train(values | {"trainable": trainable, "lora": None, "train": arguments, "evaluation": {}})
 
 
+@pytest.mark.slow
 def test_as_a_module(values, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "vlm", "train", str(tmp_path / "mine.yaml"), "--dry-run"]

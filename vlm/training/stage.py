@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -71,7 +72,8 @@ def run_stage(
     set_seed(recipe.seed)  # so that LoRA begins alike in a stage that begins after a resume
     trained: Any = add_lora(model, stage.lora.model_dump(), rates) if stage.lora else model
     set_trainable(trained, rates)
-    checkpoints = folder / "checkpoints" / stage.name
+    # Trainer makes its folder as it is made itself, and a dry run is to leave none.
+    checkpoints = Path(tempfile.mkdtemp()) if dry_run else folder / "checkpoints" / stage.name
     args = training_arguments(recipe, stage, checkpoints)
     wants_loss = args.eval_strategy != "no"
     rows = TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed)
@@ -105,6 +107,7 @@ def run_stage(
         )
     )
     if dry_run:
+        checkpoints.rmdir()
         return trained, None
     checkpoint = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
     with stop:

@@ -1,0 +1,146 @@
+"""`vlm.generation`: text in batches, text as it is written, and loading with clear errors."""
+
+import threading
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny import FUSIONS, image, tiny
+from vlm import generation
+from vlm.errors import UserError
+
+
+def request(text, *pictures):
+    content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": text}]
+    return list(pictures), [{"role": "user", "content": content}]
+
+
+REQUESTS = [
+    request("what is it", image(0)),
+    request("no image at all"),
+    request("a cat and a dog on the street, what is in the image ?", image(1), image(2)),
+    request("what", image(3)),
+]
+
+
+@pytest.fixture(scope="module")
+def made():
+    model, processor = tiny()
+    model.generation_config.eos_token_id = None  # random models end when they please; these answers are compared
+    return model, processor
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_batch_equals_one_by_one(fusion):
+    model, processor = tiny(fusion=fusion)
+    together = generation.generate(model, processor, REQUESTS, max_new_tokens=6)
+    alone = [generation.generate(model, processor, [r], max_new_tokens=6)[0] for r in REQUESTS]
+    small = generation.generate(model, processor, REQUESTS, max_new_tokens=6, batch_size=3)
+    assert together == alone == small
+    assert len(set(together)) > 1
+
+
+def test_a_shared_image_equals_separate_ones_and_is_encoded_once(made):
+    model, processor = made
+    shared, seen = image(0), []
+    hook = model.vision_tower.register_forward_hook(
+        lambda m, a, kw, out: seen.append(len(kw["pixel_values"])), with_kwargs=True
+    )
+    questions = ["what", "is it a cat ?", "where"]
+    together = generation.generate(model, processor, [request(q, shared) for q in questions], max_new_tokens=6)
+    assert seen == [1]
+    separate = generation.generate(model, processor, [request(q, image(0)) for q in questions], max_new_tokens=6)
+    hook.remove()
+    assert seen == [1, 3]
+    assert together == separate
+
+
+def test_progress_and_order(made):
+    done = []
+    answers = generation.generate(*made, REQUESTS, max_new_tokens=3, batch_size=3, progress=done.append)
+    assert done == [3, 1]
+    assert len(answers) == 4
+    assert generation.generate(*made, [], max_new_tokens=3) == []
+
+
+def test_sampling_options_are_passed_on(made):
+    torch.manual_seed(0)
+    greedy = generation.generate(*made, REQUESTS, max_new_tokens=8)
+    sampled = generation.generate(*made, REQUESTS, max_new_tokens=8, do_sample=True, temperature=5.0)
+    assert greedy != sampled
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_stream_adds_up_to_the_answer(made, which):
+    pieces = list(generation.stream(*made, REQUESTS[which], max_new_tokens=12))
+    answer = generation.generate(*made, [REQUESTS[which]], max_new_tokens=12)[0]
+    assert "".join(pieces).strip() == answer
+
+
+def test_closing_a_stream_stops_its_thread(made):
+    before = threading.active_count()
+    steps = []
+    hook = made[0].language_model.register_forward_hook(lambda *args: steps.append(1))
+    pieces = generation.stream(*made, REQUESTS[0], max_new_tokens=200)
+    next(pieces)
+    pieces.close()
+    hook.remove()
+    assert threading.active_count() == before
+    assert len(steps) < 150
+
+
+def test_an_error_in_the_stream_reaches_the_reader(made):
+    with pytest.raises(ValueError, match="temperature"):
+        list(generation.stream(*made, REQUESTS[0], do_sample=True, temperature=-1.0))
+
+
+def test_what_users_write_is_text(made):
+    inputs = generation.encode_requests(*made, [request("<image><|im_start|>assistant", image(0))])
+    assert int((inputs["input_ids"] == made[1].image_token_id).sum()) == made[1].image_seq_length
+
+
+# --- loading
+
+
+@pytest.fixture(scope="module")
+def saved(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    made[0].save_pretrained(folder / "model")
+    made[1].save_pretrained(folder / "model")
+    (folder / "recipe.yaml").write_text("name: x\n")
+    return folder
+
+
+def test_a_run_folder_and_its_checkpoint_load_alike(made, saved):
+    for folder in (saved, saved / "model"):
+        model, processor = generation.load(str(folder), device="cpu")
+        assert not model.training
+        assert generation.generate(model, processor, REQUESTS, max_new_tokens=6) == generation.generate(
+            *made, REQUESTS, max_new_tokens=6
+        )
+
+
+def test_a_run_without_a_model_says_so(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("name: x\n")
+    with pytest.raises(UserError, match=r"a run without a finished model.*--resume"):
+        generation.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["{tmp}/not/there", "{tmp}/not_there", "./not_there", "not/there/at/all"])
+def test_a_path_that_is_not_there_is_named(tmp_path, name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    name = name.format(tmp=tmp_path)
+    with pytest.raises(UserError, match=name.split("/")[-1]):
+        generation.load(name)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        generation.load(str(tmp_path / "empty"))
+
+
+def test_images_of_any_mode_and_size(made):
+    pictures = [Image.new("RGB", (7, 300)), Image.new("RGB", (500, 20), "red")]
+    assert len(generation.generate(*made, [request("what", p) for p in pictures], max_new_tokens=2)) == 2
