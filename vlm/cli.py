@@ -1,5 +1,6 @@
 """The command `vlm`. Each command hands its arguments to the module that does the work, and imports it only then."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,8 @@ class _Commands(TyperGroup):
     """A group whose commands end with one clear message where the user can put things right."""
 
     def invoke(self, ctx: Any) -> Any:
+        # peft imports it, and it warns of a kernel for 4-bit weights that it may do without
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -148,7 +151,7 @@ def predict(
 
 @app.command()
 def push(
-    run: Annotated[str, typer.Argument(help="Run folder or checkpoint folder.")],
+    run: Annotated[str, typer.Argument(help="Run folder.")],
     repository: Annotated[str, typer.Argument(metavar="USER/NAME")],
     merge_lora: Annotated[
         bool, typer.Option("--merge-lora/--keep-lora", help="Merge LoRA into the weights, or push it beside them.")
@@ -165,7 +168,7 @@ def push(
 def quickstart() -> None:
     """Fetch, train, score and chat, all in small.
 
-    Two small models and a thousand images are fetched; then the recipe `quickstart` is trained and scored.
+    Two small models and two small sets of images are fetched, once; then the recipe `quickstart` is trained and scored.
     """
     from vlm import tour
 

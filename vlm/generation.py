@@ -22,6 +22,7 @@ import vlm  # noqa: F401 - registers our classes with the Auto classes
 from vlm.data.conversation import template_options, with_images
 from vlm.data.example import Message
 from vlm.errors import UserError
+from vlm.loading import no_loading_bar
 from vlm.precision import default_device
 
 Request = tuple[list[Image.Image], list[Message]]
@@ -48,7 +49,10 @@ def load(
     source = checkpoint_of(name_or_path)
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        with no_loading_bar():
+            model = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=dtype, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {name_or_path!r} as a run, a checkpoint folder or a Hub name: {error}") from None
     return model.to(device or default_device()).eval(), processor  # type: ignore[arg-type]  # a string is a device

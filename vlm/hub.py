@@ -3,8 +3,9 @@
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,6 @@ from vlm.errors import UserError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelCard
-
-Load = Callable[[str], tuple[Any, Any]]
-"""From a checkpoint folder to (model, processor), as `vlm.generation.load`."""
 
 # Left at home: the trainer's own state, some of it pickled, and cards written by others (ours takes their place).
 NOT_UPLOADED = ("README.md", "training_args.bin", "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", ".*")
@@ -33,28 +31,27 @@ def push(
     token: str | None = None,
     private: bool = False,
     merge_lora: bool = True,
-    load: Load | None = None,
 ) -> str:
-    """Upload a run folder's `model/` with a model card to `repo_id`, creating the repository if need be.
+    """Upload a run folder's model with a model card to `repo_id`, creating the repository if need be.
 
     There is exactly one commit. Weights of an earlier push that this one does not write are deleted in it, because
     transformers would load a stale `model.safetensors` before new shards. The server is HF_ENDPOINT's.
 
     Args:
-        run_dir: a run folder: `model/` (checkpoint and processor), and, as far as there, `recipe.yaml`,
-            `environment.json` and `evaluation/summary.json`.
+        run_dir: a run folder: `model/` (checkpoint and processor, LoRA merged), and, as far as there, `adapter/` (the
+            same LoRA, and what was trained with it), `recipe.yaml`, `environment.json` and `evaluation/summary.json`.
         repo_id: `user/name`.
         token: a write token; by default the one of `hf auth login` or HF_TOKEN.
         private: create the repository private. One that exists stays as it is.
-        merge_lora: merge LoRA weights into the model, so that it loads without peft. Otherwise the adapter folder is
-            uploaded as peft saved it.
-        load: loads `model/` for merging; `vlm.generation.load` by default.
+        merge_lora: upload `model/` as it is, which loads without peft. Otherwise upload the model without its LoRA, and
+            `adapter/` beside it.
 
     Returns:
         The repository's URL.
 
     Raises:
-        UserError: no token, no model in the run folder, a bad repository name, or the server refuses.
+        UserError: no token, no model in the run folder, no LoRA to keep apart, a bad repository name, or the server
+            refuses.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -63,19 +60,21 @@ def push(
     model_dir = run_dir / "model"
     if not (model_dir / "config.json").is_file():
         raise UserError(f"{run_dir} is not the folder of a finished run: there is no model/config.json in it")
+    adapter_dir = run_dir / "adapter"
+    if not merge_lora and not (adapter_dir / "adapter_config.json").is_file():
+        raise UserError(f"{run_dir} was trained without LoRA in its last stage: there is nothing to keep apart")
     token = token or get_token()
     if not token:
         raise UserError("pushing needs a token with write access: log in with `hf auth login`, or set HF_TOKEN")
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
     with tempfile.TemporaryDirectory() as scratch:
-        adapter = _adapter_of(model_dir)
-        folder = _merge(model_dir, adapter, Path(scratch), load) if adapter and merge_lora else model_dir
-        files = {str(path.relative_to(folder).as_posix()): path for path in _uploaded(folder)}
+        folder = model_dir if merge_lora else _without_lora(model_dir, adapter_dir, Path(scratch), repo_id)
+        files = {path.relative_to(folder).as_posix(): path for path in _uploaded(folder)}
         for extra in ("recipe.yaml", "evaluation/summary.json"):
             if (run_dir / extra).is_file():
                 files[extra] = run_dir / extra
-        card = model_card(run_dir, repo_id, folder)
+        card = model_card(run_dir, repo_id, merge_lora=merge_lora)
         try:
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             stale = [name for name in api.list_repo_files(repo_id) if _matches(name, WEIGHTS) and name not in files]
@@ -95,15 +94,14 @@ def push(
     return str(url)
 
 
-def model_card(run_dir: str | Path, repo_id: str, model_dir: str | Path | None = None) -> "ModelCard":
+def model_card(run_dir: str | Path, repo_id: str, *, merge_lora: bool = True) -> "ModelCard":
     """Write the model card of a run: what it is, how to load it, how it scores, and the recipe in full.
 
-    The scores also stand in the metadata as a model-index, which is what the Hub reads.
+    The scores also stand in the metadata as a model-index, which is what the Hub reads. `merge_lora` is as in `push`.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     run_dir = Path(run_dir)
-    model_dir = Path(model_dir) if model_dir is not None else run_dir / "model"
     recipe = _read_yaml(run_dir / "recipe.yaml")
     metrics = _read_json(run_dir / "evaluation" / "summary.json").get("metrics", {})
     parts = _section(recipe, "model")
@@ -139,7 +137,7 @@ def model_card(run_dir: str | Path, repo_id: str, model_dir: str | Path | None =
     sections = [
         f"# {name}",
         _introduction(bases),
-        "## Use\n\n" + _usage(repo_id, model_dir),
+        "## Use\n\n" + _usage(repo_id, run_dir / "model", merge_lora),
         "## Scores\n\n" + _score_table(metrics, dataset) if metrics else "",
         "## Training\n\n" + _training(run_dir, recipe, train, test) if recipe else "",
     ]
@@ -156,13 +154,9 @@ def _introduction(bases: Sequence[str]) -> str:
     )
 
 
-def _usage(repo_id: str, model_dir: Path) -> str:
+def _usage(repo_id: str, model_dir: Path, merge_lora: bool) -> str:
     ours = _read_json(model_dir / "config.json").get("model_type") == "vlm"
-    adapter = _adapter_of(model_dir)
-    lora = ""
-    if adapter:
-        where = f', subfolder="{adapter.name}"' if adapter != model_dir else ""
-        lora = f'model = PeftModel.from_pretrained(model, "{repo_id}"{where})  # the LoRA weights are not merged\n'
+    lora = "" if merge_lora else f'model = PeftModel.from_pretrained(model, "{repo_id}", subfolder="adapter")\n'
     first = "import vlm  # pip install vlm-bridge: makes the Auto classes know this model\n" if ours else ""
     return f"""```python
 {first}{"from peft import PeftModel" + chr(10) if lora else ""}from PIL import Image
@@ -238,24 +232,28 @@ def _hub_id(name: str) -> str | None:
     return name if HUB_ID.fullmatch(name) else None
 
 
-def _adapter_of(model_dir: Path) -> Path | None:
-    """The folder with the LoRA weights: `adapter/` in the checkpoint, or the checkpoint itself."""
-    return next((path for path in (model_dir / "adapter", model_dir) if (path / "adapter_config.json").is_file()), None)
+def _without_lora(model_dir: Path, adapter_dir: Path, target: Path, repo_id: str) -> Path:
+    """Write the model with its LoRA taken out again, and the adapter in its folder `adapter`; gives `target`.
 
+    The LoRA is subtracted, not the starting model loaded anew: that one may be gone, and the embeddings and bridge of a
+    model that was put together for the run were drawn at random.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-def _merge(model_dir: Path, adapter: Path, target: Path, load: Load | None) -> Path:
-    if load is None:
-        from vlm import generation
+    from vlm import generation
 
-        load = generation.load
-    model: Any
-    model, processor = load(str(model_dir))
-    if not hasattr(model, "merge_and_unload"):  # the base alone
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(adapter))
-    model.merge_and_unload().save_pretrained(target)
+    model, processor = generation.load(str(model_dir), device="cpu")
+    wrapped: Any = PeftModel.from_pretrained(model, str(adapter_dir))
+    for layer in wrapped.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merged_adapters.extend(layer.active_adapters)  # what the checkpoint is, and peft cannot know
+    wrapped.unmerge_adapter()
+    wrapped.unload().save_pretrained(target)
     processor.save_pretrained(target)
+    shutil.copytree(adapter_dir, target / "adapter")
+    config = _read_json(adapter_dir / "adapter_config.json") | {"base_model_name_or_path": repo_id}
+    (target / "adapter" / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return target
 
 

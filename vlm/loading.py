@@ -1,10 +1,22 @@
-"""Loading a part of a checkpoint without the report that tells the rest apart."""
+"""Loading checkpoints without the bar over every weight, and parts of them without the report on the rest."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers.utils import logging
+
+
+@contextmanager
+def no_loading_bar() -> Iterator[None]:
+    """Without the bar of transformers over the weights it reads. The Hub's bars over downloads stay."""
+    before = logging.set_tqdm_hook(lambda bar, args, kwargs: logging.EmptyTqdm(*args, **kwargs))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def load_quietly(auto_class: Any, name: str, **kwargs: Any) -> Any:
@@ -16,7 +28,8 @@ def load_quietly(auto_class: Any, name: str, **kwargs: Any) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+        with no_loading_bar():
+            model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
     # A pooling layer that a checkpoint was saved without (ViT, BEiT, DeiT) is not read here.

@@ -14,23 +14,20 @@ from vlm.data.example import Example
 def run(*, console: Console) -> Path:
     """Go the whole way in small and return the run folder. A run that was stopped is gone on with.
 
-    Where the images of the recipe `quickstart` cannot be fetched, the recipe `easy_vqa` takes its place. Raises
-    UserError when the models cannot be fetched.
+    The images of the recipe `easy_vqa` are fetched as well; it takes the place of `quickstart` where the images of that
+    one cannot be fetched. Raises SourceError when the models, or the images of both, cannot be.
     """
     from vlm import quickstart
 
-    name = "quickstart"
     console.print("1. Two small models and some images", style="bold")
-    if quickstart.prepare(easy_vqa=False).stamps is None:
-        name = "easy_vqa"
-        quickstart.prepare(stamps=False)
+    name = "quickstart" if quickstart.prepare().stamps else "easy_vqa"
     loaded = recipe.load(name)
 
     console.print(f"2. Training: vlm train {name}", style="bold")
     folder = _trained(loaded, console)
 
     console.print("3. The score on images that were held out", style="bold")
-    from vlm.evaluate import show
+    from vlm.eval.summary import show
 
     results = folder / "evaluation"
     show(json.loads((results / "summary.json").read_text(encoding="utf-8")), console)

@@ -1,5 +1,6 @@
-"""Pushing a run: to a stand-in Hub, and back by name with `from_pretrained` as a user would load it."""
+"""Pushing a run: to a stand-in Hub, and back by name with the code of its card, as a user would load it."""
 
+import copy
 import json
 import os
 import subprocess
@@ -10,26 +11,14 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests import fake_hub
+from tests import fake_hub, tiny
 from tests.fake_hub import TOKEN, FakeHub
-from vlm.build import assemble
 from vlm.errors import UserError
 from vlm.hub import push
+from vlm.training.parts import add_lora
 
 hub = fake_hub.hub
 
@@ -41,60 +30,29 @@ SUMMARY = {
     }
 }
 
-LOAD_BY_NAME = """
-import sys, vlm, torch
+AND_THEN = """
+import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
-name, inputs, outputs = sys.argv[1:]
-model = AutoModelForImageTextToText.from_pretrained(name)
-AutoProcessor.from_pretrained(name)
 with torch.no_grad():
-    save_file({"logits": model(**load_file(inputs)).logits}, outputs)
+    save_file({"logits": model.eval()(**load_file("inputs.safetensors")).logits}, "outputs.safetensors")
 """
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    """A small model of ours, untrained, with its processor."""
-    torch.manual_seed(0)
-    words = ["<unk>", "<pad>", "<eos>", "user", "assistant", "Describe", "the", "image", ".", ":"]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>", chat_template=None
-    )
-    vision = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        )
-    )
-    language = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    )  # fmt: skip
-    image_processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    return assemble(vision, language, image_processor, tokenizer)
+def made():
+    """A small model of ours, with a bridge of both kinds, and its processor."""
+    return tiny.tiny(fusion="prefix+cross_attention")
 
 
 @pytest.fixture
-def inputs(tiny):
-    _, processor = tiny
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the image ."}]}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    return dict(processor(images=[Image.new("RGB", (20, 16), "red")], text=text, return_tensors="pt"))
+def inputs(made):
+    return dict(tiny.encode(made[1], [[tiny.user(tiny.image(), "Describe the image.")]]))
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path, tiny) -> Path:
+def run_dir(tmp_path: Path, made) -> Path:
     """A finished run: checkpoint, resolved recipe, scores, environment, and what the trainer leaves beside them."""
-    model, processor = tiny
+    model, processor = made
     run = tmp_path / "run"
     model.save_pretrained(run / "model")
     processor.save_pretrained(run / "model")
@@ -113,18 +71,20 @@ def run_dir(tmp_path: Path, tiny) -> Path:
     return run
 
 
-def load_by_name(hub: FakeHub, tmp_path: Path, name: str, inputs: dict) -> torch.Tensor:
-    """Logits of the model that a fresh process loads from the Hub by name."""
+def load_by_name(hub: FakeHub, tmp_path: Path, inputs: dict) -> torch.Tensor:
+    """Logits of the model that a fresh process gets from the Hub by the code in the card, run as it stands."""
     save_file(inputs, tmp_path / "inputs.safetensors")
+    tiny.image().save(tmp_path / "photo.jpg")
+    code = card_of(hub, tmp_path).text.split("```python\n")[1].split("```")[0]
     environment = os.environ | {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(tmp_path / "hf_home"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    paths = [str(tmp_path / "inputs.safetensors"), str(tmp_path / "outputs.safetensors")]
     done = subprocess.run(
-        [sys.executable, "-c", LOAD_BY_NAME, name, *paths], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code + AND_THEN], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return load_file(tmp_path / "outputs.safetensors")["logits"]
@@ -136,7 +96,7 @@ def card_of(hub: FakeHub, tmp_path: Path) -> ModelCard:
     return ModelCard.load(path)
 
 
-def test_pushed_in_one_commit_and_loaded_back_by_name(hub, run_dir, tmp_path, tiny, inputs):
+def test_pushed_in_one_commit_and_loaded_back_by_name(hub, run_dir, tmp_path, made, inputs):
     url = push(run_dir, REPO, token=TOKEN)
 
     assert url == f"{hub.endpoint}/{REPO}"
@@ -145,9 +105,7 @@ def test_pushed_in_one_commit_and_loaded_back_by_name(hub, run_dir, tmp_path, ti
     assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml", "README.md"} <= files.keys()
     assert "evaluation/summary.json" in files
     assert not [name for name in files if name.endswith(".bin")]
-    with torch.no_grad():
-        expected = tiny[0](**inputs).logits
-    assert torch.equal(load_by_name(hub, tmp_path, REPO, inputs), expected)
+    assert torch.equal(load_by_name(hub, tmp_path, inputs), tiny.logits(made[0], **inputs))
 
 
 def test_card_says_what_it_is_and_how_it_scores(hub, run_dir, tmp_path):
@@ -167,17 +125,6 @@ def test_card_says_what_it_is_and_how_it_scores(hub, run_dir, tmp_path):
     assert yaml.safe_load(recipe) == yaml.safe_load((run_dir / "recipe.yaml").read_text())
 
 
-def test_the_cards_code_runs(run_dir, tmp_path, monkeypatch):
-    """The code in the card is run as it stands, on the folder in place of the name."""
-    from vlm.hub import model_card
-
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (20, 16), "red").save("photo.jpg")
-    name = str(run_dir / "model")
-    code = model_card(run_dir, name).text.split("```python\n")[1].split("```")[0]
-    exec(code, {})
-
-
 def test_a_run_without_recipe_and_scores_has_a_card_too(hub, run_dir, tmp_path):
     for name in ("recipe.yaml", "environment.json", "evaluation/summary.json"):
         (run_dir / name).unlink()
@@ -187,48 +134,74 @@ def test_a_run_without_recipe_and_scores_has_a_card_too(hub, run_dir, tmp_path):
 
 
 @pytest.fixture
-def lora_run(run_dir, tiny):
-    """The run with LoRA weights that change the answer, and the logits of model and LoRA together."""
-    model = AutoModelForImageTextToText.from_pretrained(run_dir / "model")
-    torch.manual_seed(1)
-    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    peft_model.save_pretrained(run_dir / "model" / "adapter")
-    return run_dir, peft_model.eval()
-
-
-def test_lora_is_merged(hub, lora_run, tmp_path, tiny, inputs):
-    run, peft_model = lora_run
-    push(run, REPO, token=TOKEN)
-
-    assert not [name for name in hub.repos[REPO].commits[-1].files if "adapter" in name]
-    assert len(hub.repos[REPO].commits) == 2
-    logits = load_by_name(hub, tmp_path, REPO, inputs)
+def lora_run(run_dir, made):
+    """The run with LoRA and a bridge trained beside it, laid out as training does, and the model it started from."""
+    start = made[0]
+    lora = {"r": 2, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": True, "target_modules": "all-linear"}
+    trained = add_lora(copy.deepcopy(start), lora, {"projector": 1e-3, "fusion": 1e-3, "lora": 1e-3})
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        torch.testing.assert_close(logits, peft_model(**inputs).logits, atol=1e-5, rtol=1e-4)
-        assert not torch.allclose(logits, tiny[0](**inputs).logits, atol=1e-3)
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    trained.save_pretrained(str(run_dir / "adapter"))
+    trained.merge_and_unload().save_pretrained(run_dir / "model")
+    return run_dir
 
 
-def test_lora_is_kept_apart_when_asked(hub, lora_run, tmp_path):
-    run, _ = lora_run
-    push(run, REPO, token=TOKEN, merge_lora=False)
+def model_of(run: Path) -> torch.nn.Module:
+    return AutoModelForImageTextToText.from_pretrained(run / "model").eval()
+
+
+def test_lora_is_merged(hub, lora_run, made, inputs):
+    push(lora_run, REPO, token=TOKEN)
 
     files = hub.repos[REPO].commits[-1].files
-    assert files["adapter/adapter_model.safetensors"] == (run / "model/adapter/adapter_model.safetensors").read_bytes()
-    assert "model.safetensors" in files
-    assert 'subfolder="adapter"' in card_of(hub, tmp_path).text
+    assert not [name for name in files if "adapter" in name]
+    assert files["model.safetensors"] == (lora_run / "model" / "model.safetensors").read_bytes()
+    assert not torch.allclose(tiny.logits(model_of(lora_run), **inputs), tiny.logits(made[0], **inputs), atol=0.1)
+
+
+def test_lora_is_kept_apart_when_asked(hub, lora_run, tmp_path, made, inputs):
+    """At the root the model that training started from, with the bridge as trained; with the adapter, the whole."""
+    push(lora_run, REPO, token=TOKEN, merge_lora=False)
+
+    files = hub.repos[REPO].commits[-1].files
+    assert files["adapter/adapter_model.safetensors"] == (lora_run / "adapter/adapter_model.safetensors").read_bytes()
+    assert json.loads(files["adapter/adapter_config.json"])["base_model_name_or_path"] == REPO
+    (tmp_path / "root.safetensors").write_bytes(files["model.safetensors"])
+    root, start = load_file(tmp_path / "root.safetensors"), load_file(weights_of(made[0], tmp_path))
+    assert root.keys() == start.keys()
+    bridge = {name for name in start if "multi_modal_projector" in name or "cross_attention" in name}
+    merged = load_file(lora_run / "model" / "model.safetensors")
+    for name in start:
+        torch.testing.assert_close(root[name], (merged if name in bridge else start)[name], msg=name)
+    assert not any(torch.equal(merged[name], start[name]) for name in bridge)
+    torch.testing.assert_close(
+        load_by_name(hub, tmp_path, inputs), tiny.logits(model_of(lora_run), **inputs), atol=1e-4, rtol=1e-4
+    )
+
+
+def weights_of(model: torch.nn.Module, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "start")
+    return tmp_path / "start" / "model.safetensors"
+
+
+def test_without_lora_there_is_nothing_to_keep_apart(hub, run_dir):
+    with pytest.raises(UserError, match="nothing to keep apart"):
+        push(run_dir, REPO, token=TOKEN, merge_lora=False)
+    assert hub.requests == []
 
 
 def test_a_merged_push_takes_the_place_of_an_unmerged_one(hub, lora_run):
     """Stale weights go in the same commit; files that are none of ours stay."""
-    run, _ = lora_run
-    push(run, REPO, token=TOKEN, merge_lora=False)
+    push(lora_run, REPO, token=TOKEN, merge_lora=False)
     hub.repos[REPO].commits[-1].files["notes.txt"] = b"mine"
-    push(run, REPO, token=TOKEN)
+    push(lora_run, REPO, token=TOKEN)
 
     files = hub.repos[REPO].commits[-1].files
     assert len(hub.repos[REPO].commits) == 3
-    assert not [name for name in files if name.startswith("adapter/") and name.endswith(".safetensors")]
-    assert "adapter/adapter_config.json" not in files
+    assert not [name for name in files if name.startswith("adapter/")]
     assert files["notes.txt"] == b"mine"
 
 
@@ -265,11 +238,11 @@ def test_a_bad_name(hub, run_dir):
         push(run_dir, "a/b/c", token=TOKEN)
 
 
-def test_processor_loads_from_what_was_pushed(hub, run_dir, tmp_path, tiny):
+def test_processor_loads_from_what_was_pushed(hub, run_dir, tmp_path, made):
     push(run_dir, REPO, token=TOKEN)
     for name, content in hub.repos[REPO].commits[-1].files.items():
         (tmp_path / "back" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "back" / name).write_bytes(content)
     processor = AutoProcessor.from_pretrained(tmp_path / "back")
-    assert processor.tokenizer.get_vocab() == tiny[1].tokenizer.get_vocab()
-    assert processor.chat_template == tiny[1].chat_template
+    assert processor.tokenizer.get_vocab() == made[1].tokenizer.get_vocab()
+    assert processor.chat_template == made[1].chat_template

