@@ -52,10 +52,16 @@ class KillAt(TrainerCallback):
             raise Killed
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing disturbed."""
+    trainer = make(tmp_path_factory.mktemp("whole"))
+    trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize("step", [3, 5])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, step):
-    whole = make(tmp_path / "whole")
-    whole.train()
+def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path, step):
     with pytest.raises(Killed):
         make(tmp_path / "run", [KillAt(step)]).train()
     torch.manual_seed(99)  # another process has another state
@@ -96,7 +102,7 @@ def kill_when(monkeypatch, where):
 
 
 @pytest.mark.parametrize("where", ["weights", "optimizer", "random state", "rename"])
-def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tmp_path, monkeypatch, where):
+def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(whole, tmp_path, monkeypatch, where):
     with monkeypatch.context() as patch:
         kill_when(patch, where)
         with pytest.raises(Killed):
@@ -106,8 +112,6 @@ def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tmp_path, 
     resumed = make(tmp_path / "run")
     resumed.train(resume_from_checkpoint=last)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-    whole = make(tmp_path / "whole")
-    whole.train()
     wanted, found = weights(whole.model), weights(resumed.model)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
@@ -155,7 +159,7 @@ class Tell(TrainerCallback):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_and_saves(tmp_path, number):
+def test_a_signal_ends_the_step_and_saves(whole, tmp_path, number):
     before = signal.getsignal(number)
     with StopOnSignal() as stop:
         trainer = make(tmp_path / "run", [Tell(3, number), stop])
@@ -166,8 +170,6 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, number):
     assert Path(get_last_checkpoint(str(tmp_path / "run"))).name == "checkpoint-3"
     resumed = make(tmp_path / "run")
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    whole = make(tmp_path / "whole")
-    whole.train()
     wanted, found = weights(whole.model), weights(resumed.model)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
