@@ -30,34 +30,35 @@ def register() -> None:
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Lets the import of `AUTO_MODULE` go its way, then registers.
+    """Lets the import that brings `AUTO_MODULE` go its way, then registers.
 
-    Our own modules import `AUTO_MODULE` as well, and cannot be registered while they are half imported. So their
-    imports are watched too, and what falls into one waits for its end.
+    Modules of transformers and of ours import `AUTO_MODULE` on their own way, and nothing can be registered with what
+    is half imported. So all their imports are watched, and the end of the outermost one is waited for.
     """
 
+    watched = ("transformers.", "vlm.")
+
     def __init__(self) -> None:
-        self.ours_in_progress = 0
+        self.in_progress = 0
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        ours = fullname.startswith("vlm.")
-        if not ours and fullname != AUTO_MODULE:
+        if not fullname.startswith(self.watched):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
-            spec.loader.exec_module = partial(self._execute, execute, ours)  # type: ignore[method-assign]
+            spec.loader.exec_module = partial(self._execute, execute)  # type: ignore[method-assign]
         return spec
 
-    def _execute(self, execute: Callable[[ModuleType], None], ours: bool, module: ModuleType) -> None:
-        self.ours_in_progress += ours
+    def _execute(self, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        self.in_progress += 1
         try:
             execute(module)
         finally:
-            self.ours_in_progress -= ours
-        if not self.ours_in_progress and AUTO_MODULE in sys.modules and self in sys.meta_path:
+            self.in_progress -= 1
+        if not self.in_progress and AUTO_MODULE in sys.modules and self in sys.meta_path:
             sys.meta_path.remove(self)
             register()
 

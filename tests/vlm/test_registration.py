@@ -25,6 +25,12 @@ def run(code: str) -> None:
     [
         f"import vlm\n{CLASSES}",
         f"{CLASSES}import vlm\n",
+        # which imports the Auto classes from the middle of modules that they need themselves
+        f"import vlm\nfrom transformers import CLIPImageProcessor\n{CLASSES}",
+        *(
+            pytest.param(f"import vlm\nfrom transformers import {name}\n{CLASSES}", marks=pytest.mark.slow)
+            for name in ("CLIPVisionModelWithProjection", "Trainer", "pipeline")
+        ),
         pytest.param(f"import transformers\nimport vlm\n{CLASSES}", marks=pytest.mark.slow),
         f"import vlm.encoder\n{CLASSES}",  # which imports the Auto classes, to which it is then registered itself
         *(
