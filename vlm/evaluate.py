@@ -58,13 +58,17 @@ def run(
         console.print(f"left out: {len(problems) - 5} more; `vlm data check` lists them")
 
     from vlm import generation
+    from vlm.precision import autocast
 
     with console.status("loading the model"):
         network, processor = generation.load(model)
     folder = output or (Path(model) if Path(model).is_dir() else Path()) / f"evaluation-{label}"
 
     def predict(requests: list[Any]) -> list[str]:
-        return generation.generate(network, processor, requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        with autocast(network.device):  # as at the end of training, so that the scores are the same
+            return generation.generate(
+                network, processor, requests, max_new_tokens=max_new_tokens, batch_size=batch_size
+            )
 
     summary = score(
         examples,

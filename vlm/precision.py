@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
@@ -15,6 +17,11 @@ def fast_bfloat16(device: str) -> bool:
     if device == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
+
+
+def autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Computing as training on `device` does unless its recipe says otherwise: in bfloat16 where that is fast."""
+    return torch.autocast(device.type, torch.bfloat16) if fast_bfloat16(device.type) else nullcontext()
 
 
 def default_device() -> str:

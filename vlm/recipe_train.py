@@ -30,9 +30,7 @@ REFUSED: dict[str, str] = {
     "average_tokens_across_devices": "kept on: without it the loss depends on the number of devices",
     "logging_nan_inf_filter": "kept off: it hides bad steps; vlm skips them (gradients not finite) and says so",
     "label_smoothing_factor": "not supported: the loss is summed over the supervised tokens by vlm itself",
-    "enable_jit_checkpoint": (
-        "not supported: it saves inside a step and the ranks do not agree; checkpoints are written by save_strategy"
-    ),
+    "enable_jit_checkpoint": "not needed: on SIGTERM and Ctrl-C vlm ends the step, saves, and says how to resume",
     "prediction_loss_only": _METRICS,
     "include_for_metrics": _METRICS,
     "batch_eval_metrics": _METRICS,

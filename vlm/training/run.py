@@ -34,6 +34,7 @@ from vlm.data.readers import read
 from vlm.errors import UserError
 from vlm.eval import evaluate
 from vlm.eval.summary import show
+from vlm.loading import no_loading_bar
 from vlm.precision import default_device
 from vlm.recipe import Recipe, home, require_models
 from vlm.training.report import environment, plot_losses
@@ -186,7 +187,8 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
     else:
         return build(**spec.model_dump(exclude={"pretrained", "adapter"}), **spec.adapter.model_dump())
     trust = spec.trust_remote_code
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype="float32", trust_remote_code=trust)
+    with no_loading_bar():
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype="float32", trust_remote_code=trust)
     return model, AutoProcessor.from_pretrained(source, trust_remote_code=trust)
 
 
