@@ -20,10 +20,6 @@ ROOT = Path(__file__).parents[1]
 GUIDES = {path.relative_to(ROOT).as_posix(): path for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in GUIDES.items()}
 
-AWAITED = {"docs/images/samples.png", "docs/images/chat.svg"}
-"""Pictures of a real run, which may come after the text that shows them. One that is there is taken off this list."""
-
-
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
@@ -146,11 +142,7 @@ def test_links_lead_somewhere(name: str) -> None:
             missing.add(place)
         elif anchor:
             assert anchor in anchors(TEXTS[place]), f"{target}: no such heading"
-    assert missing <= AWAITED
-
-
-def test_no_picture_is_awaited_that_nobody_shows() -> None:
-    assert all(any(Path(place).name in text for text in TEXTS.values()) for place in AWAITED)
+    assert not missing
 
 
 SNIPPETS = [
