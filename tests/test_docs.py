@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 GUIDES = {path.relative_to(ROOT).as_posix(): path for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in GUIDES.items()}
 
+
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 

@@ -265,20 +265,25 @@ def packages(tmp_path, monkeypatch, clip) -> Path:
         wheel = make_wheel(folder, package.name, package.version, files)
         monkeypatch.setattr(sources, name, dataclasses.replace(package, sha256=sha256(wheel)))
     deb = make_deb(folder / sources.STAMPS_PACKAGE.filename, stamp_files())
-    monkeypatch.setattr(
-        sources, "STAMPS_PACKAGE", dataclasses.replace(sources.STAMPS_PACKAGE, sha256=sha256(deb), url=deb.as_uri())
-    )
+    monkeypatch.setattr(sources, "STAMPS_PACKAGE", dataclasses.replace(sources.STAMPS_PACKAGE, sha256=sha256(deb)))
     monkeypatch.setattr(quickstart, "STAMPS_TEST_IMAGES", 2)
-    # The file behind the package's address, where apt-get does not know the version or is not there at all.
-    monkeypatch.setattr(sources, "_run", lambda command, *rest: _only_pip(command, *rest))
+    apt_lists: list[str] = []  # what a system has that never ran `apt-get update`
+
+    def run(command: list[str], target: Path, package: Package) -> None:
+        if package.manager == "pip":
+            _really_run(command, target, package)
+        elif command[-1] == "update":
+            apt_lists.append(command[3])
+        elif deb.exists() and command[3] in apt_lists:
+            shutil.copy(deb, target)
+        else:
+            raise SourceError(f"{package.name}: no such package")
+
+    monkeypatch.setattr(sources, "_run", run)
     return folder
 
 
 _really_run = sources._run
-
-
-def _only_pip(command: list[str], folder: Path, package: Package) -> None:
-    _really_run(command if package.manager == "pip" else ["no-such-apt-get"], folder, package)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -50,7 +51,6 @@ class Package:
     version: str
     filename: str
     sha256: str
-    url: str | None = None  # where the file is public, for systems without the package manager
 
 
 CLIP_HUB = HubRepo(
@@ -95,7 +95,6 @@ STAMPS_PACKAGE = Package(
     version="2022.06.04-1",
     filename="tuxpaint-stamps-default_2022.06.04-1_all.deb",
     sha256="6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
-    url="https://deb.debian.org/debian/pool/main/t/tuxpaint-stamps/tuxpaint-stamps-default_2022.06.04-1_all.deb",
 )
 EASY_VQA_PACKAGE = Package(
     manager="pip",
@@ -147,21 +146,16 @@ def _pip_download(package: Package, folder: Path) -> None:
 
 
 def _apt_download(package: Package, folder: Path) -> None:
+    download = ["download", f"{package.name}={package.version}"]
     try:
-        _run(["apt-get", "--quiet", "download", f"{package.name}={package.version}"], folder, package)
-    except SourceError as apt_error:
-        if package.url is None:
-            raise
-        partial = folder / f"{package.filename}.part"
-        try:
-            with urllib.request.urlopen(package.url, timeout=30) as response, open(partial, "wb") as file:
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-            partial.replace(folder / package.filename)
-        except OSError as e:
-            raise SourceError(f"{apt_error} Nor does {package.url} answer: {e}.") from e
-        finally:
-            partial.unlink(missing_ok=True)
+        _run(["apt-get", "--quiet", *download], folder, package)
+    except SourceError:
+        # The system's package lists may be missing or old, and only root may renew them; lists of our own anyone may.
+        with tempfile.TemporaryDirectory() as lists:
+            (Path(lists) / "partial").mkdir()
+            apt = ["apt-get", "--quiet", "-o", f"Dir::State::Lists={lists}"]
+            _run([*apt, "update"], folder, package)
+            _run([*apt, *download], folder, package)
 
 
 def _run(command: list[str], folder: Path, package: Package) -> None:
