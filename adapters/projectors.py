@@ -2,7 +2,8 @@
 
 Shapes: B images, P prefix tokens (class, registers), h x w patches, N = P + h * w, D_v encoder width, M visual tokens,
 D_t language model width. Every projector maps `features [B, N, D_v]` and `grid (h, w)` to `[B, M, D_t]`, and says by
-`num_tokens(num_prefix, grid)` what M is. A new projector is a class here and a line in `PROJECTORS`.
+`num_tokens(num_prefix, grid)` what M is. Its `standardize` is what it does to the features first. A new projector is a
+class here and a line in `PROJECTORS`.
 """
 
 from __future__ import annotations
@@ -26,18 +27,50 @@ def split_prefix(features: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return features[:, :-num_patches], features[:, -num_patches:]
 
 
+class Standardize(nn.Module):
+    """Gives each channel of the features mean 0 and standard deviation 1 over the images it was fitted to. Until it is
+    fitted, features pass as they are.
+
+    In many encoders a few channels are tens of times larger than the rest (arXiv 2402.17762), and all images share much
+    of what is left. A projector that is fed so spends its first steps on both. RADIO standardises the features of its
+    teachers for the same reason (arXiv 2410.01680). Class and register tokens have statistics of their own.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2, hidden_size))  # of the prefix tokens, of the patches
+        self.register_buffer("std", torch.ones(2, hidden_size))
+
+    @torch.no_grad()
+    def fit(self, features: Tensor, grid: Grid) -> None:
+        """Take the statistics of `features [B, P + h * w, D]`."""
+        for row, tokens in enumerate(split_prefix(features.float(), grid)):
+            if tokens.numel():
+                std, mean = torch.std_mean(tokens.flatten(0, 1), dim=0)
+                self.mean[row] = mean
+                self.std[row] = std.clamp(min=1e-6)
+
+    def forward(self, features: Tensor, grid: Grid) -> Tensor:
+        parts = zip(split_prefix(features, grid), self.mean, self.std, strict=True)
+        return torch.cat([(tokens - mean) / std for tokens, mean, std in parts], dim=1)
+
+
 class LinearProjector(nn.Module):
     """One linear layer a token (PaliGemma, arXiv 2407.07726)."""
 
     def __init__(self, vision_hidden_size: int, text_hidden_size: int) -> None:
         super().__init__()
+        self.standardize = Standardize(vision_hidden_size)
         self.linear = nn.Linear(vision_hidden_size, text_hidden_size)
 
     def num_tokens(self, num_prefix: int, grid: Grid) -> int:
         return num_prefix + grid[0] * grid[1]
 
     def forward(self, features: Tensor, grid: Grid) -> Tensor:
-        return self.linear(features)
+        return self.linear(self.standardize(features, grid))
 
 
 class MLPProjector(nn.Module):
@@ -45,6 +78,7 @@ class MLPProjector(nn.Module):
 
     def __init__(self, vision_hidden_size: int, text_hidden_size: int) -> None:
         super().__init__()
+        self.standardize = Standardize(vision_hidden_size)
         self.linear_1 = nn.Linear(vision_hidden_size, text_hidden_size)
         self.linear_2 = nn.Linear(text_hidden_size, text_hidden_size)
 
@@ -52,7 +86,7 @@ class MLPProjector(nn.Module):
         return num_prefix + grid[0] * grid[1]
 
     def forward(self, features: Tensor, grid: Grid) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(features)))
+        return self.linear_2(F.gelu(self.linear_1(self.standardize(features, grid))))
 
 
 class PixelShuffleProjector(nn.Module):
@@ -62,6 +96,7 @@ class PixelShuffleProjector(nn.Module):
     def __init__(self, vision_hidden_size: int, text_hidden_size: int, scale_factor: int = 2) -> None:
         super().__init__()
         self.scale_factor = scale_factor
+        self.standardize = Standardize(vision_hidden_size)
         self.proj = nn.Linear(vision_hidden_size * scale_factor**2, text_hidden_size, bias=False)
 
     def num_tokens(self, num_prefix: int, grid: Grid) -> int:
@@ -81,7 +116,7 @@ class PixelShuffleProjector(nn.Module):
     def forward(self, features: Tensor, grid: Grid) -> Tensor:
         (h, w), s = grid, self.scale_factor
         batch, _, dim = features.shape
-        squares = features.view(batch, h // s, s, w // s, s, dim).transpose(2, 3)
+        squares = self.standardize(features, grid).view(batch, h // s, s, w // s, s, dim).transpose(2, 3)
         return self.proj(squares.reshape(batch, -1, s * s * dim))
 
 
@@ -94,6 +129,7 @@ class AveragePoolProjector(nn.Module):
         self.side = math.isqrt(num_image_tokens)
         if self.side**2 != num_image_tokens:
             raise ValueError(f"average_pool needs a square number of num_image_tokens, not {num_image_tokens}")
+        self.standardize = Standardize(vision_hidden_size)
         self.norm = nn.RMSNorm(vision_hidden_size, eps=1e-6)
         self.linear = nn.Linear(vision_hidden_size, text_hidden_size, bias=False)
 
@@ -106,7 +142,7 @@ class AveragePoolProjector(nn.Module):
         return num_prefix + self.side**2
 
     def forward(self, features: Tensor, grid: Grid) -> Tensor:
-        prefix, patches = split_prefix(features, grid)
+        prefix, patches = split_prefix(self.standardize(features, grid), grid)
         image = patches.transpose(1, 2).unflatten(2, grid)
         pooled = F.adaptive_avg_pool2d(image, self.side).flatten(2).transpose(1, 2)
         return self.linear(self.norm(torch.cat([prefix, pooled], dim=1)))
@@ -146,6 +182,7 @@ class ResamplerProjector(nn.Module):
         num_heads: int = 8,
     ) -> None:
         super().__init__()
+        self.standardize = Standardize(vision_hidden_size)
         self.latents = nn.Parameter(torch.randn(num_image_tokens, text_hidden_size) * 0.02)
         self.proj_in = nn.Linear(vision_hidden_size, text_hidden_size)
         heads = max(n for n in range(1, num_heads + 1) if text_hidden_size % n == 0)
@@ -156,7 +193,7 @@ class ResamplerProjector(nn.Module):
         return len(self.latents)
 
     def forward(self, features: Tensor, grid: Grid) -> Tensor:
-        features = self.proj_in(features)
+        features = self.proj_in(self.standardize(features, grid))
         latents = self.latents.expand(len(features), -1, -1)
         for layer in self.layers:
             latents = layer(latents, features)

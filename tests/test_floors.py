@@ -22,6 +22,7 @@ FLOORS: list[set[str]] = [
         "build",
         "registration",
         "precision",
+        "tree_attention",
         "",
     },
     {"data"},

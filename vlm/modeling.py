@@ -41,7 +41,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     input_modalities = ("image", "text")  # type: ignore[assignment]  # as every model of transformers has it
     supports_gradient_checkpointing = True
     _no_split_modules = ["FusedDecoderLayer"]  # noqa: RUF012 - the parts add their own
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -114,7 +114,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         vision_features: Tensor | None = None,
@@ -140,7 +140,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 vision_states = VisionStates.of(visual_tokens, self._image_index(image_mask, attention_mask))
         elif vision_states is not None:
             vision_states = vision_states.for_next_tokens(inputs_embeds.shape[1])
-        elif input_ids is not None and (past_key_values is None or not past_key_values.get_seq_length()):
+        elif input_ids is not None and (cache is None or not cache.get_seq_length()):
             self._image_mask(input_ids, 0)
         if vision_states is not None:
             kwargs["vision_states"] = vision_states
@@ -148,7 +148,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             labels=labels,
             logits_to_keep=logits_to_keep,
             **kwargs,
@@ -158,7 +158,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return VLMOutput(
             loss=outputs.loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             vision_states=vision_states,
@@ -193,7 +193,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return ordinal[:, None, :].masked_fill(~visible, -1).amax(dim=-1)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]  # typed for its own mixin
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         # The images are in the cache after the first step; without a cache every step reads them again.
         if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
             inputs["pixel_values"] = inputs["vision_features"] = None

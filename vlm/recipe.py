@@ -61,6 +61,8 @@ class Adapter(_Section):
     """Visual tokens stand in the sequence, decoder layers attend to them, or both."""
     cross_attention_every: int = Field(default=4, ge=1)
     """With cross-attention: one block for every so many decoder layers."""
+    standardize_features: bool = True
+    """Before training, give each channel of the encoder's features mean 0 and deviation 1 over the training images."""
 
     @field_validator("projector", mode="before")
     @classmethod

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from vlm.adapters import PROJECTORS, build_projector
+from vlm.adapters.projectors import Standardize
 
 GRID = (4, 6)
 OPTIONS = {"average_pool": {"num_image_tokens": 4}, "resampler": {"num_image_tokens": 5}}
@@ -85,3 +86,39 @@ def test_unknown_names_are_refused_with_the_nearest():
         build_projector({"type": "average_pool", "num_image_token": 4}, 8, 8)
     with pytest.raises(ValueError, match="Known: average_pool, linear, mlp"):
         build_projector({"type": "zzz"}, 8, 8)
+
+
+def test_standardised_features_have_mean_0_and_deviation_1():
+    """Class tokens by statistics of their own; what was seen in fitting is then applied to any image."""
+    torch.manual_seed(0)
+    features = torch.randn(50, 1 + 24, 6) * torch.tensor([1, 2, 50, 0.1, 1, 1]) + torch.arange(6)
+    features[:, 0] *= 7
+    features[..., 5] = 3  # a channel that never changes
+    fitted = Standardize(6)
+    assert torch.equal(fitted(features, GRID), features), "not fitted, it changes nothing"
+    fitted.fit(features, GRID)
+    for tokens in (fitted(features, GRID)[:, :1], fitted(features, GRID)[:, 1:]):
+        assert torch.allclose(tokens.mean(dim=(0, 1)), torch.zeros(6), atol=1e-5)
+        assert torch.allclose(tokens.flatten(0, 1).std(dim=0)[:5], torch.ones(5), atol=1e-5)
+    by_hand = (features[7, 3, 2] - features[:, 1:, 2].mean()) / features[:, 1:, 2].std()
+    assert fitted(features[7:8], GRID)[0, 3, 2] == pytest.approx(float(by_hand), abs=1e-5)
+
+
+def test_encoders_without_class_tokens_are_standardised_too():
+    features = torch.randn(9, 24, 4) * 5 + 2
+    fitted = Standardize(4)
+    fitted.fit(features, GRID)
+    assert torch.allclose(fitted(features, GRID).flatten(0, 1).std(dim=0), torch.ones(4), atol=1e-5)
+    assert torch.equal(fitted.mean[0], torch.zeros(4))
+
+
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_every_projector_standardises_what_it_reads(name):
+    """Fitted, it gives for features in any units what it gave for the standardised ones."""
+    torch.manual_seed(0)
+    projector = build_projector({"type": name, **OPTIONS.get(name, {})}, 12, 20)
+    features = torch.randn(30, 24, 12)
+    standard = (features - features.mean(dim=(0, 1))) / features.flatten(0, 1).std(dim=0)
+    expected = projector(standard, GRID)
+    projector.standardize.fit(features * 40 + 3, GRID)
+    assert torch.allclose(projector(features * 40 + 3, GRID), expected, atol=1e-4)

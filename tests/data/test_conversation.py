@@ -103,8 +103,8 @@ def test_ids_and_labels_written_out():
     start, end, image_token = token("<|im_start|>"), token("<|im_end|>"), token(IMAGE_TOKEN)
     prompt = [start, *text("user\n"), *[image_token] * 4, *text("what"), end, *text("\n"), start, *text("assistant\n")]
     found = tokenize_branch(processor, question_and_answer("what", "a dog"))
-    assert found.input_ids == [*prompt, *text("a dog"), end, *text("\n")]
-    assert found.labels == [*[X] * len(prompt), *text("a dog"), end, X]
+    assert found.input_ids == [*prompt, *text("a dog"), end]  # the line break behind it would only cost
+    assert found.labels == [*[X] * len(prompt), *text("a dog"), end]
 
 
 def test_empty_thoughts_belong_to_the_prompt():
@@ -148,8 +148,6 @@ def test_pixels_change_nothing_for_our_own_processor():
     without = tokenize_branch(processor, branch)
     with_pixels = tokenize_branch(processor, branch, [image(0), image(1, (90, 20))])
     assert (without.input_ids, without.labels) == (with_pixels.input_ids, with_pixels.labels)
-    assert not without.inputs
-    assert with_pixels.inputs["pixel_values"].shape == (2, 3, 32, 32)
 
 
 def test_a_template_of_the_model_gets_flat_text():

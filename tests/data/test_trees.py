@@ -10,6 +10,7 @@ from tests.tiny import DECODERS, FUSIONS, image, text_config, tiny
 from vlm.data.conversation import TokenizedBranch
 from vlm.data.trees import lay_out, make_tree, pack, paths
 from vlm.training.trainer import supervised_loss
+from vlm.tree_attention import tree_attention, tree_layout
 
 X = -100
 
@@ -162,10 +163,13 @@ def one_row_each(model, examples, images):
     return float(loss.detach()), gradients(model)
 
 
-def trees(model, examples, images, budget):
+def trees(model, examples, images, budget, with_layout=False):
     made = [make_tree(branches) for _, branches in examples]
     rows = pack([len(tree) for tree in made], budget)
-    batch = lay_out([[made[i] for i in row] for row in rows], pad_token_id=0)
+    laid = [[made[i] for i in row] for row in rows]
+    batch = lay_out(laid, pad_token_id=0)
+    if with_layout:
+        batch["tree_layout"] = tree_layout(laid)
     pixels = torch.cat([images[i] for row in rows for i in row])
     if len(pixels):
         batch["pixel_values"] = pixels
@@ -185,9 +189,10 @@ def assert_close(found, wanted):
         assert float((found[1][name] - gradient).norm()) <= 1e-4 * scale, name
 
 
+@pytest.mark.parametrize("attention", ["masked", "tree"])
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_trees_equal_one_row_an_answer(decoder, fusion):
+def test_trees_equal_one_row_an_answer(decoder, fusion, attention, monkeypatch):
     model, processor = tiny(decoder, fusion)
     if decoder == "gemma3":  # a window as wide as its rows; `run_stage` refuses rows that are longer
         model.language_model.config.sliding_window = 256
@@ -200,7 +205,14 @@ def test_trees_equal_one_row_an_answer(decoder, fusion):
     def check(examples, budget):
         rest = iter(pictures)
         images = [torch.cat([next(rest) for _ in range(n)]) if n else torch.empty(0, 3, 32, 32) for n, _ in examples]
-        assert_close(trees(model, examples, images, budget), one_row_each(model, examples, images))
+        expected = one_row_each(model, examples, images)
+        if attention == "masked":
+            found = trees(model, examples, images, budget)
+        else:
+            with tree_attention(model), monkeypatch.context() as patch:
+                patch.setattr("vlm.tree_attention.sdpa_attention_forward", None)  # it must not be called
+                found = trees(model, examples, images, budget, with_layout=True)
+        assert_close(found, expected)
 
     check()
 

@@ -398,6 +398,25 @@ def test_the_cache_changes_nothing(values, tmp_path):
         assert torch.allclose(p, q, atol=1e-5), name
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_features_are_standardised_over_the_training_images(values, images, tmp_path, kept):
+    train(values | {"data": values["data"] | {"cache_features": kept}, "evaluation": {}})
+    model, processor = generation.load(str(tmp_path / "run"), device="cpu")
+    pixels = [Image.open(images / f"{n}.png") for n in range(10)]
+    with torch.no_grad():
+        features, _ = model.get_vision_features(processor.image_processor(pixels, return_tensors="pt")["pixel_values"])
+    fitted = model.multi_modal_projector.standardize
+    assert torch.allclose(fitted.mean[1], features.mean(dim=(0, 1)), atol=1e-5)
+    assert torch.allclose(fitted.std[1], features.flatten(0, 1).std(dim=0), atol=1e-5)
+
+
+def test_features_can_be_left_as_they_are(values, tmp_path):
+    values["model"]["adapter"] = {"standardize_features": False}
+    train(values | {"evaluation": {}})
+    model, _ = generation.load(str(tmp_path / "run"), device="cpu")
+    assert not model.multi_modal_projector.standardize.mean.any()
+
+
 @pytest.mark.parametrize("fusion", ["cross_attention", "prefix+cross_attention"])
 def test_cross_attention_trains(values, fusion):
     model = values["model"] | {"adapter": {"fusion": fusion, "cross_attention_every": 2}}
@@ -426,7 +445,7 @@ def test_a_model_that_ignores_the_mask_is_refused(values, monkeypatch):
 
     forward = VLMForConditionalGeneration.forward
 
-    def without_mask(self, *args, attention_mask=None, **kwargs):
+    def without_mask(self, *args, attention_mask=None, tree_layout=None, **kwargs):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(VLMForConditionalGeneration, "forward", without_mask)

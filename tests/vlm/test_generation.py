@@ -121,7 +121,7 @@ def test_a_conversation_goes_on_from_its_cache(fusion):
         after = model(
             input_ids=more,
             attention_mask=torch.ones(1, inputs["input_ids"].shape[1] + 3),
-            past_key_values=first.past_key_values,
+            cache=first.cache,
             vision_states=first.vision_states,
         ).logits
         whole = model(input_ids=torch.cat([inputs["input_ids"], more], 1), pixel_values=inputs["pixel_values"]).logits

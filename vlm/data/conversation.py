@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -27,12 +27,10 @@ class TokenizedBranch:
     Attributes:
         input_ids: token ids, image tokens expanded.
         labels: the same where an assistant's answer, with its end token, is supervised; else, and at first, -100.
-        inputs: what else the processor made of the images (`pixel_values`, ...), unless they come separately.
     """
 
     input_ids: list[int]
     labels: list[int]
-    inputs: dict[str, Any] = field(default_factory=dict)
 
 
 def with_images(messages: Sequence[Message], images: Sequence[Image.Image]) -> list[Message]:
@@ -74,24 +72,24 @@ def encode_conversation(
 
 
 def tokenize_branch(processor: Any, branch: Branch, images: Sequence[Image.Image] | None = None) -> TokenizedBranch:
-    """Token ids and labels of `branch`.
+    """Token ids and labels of `branch`, up to the end of its last answer.
 
     What an assistant says is found by rendering the conversation up to it, with and without it. Raises ValueError if
     the chat template does not allow that: a turn must leave the text before it as it is.
     """
 
-    def ids(messages: Sequence[Message], add_generation_prompt: bool) -> tuple[list[int], dict[str, Any]]:
-        encoded = dict(encode_conversation(processor, messages, images, add_generation_prompt=add_generation_prompt))
-        return _row(encoded.pop("input_ids")), encoded
+    def ids(messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        encoded = encode_conversation(processor, messages, images, add_generation_prompt=add_generation_prompt)
+        return _row(encoded["input_ids"])
 
-    whole, inputs = ids(branch.messages, False)
+    whole = ids(branch.messages, False)
     labels = [IGNORE] * len(whole)
     for turn, message in enumerate(branch.messages):
         if message["role"] != "assistant":
             continue
-        before, _ = ids(branch.messages[:turn], True)
+        before = ids(branch.messages[:turn], True)
         last = turn == len(branch.messages) - 1
-        after = whole if last else ids(branch.messages[: turn + 1], False)[0]
+        after = whole if last else ids(branch.messages[: turn + 1], False)
         if whole[: len(before)] != before or whole[: len(after)] != after:
             raise ValueError(
                 f"{branch.where}: the chat template changes earlier turns, or their last token, when later ones are "
@@ -99,7 +97,9 @@ def tokenize_branch(processor: Any, branch: Branch, images: Sequence[Image.Image
             )
         start, end = len(before), _end_of_answer(processor, whole, len(before), len(after))
         labels[start:end] = whole[start:end]
-    return TokenizedBranch(whole, labels, {k: v for k, v in inputs.items() if k != "attention_mask"})
+        if last:  # nothing is learnt behind it, and with several answers an image each would pay for it
+            del whole[end:], labels[end:]
+    return TokenizedBranch(whole, labels)
 
 
 def _end_of_answer(processor: Any, ids: list[int], start: int, end: int) -> int:

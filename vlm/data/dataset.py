@@ -18,6 +18,7 @@ from vlm.data.example import Branch, Example, Problem
 from vlm.data.features import FeatureCache
 from vlm.data.images import ImageError, open_image
 from vlm.data.trees import Tree, lay_out, make_tree, pack, trunk_length
+from vlm.tree_attention import tree_layout
 
 T = TypeVar("T")
 Progress = Callable[[Iterable[T], int], Iterable[T]]
@@ -157,21 +158,27 @@ class TreeCollator:
     """Lays rows of items out and adds what the model sees of their images.
 
     Gives `input_ids`, `labels`, `position_ids` `[B, L]`, `attention_mask` `[B, 1, L, L]` (boolean) and either
-    `pixel_values [images, 3, H, W]` or `vision_features [images, N, D]` with `vision_grid`, images in row order.
+    `pixel_values [images, 3, H, W]` or `vision_features [images, N, D]` with `vision_grid`, images in row order; for
+    a decoder with tree attention also its `tree_layout`.
     """
 
     processor: Any
     features: FeatureCache | None = None
+    tree_attention: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        batch: dict[str, Any] = lay_out([[item.tree for item in row] for row in rows], self._padding())
-        return batch | self._images([item for row in rows for item in row])
+        trees = [[item.tree for item in row] for row in rows]
+        batch: dict[str, Any] = lay_out(trees, self._padding())
+        if self.tree_attention:
+            batch["tree_layout"] = tree_layout(trees)
+        return batch | self.images([item for row in rows for item in row])
 
     def _padding(self) -> int:
         tokenizer = self.processor.tokenizer
         return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
-    def _images(self, items: Sequence[TreeItem]) -> dict[str, Any]:
+    def images(self, items: Sequence[TreeItem]) -> dict[str, Any]:
+        """What the model sees of the items' images, in order."""
         if self.features is not None:
             kept = [self.features[key] for item in items for key in item.features]
             return {"vision_features": torch.stack(kept), "vision_grid": self.features.grid} if kept else {}

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from vlm.data.conversation import IGNORE, TokenizedBranch
+from vlm.tree_attention import TRUNK
 
-TRUNK = 0
 PADDING = -1
 
 

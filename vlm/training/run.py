@@ -38,7 +38,8 @@ from vlm.loading import no_loading_bar
 from vlm.precision import default_device
 from vlm.recipe import Recipe, home, require_models
 from vlm.training.report import environment, plot_losses
-from vlm.training.stage import Batches, cache_for, merged, run_stage, training_arguments
+from vlm.training.stage import Batches, cache_for, fit_standardization, merged, run_stage, training_arguments
+from vlm.tree_attention import supports_tree_attention, tree_attention
 
 CONTENTS = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "loss.png", "data_problems.json",
@@ -85,11 +86,14 @@ def train(
             batches = Batches(
                 _items(recipe, train_examples, processor, cache, log, console, "training"),
                 _items(recipe, validation_examples, processor, cache, log, console, "held out") if wants_loss else [],
-                TreeCollator(processor, cache),
+                TreeCollator(processor, cache, supports_tree_attention(model)),
             )
-        trained, adapter = run_stage(
-            recipe, stage, model, batches, folder, dry_run=dry_run, resume=resume, console=console
-        )
+        if recipe.model.adapter.standardize_features and number == 0 and not recipe.model.pretrained:
+            fit_standardization(model, batches, args.device, recipe.seed)
+        with tree_attention(model):
+            trained, adapter = run_stage(
+                recipe, stage, model, batches, folder, dry_run=dry_run, resume=resume, console=console
+            )
         if dry_run:
             model = merged(trained)
             continue
@@ -185,7 +189,10 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
     elif spec.pretrained:
         source = generation.checkpoint_of(spec.pretrained)
     else:
-        return build(**spec.model_dump(exclude={"pretrained", "adapter"}), **spec.adapter.model_dump())
+        return build(
+            **spec.model_dump(exclude={"pretrained", "adapter"}),
+            **spec.adapter.model_dump(exclude={"standardize_features"}),
+        )
     trust = spec.trust_remote_code
     with no_loading_bar():
         model = AutoModelForImageTextToText.from_pretrained(source, dtype="float32", trust_remote_code=trust)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,9 @@ from vlm.training.callbacks import MetricsLog, PartCheck, StopOnSignal, Stopped
 from vlm.training.parts import add_lora, set_trainable
 from vlm.training.report import duration, parts_table
 from vlm.training.trainer import VLMTrainer, supervised_loss
+
+STANDARDIZATION_EXAMPLES = 256
+"""So many examples are enough for a mean and a deviation per channel; each has hundreds of patches."""
 
 
 @dataclass
@@ -119,6 +123,25 @@ def run_stage(
     return trained, trained if stage.lora else None
 
 
+@torch.no_grad()
+def fit_standardization(model: Any, batches: Batches, device: torch.device, seed: int) -> None:
+    """Fit the projector's standardisation of features to a random sample of the training images."""
+    items = random.Random(seed).sample(batches.train, min(len(batches.train), STANDARDIZATION_EXAMPLES))
+    model.to(device).eval()
+    features = []
+    for start in range(0, len(items), 16):
+        images = batches.collator.images(items[start : start + 16])
+        if "pixel_values" in images:
+            seen, grid = model.get_vision_features(images["pixel_values"].to(device))
+        elif images:
+            seen, grid = images["vision_features"], images["vision_grid"]
+        else:
+            continue
+        features.append(seen.cpu())
+    if features:
+        model.multi_modal_projector.standardize.fit(torch.cat(features), grid)
+
+
 def require_short_rows(model: Any, items: Sequence[TreeItem]) -> None:
     """Raise UserError if a conversation is longer than a decoder with a sliding window can look back. The mask of a
     tree has no window, so training would see more than generation does."""
@@ -147,8 +170,9 @@ def require_exact_trees(trainer: Any, items: Sequence[TreeItem]) -> None:
         return float(supervised_loss(model(**inputs, use_cache=False), labels))
 
     tree = loss([[item]])
+    given = ("position_ids", "attention_mask", "tree_layout")
     # Padded at their ends, rows need no mask: nothing looks ahead.
-    plain = loss([[replace(item, tree=path)] for path in paths(item.tree)], "position_ids", "attention_mask")
+    plain = loss([[replace(item, tree=path)] for path in paths(item.tree)], *given)
     if abs(tree - plain) > 1e-3 * max(1.0, abs(plain)):
         raise UserError(
             f"{type(model).__name__} cannot train on several answers in a row: their loss is {tree:.4f}, and "
