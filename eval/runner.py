@@ -30,7 +30,7 @@ Message = Mapping[str, Any]
 Request = tuple[list[Image.Image], list[Message]]
 Predict = Callable[[list[Request]], list[str]]
 
-CHUNK = 64  # requests handed to `predict` at once: bounds the opened images in memory
+CHUNK = 32  # images, with all their questions, handed to `predict` at once: bounds what is open in memory
 
 
 @dataclass
@@ -108,43 +108,39 @@ def _open(example: Example) -> list[Image.Image]:
     return [open_image(source) for source in example.images]
 
 
-def _predict(
-    items: Sequence[Item], source: Sequence[Example], predict: Predict, description: str
-) -> tuple[list[str], dict[int, str]]:
-    """Answers to items, and why the images of some do not open.
-
-    `source[i]` is the example whose images item i is shown.
-
-    Returns:
-        The texts, [items], and for the items that have none (an empty text stands in for it): position -> why.
-    """
-    # Requests about one image stand side by side, so that whoever predicts can encode it once.
-    order = sorted(range(len(items)), key=lambda i: (items[i].example, i))
-    answers = [""] * len(items)
+def _find_broken(examples: Sequence[Example]) -> dict[int, str]:
+    """Positions of the examples whose images do not open, and why."""
     broken: dict[int, str] = {}
-    for start in track(range(0, len(order), CHUNK), description=description):
-        opened: dict[int, list[Image.Image] | str] = {}
-        asked: list[int] = []
+    for position, example in enumerate(track(examples, description="Opening images")):
+        try:
+            _open(example)
+        except (OSError, ValueError) as error:
+            broken[position] = str(error)
+    return broken
+
+
+def _predict(asked: Sequence[tuple[Item, Example]], predict: Predict) -> list[str]:
+    """The answer to each item when it is shown the images of the example beside it.
+
+    Requests about the same images stand side by side, so that whoever predicts can encode them once.
+    """
+    groups: dict[int, list[int]] = {}
+    for i, (_, shown) in enumerate(asked):
+        groups.setdefault(id(shown), []).append(i)
+    answers = [""] * len(asked)
+    order = list(groups.values())
+    for start in track(range(0, len(order), CHUNK), description="Predicting"):
+        chunk = order[start : start + CHUNK]
         requests: list[Request] = []
-        for i in order[start : start + CHUNK]:
-            key = id(source[i])
-            if key not in opened:
-                try:
-                    opened[key] = _open(source[i])
-                except (OSError, ValueError) as error:
-                    opened[key] = str(error)
-            images = opened[key]
-            if isinstance(images, str):
-                broken[i] = images
-            else:
-                asked.append(i)
-                requests.append((images, items[i].messages))
-        texts = predict(requests) if requests else []
+        for group in chunk:
+            images = _open(asked[group[0]][1])
+            requests += [(images, asked[i][0].messages) for i in group]
+        texts = predict(requests)
         if len(texts) != len(requests):
             raise ValueError(f"predict gave {len(texts)} texts for {len(requests)} requests; it must give one for each")
-        for i, text in zip(asked, texts, strict=True):
+        for i, text in zip([i for group in chunk for i in group], texts, strict=True):
             answers[i] = text
-    return answers, broken
+    return answers
 
 
 def _score(metrics: Sequence[str], predictions: list[str], items: Sequence[Item]) -> dict[str, Scores]:
@@ -202,32 +198,28 @@ def evaluate(
         get_metric(name)
     if not metrics:
         raise ValueError("No metric named: nothing to score")
-    items = items_of(examples)
-    predictions, broken = _predict(items, [examples[item.example] for item in items], predict, "Predicting")
+    broken = _find_broken(examples)
     # One line for each example: its items share the images.
-    why = {items[i].example: reason for i, reason in broken.items()}
-    broken_images = [{"image_id": examples[e].image_id, "where": examples[e].where, "why": why[e]} for e in sorted(why)]
+    broken_images = [{"image_id": examples[e].image_id, "where": examples[e].where, "why": broken[e]} for e in broken]
     if broken:
         logger.warning(
-            "%d of %d examples left out: their images do not open (see summary.json)", len(why), len(examples)
+            "%d of %d examples left out: their images do not open (see summary.json)", len(broken), len(examples)
         )
-    predictions = [text for i, text in enumerate(predictions) if i not in broken]
-    items = [item for i, item in enumerate(items) if i not in broken]
+    items = [item for item in items_of(examples) if item.example not in broken]
     if not items:
-        reason = f"all {len(why)} images are broken, the first: {broken_images[0]['why']}" if why else "no examples"
+        found = broken_images[0]["why"] if broken_images else ""
+        reason = f"all {len(broken)} images are broken, the first: {found}" if broken else "no examples"
         raise ValueError(f"Nothing to evaluate: {reason}")
 
     groups = [item.image_id for item in items]
-    scores = _score(metrics, predictions, items)
-
     sources, blind_missing = _blind_sources(examples, items, seed) if blind else (None, "not asked for")
-    blind_predictions: list[str] | None = None
-    blind_scores: dict[str, Scores] = {}
+    asked = [(item, examples[item.example]) for item in items]
     if sources is not None:
-        blind_predictions, lost = _predict(items, sources, predict, "Predicting blind")
-        if lost:  # they opened a minute ago
-            raise OSError(f"An image that opened before does not any more: {next(iter(lost.values()))}")
-        blind_scores = _score(metrics, blind_predictions, items)
+        asked += zip(items, sources, strict=True)
+    answers = _predict(asked, predict)
+    predictions, blind_predictions = answers[: len(items)], answers[len(items) :]
+    scores = _score(metrics, predictions, items)
+    blind_scores = _score(metrics, blind_predictions, items) if blind_predictions else {}
 
     def interval(found: Scores | None) -> list[float] | None:
         return list(bootstrap_interval(found, groups, resamples=bootstrap, seed=seed)) if found and bootstrap else None
@@ -263,7 +255,7 @@ def evaluate(
             "references": item.references,
             "scores": {name: float(scores[name].per_item[i]) for name in metrics},
         }
-        if sources is not None and blind_predictions is not None:
+        if sources is not None:
             row["blind_image_id"] = sources[i].image_id
             row["blind_prediction"] = blind_predictions[i]
             row["blind_scores"] = {name: float(blind_scores[name].per_item[i]) for name in metrics}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlm.data.example import Branch, Example, Message
 from vlm.eval import evaluate, items_of
-from vlm.eval.runner import CHUNK, Request, derangement
+from vlm.eval.runner import Request, derangement
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "brown", "pink", "white", "black", "gray"]
 
@@ -102,7 +102,9 @@ def test_same_seed_same_files(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "samples.html").read_text().count("<article") == 4
 
 
-def test_requests_come_in_chunks_with_one_images_questions_together(tmp_path: Path) -> None:
+def test_requests_come_in_chunks_with_one_images_questions_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     examples = [
         Example(
             (Image.new("RGB", (4, 4), colour),),
@@ -118,11 +120,13 @@ def test_requests_come_in_chunks_with_one_images_questions_together(tmp_path: Pa
         calls.append(requests)
         return ["red"] * len(requests)
 
-    evaluate(examples, predict, ["exact_match"], output_dir=tmp_path, blind=False, bootstrap=0)
-    assert [len(call) for call in calls] == [CHUNK, 120 - CHUNK]
+    monkeypatch.setattr("vlm.eval.runner.CHUNK", 5)
+    evaluate(examples, predict, ["exact_match"], output_dir=tmp_path, bootstrap=0)
+    assert [len(call) for call in calls] == [100, 100, 40]  # each of 5 images has its questions, and 10 asked blind
     colours = [NAME_OF[images[0].getpixel((0, 0))] for call in calls for images, _ in call]
-    assert colours == [colour for colour in COLOURS for _ in range(10)]
-    assert len({id(images[0]) for images, _ in calls[0]}) == 7  # opened once for its questions, not once for each
+    assert colours == [colour for colour in COLOURS for _ in range(20)]
+    for call, images in zip(calls, (5, 5, 2), strict=True):  # opened once for its questions, not once for each
+        assert len({id(images[0]) for images, _ in call}) == images
 
 
 def test_broken_images_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
