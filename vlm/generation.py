@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -89,6 +90,59 @@ def encode_requests(model: Any, processor: Any, requests: Sequence[Request]) -> 
 
 
 @torch.no_grad()
+def share_trunk(model: Any, inputs: Any, requests: Sequence[Request]) -> Any:
+    """The batch `inputs` of [`encode_requests`] with what its rows begin with in common in a cache: the images, and the
+    first words of the prompts. Each set of images goes through the language model once, however many questions there
+    are about it.
+
+    Left as they are: rows whose images all differ, which would gain nothing, or whose texts differ before the last
+    image, and models that cannot [share][`_can_share`].
+    """
+    keys = [tuple(id(image) for image in images) for images, _ in requests]
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}
+    if len(first) == len(keys) or not _can_share(model):
+        return inputs
+    rows = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    shortest = min(map(len, rows))
+    heads = torch.stack([ids[:shortest] for ids in rows])
+    length = min(int((heads == heads[0]).all(dim=0).cumprod(dim=0).sum()), shortest - 1)  # one is left to predict from
+    if not length or any((ids[length:] == model.config.image_token_id).any() for ids in rows):
+        return inputs
+    trunk, images = heads[0, :length], {}
+    if "vision_features" in inputs:
+        features = inputs["vision_features"].split([len(key) for key in keys])
+        images["vision_features"] = torch.cat([features[row] for row in first.values()])
+        images["vision_grid"] = inputs["vision_grid"]
+    cache = model(input_ids=trunk.expand(len(first), -1), use_cache=True, logits_to_keep=1, **images).cache
+    order = {key: position for position, key in enumerate(first)}
+    cache.batch_select_indices(torch.tensor([order[key] for key in keys], device=trunk.device))
+    rest = [ids[length:] for ids in rows]
+    padding = model.generation_config.pad_token_id or 0
+    ids = pad_sequence(rest, batch_first=True, padding_value=padding, padding_side="left")
+    mask = pad_sequence([torch.ones_like(r) for r in rest], batch_first=True, padding_side="left")
+    shared = trunk.expand(len(rows), -1)
+    return {
+        "input_ids": torch.cat([shared, ids], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(shared), mask], dim=1),
+        "cache": cache,
+    }
+
+
+def _can_share(model: Any) -> bool:
+    """Our own models can, but with cross-attention, whose images are not in the cache, and with a sliding window, which
+    would count the padding between what is shared and the rest."""
+    ours = hasattr(model, "get_vision_features")
+    return ours and not model.config.uses_cross_attention and sliding_window(model) is None
+
+
+def sliding_window(model: Any) -> int | None:
+    """How many tokens some layers of the language model look back at the most; None if all look back to the start."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return getattr(config, "sliding_window", None) if "sliding_attention" in layers else None
+
+
+@torch.no_grad()
 def generate(
     model: Any,
     processor: Any,
@@ -107,7 +161,7 @@ def generate(
     answers: list[str] = []
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
-        inputs = encode_requests(model, processor, batch)
+        inputs = share_trunk(model, encode_requests(model, processor, batch), batch)
         output = model.generate(**inputs, **options)
         new = output[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import FUSIONS, image, tiny
+from tests.tiny import DECODERS, FUSIONS, image, tiny
 from vlm import generation
 from vlm.errors import UserError
 
@@ -54,6 +54,50 @@ def test_a_shared_image_equals_separate_ones_and_is_encoded_once(made):
     hook.remove()
     assert seen == [1, 3]
     assert together == separate
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_questions_about_shared_images_equal_one_by_one(decoder):
+    """What the questions begin with goes through the language model once for each set of images; the answers are those
+    of each question alone, token for token."""
+    model, processor = tiny(decoder)
+    model.generation_config.eos_token_id = None
+    one, two, three = image(0), image(1), image(2)
+    texts = ["what is it", "what is in the image ?", "what", "a cat", "what is it"]
+    requests = [request(texts[n % 5], picture) for picture in (one, two, three) for n in range(3)]
+    rows = []
+    hook = model.language_model.register_forward_hook(
+        lambda m, a, kw, out: rows.append(tuple(kw["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    together = generation.generate(model, processor, requests, max_new_tokens=6)
+    hook.remove()
+    alone = [generation.generate(model, processor, [r], max_new_tokens=6)[0] for r in requests]
+    assert together == alone
+    assert len(set(together)) > 3
+    if decoder == "gemma3":  # whose window would count the padding
+        assert rows[0][0] == 9
+        return
+    assert rows[0][0] == 3, "the beginning was not shared"
+    assert rows[1][0] == 9
+    assert rows[0][1] + rows[1][1] == max(
+        generation.encode_requests(model, processor, [r])["input_ids"].shape[1] for r in requests
+    )
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        pytest.param(lambda p: [request("what", p), request("what", p)], id="equal"),
+        pytest.param(lambda p: [request("what"), request("where is it")], id="no images"),
+        pytest.param(lambda p: [request("what", p), request("what is it", p, p)], id="more images in some"),
+        pytest.param(lambda p: [request("what", p, image(5)), request("is it", p, image(6))], id="one shared of two"),
+        pytest.param(lambda p: [request("what", p), request("what", p), request("no image")], id="with and without"),
+    ],
+)
+def test_what_can_be_shared_changes_no_answer(made, requests):
+    made_up = requests(image(0))
+    together = generation.generate(*made, made_up, max_new_tokens=6)
+    assert together == [generation.generate(*made, [r], max_new_tokens=6)[0] for r in made_up]
 
 
 def test_progress_and_order(made):

@@ -21,6 +21,7 @@ from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, supervised_tok
 from vlm.data.features import FeatureCache
 from vlm.data.trees import paths
 from vlm.errors import UserError
+from vlm.generation import sliding_window
 from vlm.precision import default_device, fast_bfloat16
 from vlm.recipe import Recipe, Stage
 from vlm.training.callbacks import MetricsLog, PartCheck, StopOnSignal, Stopped
@@ -145,9 +146,7 @@ def fit_standardization(model: Any, batches: Batches, device: torch.device, seed
 def require_short_rows(model: Any, items: Sequence[TreeItem]) -> None:
     """Raise UserError if a conversation is longer than a decoder with a sliding window can look back. The mask of a
     tree has no window, so training would see more than generation does."""
-    config = model.config.get_text_config()
-    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
-    window = getattr(config, "sliding_window", None) if "sliding_attention" in layers else None
+    window = sliding_window(model)
     longest = max(max(item.tree.position_ids) + 1 for item in items)
     if window is not None and longest > window:
         raise UserError(
