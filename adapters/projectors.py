@@ -1,9 +1,7 @@
 """Projectors: from an encoder's patch embeddings to visual tokens in the language model's hidden size.
 
 Shapes: B images, P prefix tokens (class, registers), h x w patches, N = P + h * w, D_v encoder width, M visual tokens,
-D_t language model width. Every projector maps `features [B, N, D_v]` and `grid (h, w)` to `[B, M, D_t]`, and says by
-`num_tokens(num_prefix, grid)` what M is. Its `standardize` is what it does to the features first. A new projector is a
-class here and a line in `PROJECTORS`.
+D_t language model width. A new projector is a class here and a line in `PROJECTORS`.
 """
 
 from __future__ import annotations
@@ -58,45 +56,77 @@ class Standardize(nn.Module):
         return torch.cat([(tokens - mean) / std for tokens, mean, std in parts], dim=1)
 
 
-class LinearProjector(nn.Module):
-    """One linear layer a token (PaliGemma, arXiv 2407.07726)."""
+class Projector(nn.Module):
+    """What all projectors are: `features [B, N, D_v]` and `grid (h, w)` to visual tokens `[B, M, D_t]`."""
 
-    def __init__(self, vision_hidden_size: int, text_hidden_size: int) -> None:
+    output: str
+    """Names the layer whose parameters the size of the visual tokens is proportional to."""
+
+    def __init__(self, vision_hidden_size: int) -> None:
         super().__init__()
         self.standardize = Standardize(vision_hidden_size)
-        self.linear = nn.Linear(vision_hidden_size, text_hidden_size)
 
     def num_tokens(self, num_prefix: int, grid: Grid) -> int:
+        """What M is. Raises ValueError for a number of prefix tokens or a grid that the projector cannot take."""
         return num_prefix + grid[0] * grid[1]
 
     def forward(self, features: Tensor, grid: Grid) -> Tensor:
-        return self.linear(self.standardize(features, grid))
+        return self.project(self.standardize(features, grid), grid)
+
+    def project(self, features: Tensor, grid: Grid) -> Tensor:
+        """Standardised features to visual tokens."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def initialize(self, features: Tensor, grid: Grid, token_size: float) -> None:
+        """Fit a new projector to what it will read and to the words that its tokens will stand among, as data-dependent
+        initialisation does (arXiv 1511.06856): the channels of `features` are standardised, and `token_size` becomes
+        the root mean square of the visual tokens.
+
+        Tokens much larger than words drown what the decoder's first layers add to them, and are slow to learn from.
+        """
+        self.standardize.fit(features, grid)
+        size = self(features[:64], grid).square().mean().sqrt()
+        for parameter in self.get_submodule(self.output).parameters():
+            parameter.mul_(token_size / size)
 
 
-class MLPProjector(nn.Module):
-    """Two linear layers with a GELU between them, a token at a time (LLaVA-1.5, arXiv 2310.03744)."""
+class LinearProjector(Projector):
+    """One linear layer a token (PaliGemma, arXiv 2407.07726)."""
+
+    output = "linear"
 
     def __init__(self, vision_hidden_size: int, text_hidden_size: int) -> None:
-        super().__init__()
-        self.standardize = Standardize(vision_hidden_size)
+        super().__init__(vision_hidden_size)
+        self.linear = nn.Linear(vision_hidden_size, text_hidden_size)
+
+    def project(self, features: Tensor, grid: Grid) -> Tensor:
+        return self.linear(features)
+
+
+class MLPProjector(Projector):
+    """Two linear layers with a GELU between them, a token at a time (LLaVA-1.5, arXiv 2310.03744)."""
+
+    output = "linear_2"
+
+    def __init__(self, vision_hidden_size: int, text_hidden_size: int) -> None:
+        super().__init__(vision_hidden_size)
         self.linear_1 = nn.Linear(vision_hidden_size, text_hidden_size)
         self.linear_2 = nn.Linear(text_hidden_size, text_hidden_size)
 
-    def num_tokens(self, num_prefix: int, grid: Grid) -> int:
-        return num_prefix + grid[0] * grid[1]
-
-    def forward(self, features: Tensor, grid: Grid) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(self.standardize(features, grid))))
+    def project(self, features: Tensor, grid: Grid) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(features)))
 
 
-class PixelShuffleProjector(nn.Module):
+class PixelShuffleProjector(Projector):
     """Each `scale_factor` x `scale_factor` square of patches becomes one token, without loss, then a linear layer
     (SmolVLM and Idefics3, arXiv 2408.12637)."""
 
+    output = "proj"
+
     def __init__(self, vision_hidden_size: int, text_hidden_size: int, scale_factor: int = 2) -> None:
-        super().__init__()
+        super().__init__(vision_hidden_size)
         self.scale_factor = scale_factor
-        self.standardize = Standardize(vision_hidden_size)
         self.proj = nn.Linear(vision_hidden_size * scale_factor**2, text_hidden_size, bias=False)
 
     def num_tokens(self, num_prefix: int, grid: Grid) -> int:
@@ -113,23 +143,24 @@ class PixelShuffleProjector(nn.Module):
             )
         return (h // self.scale_factor) * (w // self.scale_factor)
 
-    def forward(self, features: Tensor, grid: Grid) -> Tensor:
+    def project(self, features: Tensor, grid: Grid) -> Tensor:
         (h, w), s = grid, self.scale_factor
         batch, _, dim = features.shape
-        squares = self.standardize(features, grid).view(batch, h // s, s, w // s, s, dim).transpose(2, 3)
+        squares = features.view(batch, h // s, s, w // s, s, dim).transpose(2, 3)
         return self.proj(squares.reshape(batch, -1, s * s * dim))
 
 
-class AveragePoolProjector(nn.Module):
+class AveragePoolProjector(Projector):
     """The grid of patches is averaged down to `num_image_tokens` (a square number), normalised and projected
     (Gemma 3, arXiv 2503.19786). Class tokens, where they are kept, pass beside the pool."""
 
+    output = "linear"
+
     def __init__(self, vision_hidden_size: int, text_hidden_size: int, num_image_tokens: int = 64) -> None:
-        super().__init__()
+        super().__init__(vision_hidden_size)
         self.side = math.isqrt(num_image_tokens)
         if self.side**2 != num_image_tokens:
             raise ValueError(f"average_pool needs a square number of num_image_tokens, not {num_image_tokens}")
-        self.standardize = Standardize(vision_hidden_size)
         self.norm = nn.RMSNorm(vision_hidden_size, eps=1e-6)
         self.linear = nn.Linear(vision_hidden_size, text_hidden_size, bias=False)
 
@@ -141,8 +172,8 @@ class AveragePoolProjector(nn.Module):
             )
         return num_prefix + self.side**2
 
-    def forward(self, features: Tensor, grid: Grid) -> Tensor:
-        prefix, patches = split_prefix(self.standardize(features, grid), grid)
+    def project(self, features: Tensor, grid: Grid) -> Tensor:
+        prefix, patches = split_prefix(features, grid)
         image = patches.transpose(1, 2).unflatten(2, grid)
         pooled = F.adaptive_avg_pool2d(image, self.side).flatten(2).transpose(1, 2)
         return self.linear(self.norm(torch.cat([prefix, pooled], dim=1)))
@@ -170,8 +201,10 @@ class ResamplerLayer(nn.Module):
         return latents + self.feed_forward(latents)
 
 
-class ResamplerProjector(nn.Module):
+class ResamplerProjector(Projector):
     """Perceiver resampler: `num_image_tokens` learned latents, refined over `depth` layers (Flamingo, Idefics2)."""
+
+    output = "norm"
 
     def __init__(
         self,
@@ -181,8 +214,7 @@ class ResamplerProjector(nn.Module):
         depth: int = 2,
         num_heads: int = 8,
     ) -> None:
-        super().__init__()
-        self.standardize = Standardize(vision_hidden_size)
+        super().__init__(vision_hidden_size)
         self.latents = nn.Parameter(torch.randn(num_image_tokens, text_hidden_size) * 0.02)
         self.proj_in = nn.Linear(vision_hidden_size, text_hidden_size)
         heads = max(n for n in range(1, num_heads + 1) if text_hidden_size % n == 0)
@@ -192,15 +224,15 @@ class ResamplerProjector(nn.Module):
     def num_tokens(self, num_prefix: int, grid: Grid) -> int:
         return len(self.latents)
 
-    def forward(self, features: Tensor, grid: Grid) -> Tensor:
-        features = self.proj_in(self.standardize(features, grid))
+    def project(self, features: Tensor, grid: Grid) -> Tensor:
+        features = self.proj_in(features)
         latents = self.latents.expand(len(features), -1, -1)
         for layer in self.layers:
             latents = layer(latents, features)
         return self.norm(latents)
 
 
-PROJECTORS: dict[str, type[nn.Module]] = {
+PROJECTORS: dict[str, type[Projector]] = {
     "linear": LinearProjector,
     "mlp": MLPProjector,
     "pixel_shuffle": PixelShuffleProjector,
@@ -216,7 +248,7 @@ def unknown_name(kind: str, name: str, known: Collection[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(known))}.")
 
 
-def build_projector(spec: dict[str, Any], vision_hidden_size: int, text_hidden_size: int) -> nn.Module:
+def build_projector(spec: dict[str, Any], vision_hidden_size: int, text_hidden_size: int) -> Projector:
     """The projector of `spec`, `{"type": NAME, **options}`. Raises ValueError naming an unknown type or option."""
     options = dict(spec)
     name = options.pop("type")
@@ -226,4 +258,4 @@ def build_projector(spec: dict[str, Any], vision_hidden_size: int, text_hidden_s
     for option in options:
         if option not in known:
             raise unknown_name(f"option of projector {name!r}:", option, known)
-    return PROJECTORS[name](vision_hidden_size, text_hidden_size, **options)
+    return PROJECTORS[name](vision_hidden_size, text_hidden_size, **options)  # type: ignore[call-arg]

@@ -163,7 +163,7 @@ def probe_encoder(
     width = features.patches.shape[-1]
     num_prefix = features.prefix.shape[1] if keep_prefix else 0
     with torch.device("meta"):
-        num_tokens: int = build_projector(projector, width, width).num_tokens(num_prefix, features.grid)  # type: ignore[operator]
+        num_tokens: int = build_projector(projector, width, width).num_tokens(num_prefix, features.grid)
     return num_tokens, width
 
 

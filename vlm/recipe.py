@@ -61,8 +61,8 @@ class Adapter(_Section):
     """Visual tokens stand in the sequence, decoder layers attend to them, or both."""
     cross_attention_every: int = Field(default=4, ge=1)
     """With cross-attention: one block for every so many decoder layers."""
-    standardize_features: bool = True
-    """Before training, give each channel of the encoder's features mean 0 and deviation 1 over the training images."""
+    data_dependent_init: bool = True
+    """Before training, fit the projector to the features of some training images and to the size of word embeddings."""
 
     @field_validator("projector", mode="before")
     @classmethod

@@ -122,3 +122,14 @@ def test_every_projector_standardises_what_it_reads(name):
     expected = projector(standard, GRID)
     projector.standardize.fit(features * 40 + 3, GRID)
     assert torch.allclose(projector(features * 40 + 3, GRID), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PROJECTORS)
+@pytest.mark.parametrize("size", [0.1, 3.0])
+def test_every_projector_starts_with_tokens_of_the_size_it_is_told(name, size):
+    torch.manual_seed(0)
+    projector = build_projector({"type": name, **OPTIONS.get(name, {})}, 12, 20)
+    features = torch.randn(30, 24, 12) * 9 + 4
+    projector.initialize(features, GRID, size)
+    assert projector(features, GRID).square().mean().sqrt().item() == pytest.approx(size, rel=1e-3)
+    assert projector.standardize.mean.any()

@@ -399,7 +399,7 @@ def test_the_cache_changes_nothing(values, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_features_are_standardised_over_the_training_images(values, images, tmp_path, kept):
+def test_the_projector_starts_from_the_training_images(values, images, tmp_path, kept):
     train(values | {"data": values["data"] | {"cache_features": kept}, "evaluation": {}})
     model, processor = generation.load(str(tmp_path / "run"), device="cpu")
     pixels = [Image.open(images / f"{n}.png") for n in range(10)]
@@ -410,8 +410,22 @@ def test_features_are_standardised_over_the_training_images(values, images, tmp_
     assert torch.allclose(fitted.std[1], features.flatten(0, 1).std(dim=0), atol=1e-5)
 
 
-def test_features_can_be_left_as_they_are(values, tmp_path):
-    values["model"]["adapter"] = {"standardize_features": False}
+def test_visual_tokens_start_as_large_as_words(values, monkeypatch):
+    seen = []
+
+    def look(model, *args, **kwargs):
+        initialize(model, *args, **kwargs)
+        tokens = model.get_image_features(torch.randn(9, 3, 32, 32))
+        seen.extend(float(t.square().mean().sqrt().detach()) for t in (tokens, model.get_input_embeddings().weight))
+
+    initialize = running.initialize_projector
+    monkeypatch.setattr(running, "initialize_projector", look)
+    train(values, dry_run=True)
+    assert seen[0] == pytest.approx(seen[1], rel=0.3)  # these are other images than it was fitted to
+
+
+def test_the_projector_can_start_at_random(values, tmp_path):
+    values["model"]["adapter"] = {"data_dependent_init": False}
     train(values | {"evaluation": {}})
     model, _ = generation.load(str(tmp_path / "run"), device="cpu")
     assert not model.multi_modal_projector.standardize.mean.any()

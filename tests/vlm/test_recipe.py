@@ -319,4 +319,4 @@ def test_every_option_of_build_is_a_key_of_the_model_section() -> None:
         if parameter.default is not inspect.Parameter.empty and name != "projector":
             assert keys[name] == parameter.default
     assert keys["projector"] == {"type": inspect.signature(build).parameters["projector"].default}
-    assert keys.keys() - inspect.signature(build).parameters.keys() == {"pretrained", "adapter", "standardize_features"}
+    assert keys.keys() - inspect.signature(build).parameters.keys() == {"pretrained", "adapter", "data_dependent_init"}

@@ -38,7 +38,7 @@ from vlm.loading import no_loading_bar
 from vlm.precision import default_device
 from vlm.recipe import Recipe, home, require_models
 from vlm.training.report import environment, plot_losses
-from vlm.training.stage import Batches, cache_for, fit_standardization, merged, run_stage, training_arguments
+from vlm.training.stage import Batches, cache_for, initialize_projector, merged, run_stage, training_arguments
 from vlm.tree_attention import supports_tree_attention, tree_attention
 
 CONTENTS = (
@@ -88,8 +88,8 @@ def train(
                 _items(recipe, validation_examples, processor, cache, log, console, "held out") if wants_loss else [],
                 TreeCollator(processor, cache, supports_tree_attention(model)),
             )
-        if recipe.model.adapter.standardize_features and number == 0 and not recipe.model.pretrained:
-            fit_standardization(model, batches, args.device, recipe.seed)
+        if recipe.model.adapter.data_dependent_init and number == 0 and not recipe.model.pretrained:
+            initialize_projector(model, batches, args.device, recipe.seed)
         with tree_attention(model):
             trained, adapter = run_stage(
                 recipe, stage, model, batches, folder, dry_run=dry_run, resume=resume, console=console
@@ -191,7 +191,7 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
     else:
         return build(
             **spec.model_dump(exclude={"pretrained", "adapter"}),
-            **spec.adapter.model_dump(exclude={"standardize_features"}),
+            **spec.adapter.model_dump(exclude={"data_dependent_init"}),
         )
     trust = spec.trust_remote_code
     with no_loading_bar():

@@ -29,8 +29,8 @@ from vlm.training.parts import add_lora, set_trainable
 from vlm.training.report import duration, parts_table
 from vlm.training.trainer import VLMTrainer, supervised_loss
 
-STANDARDIZATION_EXAMPLES = 256
-"""So many examples are enough for a mean and a deviation per channel; each has hundreds of patches."""
+INITIALIZATION_EXAMPLES = 256
+"""So many are enough for a mean and a deviation per channel: an image has hundreds of patches."""
 
 
 @dataclass
@@ -125,22 +125,31 @@ def run_stage(
 
 
 @torch.no_grad()
-def fit_standardization(model: Any, batches: Batches, device: torch.device, seed: int) -> None:
-    """Fit the projector's standardisation of features to a random sample of the training images."""
-    items = random.Random(seed).sample(batches.train, min(len(batches.train), STANDARDIZATION_EXAMPLES))
+def initialize_projector(model: Any, batches: Batches, device: torch.device, seed: int) -> None:
+    """Fit a new model's projector to a random sample of the training images, and to the size of its words."""
+    items = random.Random(seed).sample(batches.train, min(len(batches.train), INITIALIZATION_EXAMPLES))
     model.to(device).eval()
-    features = []
+    features: list[torch.Tensor] = []
+    grid = (0, 0)
     for start in range(0, len(items), 16):
         images = batches.collator.images(items[start : start + 16])
         if "pixel_values" in images:
             seen, grid = model.get_vision_features(images["pixel_values"].to(device))
+            features.append(seen)
         elif images:
-            seen, grid = images["vision_features"], images["vision_grid"]
-        else:
-            continue
-        features.append(seen.cpu())
+            grid = images["vision_grid"]
+            features.append(images["vision_features"].to(device))
     if features:
-        model.multi_modal_projector.standardize.fit(torch.cat(features), grid)
+        projector = model.multi_modal_projector
+        projector.initialize(torch.cat(features).float(), grid, word_size(model) if model.config.uses_prefix else 1.0)
+
+
+@torch.no_grad()
+def word_size(model: Any) -> float:
+    """The root mean square of word embeddings, as they enter the decoder."""
+    embeddings = model.get_input_embeddings()
+    some = torch.linspace(0, embeddings.num_embeddings - 1, 4096, device=model.device).long()
+    return float(embeddings(some).float().square().mean().sqrt())
 
 
 def require_short_rows(model: Any, items: Sequence[TreeItem]) -> None:
