@@ -13,7 +13,8 @@ from pathlib import Path
 from rich.console import Console
 
 from vlm import recipe
-from vlm.quickstart import default_cache_dir, write_stamp_splits
+from vlm.quickstart import write_stamp_splits
+from vlm.recipe_paths import home
 from vlm.training.run import train
 
 OUTPUT = Path("runs/benchmarks")
@@ -22,9 +23,7 @@ OUTPUT = Path("runs/benchmarks")
 def run(seed: int, overrides: list[str], console: Console) -> dict[str, float | list[float]]:
     """Train and score on the split of `seed`; gives the row of CIDEr-D in the summary, and the minutes it all took."""
     names = {"train": f"train-{seed}.jsonl", "test": f"test-{seed}.jsonl"}
-    write_stamp_splits(
-        default_cache_dir() / "tuxpaint-stamps", seed, train_name=names["train"], test_name=names["test"]
-    )
+    write_stamp_splits(home() / "tuxpaint-stamps", seed, train_name=names["train"], test_name=names["test"])
     loaded = recipe.load(
         "quickstart",
         [

@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"data"},
     {"generation"},
     {"eval"},
-    {"recipe", "recipe_source", "recipe_errors", "recipe_train", "recipes", "training"},
+    {"recipe", "recipe_source", "recipe_errors", "recipe_paths", "recipe_train", "recipes", "training"},
     {"chat", "predict", "evaluate", "data_check", "hub", "interop", "serve", "quickstart", "tour"},
     {"cli", "__main__"},
 ]

@@ -135,6 +135,12 @@ def _can_share(model: Any) -> bool:
     return ours and not model.config.uses_cross_attention and sliding_window(model) is None
 
 
+def _one_continuation(model: Any, options: dict[str, Any]) -> bool:
+    """Whether each row is continued once; beams and several samples would need the cache several times."""
+    names = ("num_beams", "num_return_sequences")
+    return all((options.get(name) or getattr(model.generation_config, name, None) or 1) == 1 for name in names)
+
+
 def sliding_window(model: Any) -> int | None:
     """How many tokens some layers of the language model look back at the most; None if all look back to the start."""
     config = model.config.get_text_config()
@@ -161,7 +167,9 @@ def generate(
     answers: list[str] = []
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
-        inputs = share_trunk(model, encode_requests(model, processor, batch), batch)
+        inputs = encode_requests(model, processor, batch)
+        if _one_continuation(model, options):
+            inputs = share_trunk(model, inputs, batch)
         output = model.generate(**inputs, **options)
         new = output[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

@@ -12,7 +12,6 @@ Relative paths in a recipe are looked for beside the recipe file first, then in 
 import copy
 import importlib.resources
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -22,13 +21,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vlm import recipe_train
 from vlm.errors import nearest
 from vlm.recipe_errors import FoundError, findings, to_recipe_error
+from vlm.recipe_paths import expand, expand_source, home
 from vlm.recipe_source import COMMAND_LINE, KeyPath, Places, RecipeError, apply_overrides, read_yaml
 
 __all__ = [
     "Recipe",
     "RecipeError",
     "from_dict",
-    "home",
     "load",
     "packaged",
     "packaged_text",
@@ -37,15 +36,7 @@ __all__ = [
 ]
 
 PARTS = ("vision", "projector", "fusion", "language")
-PATH_KEYS = ("path", "images", "annotations", "questions", "data_files")
-"""The keys of a data source that name a file or folder of their own."""
-
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-def home() -> Path:
-    """Return the cache folder of vlm: the environment variable VLM_HOME, or ~/.cache/vlm."""
-    return Path(os.environ.get("VLM_HOME") or "~/.cache/vlm").expanduser()
 
 
 class _Section(BaseModel):
@@ -423,47 +414,6 @@ def packaged_text(name: str) -> str:
     if name not in packaged():
         raise RecipeError(f"no recipe called '{name}' comes with vlm; {nearest(name, packaged())}")
     return (importlib.resources.files("vlm.recipes") / f"{name}.yaml").read_text("utf-8")
-
-
-def expand(values: dict[str, Any], base_dir: Path | None) -> None:
-    """Make the paths of a raw recipe whole, in place. Names that are no path here (Hub names) stay as they are."""
-    model, data = values.get("model"), values.get("data")
-    if isinstance(model, dict):
-        for key in ("pretrained", "vision", "language"):
-            if key in model:
-                model[key] = _whole(model[key], base_dir)
-    if isinstance(data, dict):
-        start = _whole(data.get("base_dir", str(base_dir or ".")), base_dir)
-        for source in (data.get("train"), data.get("validation")):
-            expand_source(source, Path(start) if isinstance(start, str) else None)
-        data["base_dir"] = start
-
-
-def expand_source(source: Any, base_dir: Path | None) -> None:
-    """Make the paths of a data source whole, in place."""
-    if not isinstance(source, dict):
-        return
-    for key in PATH_KEYS:
-        # With `data_files`, a bare `path` is the name of a builder (json, parquet), not a folder that is called so.
-        builder = key == "path" and "data_files" in source and "/" not in str(source.get(key))
-        if key in source and not builder:
-            source[key] = _whole(source[key], base_dir)
-
-
-def _whole(value: Any, base_dir: Path | None) -> Any:
-    """Expand `${VLM_HOME}` and `~`; make a path that exists beside the recipe, or here, absolute."""
-    if isinstance(value, list):
-        return [_whole(item, base_dir) for item in value]
-    if not isinstance(value, str) or not value:
-        return value
-    text = value.replace("${VLM_HOME}", str(home()))
-    path = Path(text).expanduser() if text.startswith("~") else Path(text)
-    if path.is_absolute():
-        return str(path)
-    for folder in (base_dir, Path.cwd()):
-        if folder is not None and ((folder / path).exists() or ("*" in text and any(folder.glob(text)))):
-            return str(Path(os.path.abspath(folder / path)))
-    return text
 
 
 def parse_data(words: Sequence[str]) -> Data:

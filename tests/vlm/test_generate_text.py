@@ -100,6 +100,13 @@ def test_what_can_be_shared_changes_no_answer(made, requests):
     assert together == [generation.generate(*made, [r], max_new_tokens=6)[0] for r in made_up]
 
 
+def test_beams_about_a_shared_image_equal_one_by_one(made):
+    requests = [request(text, image(0)) for text in ("what", "is it a cat ?")]
+    shared = [(list(requests[0][0]), messages) for _, messages in requests]
+    together = generation.generate(*made, shared, max_new_tokens=5, num_beams=2)
+    assert together == [generation.generate(*made, [r], max_new_tokens=5, num_beams=2)[0] for r in requests]
+
+
 def test_progress_and_order(made):
     done = []
     answers = generation.generate(*made, REQUESTS, max_new_tokens=3, batch_size=3, progress=done.append)

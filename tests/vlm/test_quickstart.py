@@ -32,6 +32,7 @@ from vlm import quickstart
 from vlm.data.readers import read
 from vlm.quickstart import datasets, sources, weights
 from vlm.quickstart.sources import ChecksumError, Package, SourceError
+from vlm.recipe_paths import home
 
 hub = fake_hub.hub
 
@@ -439,9 +440,9 @@ def test_a_conversion_that_fails_leaves_nothing(no_hub, packages, language_there
 
 def test_vlm_home_is_the_default(monkeypatch, tmp_path):
     monkeypatch.setenv("VLM_HOME", str(tmp_path))
-    assert quickstart.default_cache_dir() == tmp_path
+    assert home() == tmp_path
     monkeypatch.delenv("VLM_HOME")
-    assert quickstart.default_cache_dir() == Path.home() / ".cache" / "vlm"
+    assert home() == Path.home() / ".cache" / "vlm"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from vlm import recipe, recipe_train
+from vlm import recipe, recipe_paths, recipe_train
 from vlm.recipe import RecipeError
 from vlm.recipe_source import parse_scalar, read_yaml
 
@@ -257,7 +257,7 @@ def test_the_cache_folder_and_home_are_expanded(tmp_path: Path, monkeypatch: pyt
     assert loaded.model.language == "/cache/llm"
     assert loaded.data.train["path"] == "/home/me/photos"
     monkeypatch.delenv("VLM_HOME")
-    assert recipe.home() == Path("/home/me/.cache/vlm")
+    assert recipe_paths.home() == Path("/home/me/.cache/vlm")
 
 
 def test_a_model_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import zipfile
@@ -17,8 +16,9 @@ from pathlib import Path
 from vlm.quickstart import datasets, sources, weights
 from vlm.quickstart.datasets import write_stamp_splits
 from vlm.quickstart.sources import ChecksumError, Fetch, HubRepo, Package, SourceError
+from vlm.recipe_paths import home
 
-__all__ = ["ChecksumError", "Paths", "SourceError", "default_cache_dir", "prepare", "write_stamp_splits"]
+__all__ = ["ChecksumError", "Paths", "SourceError", "prepare", "write_stamp_splits"]
 
 CLIP = "clip-vit-base-patch16"
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -40,11 +40,6 @@ class Paths:
     easy_vqa: Path | None
 
 
-def default_cache_dir() -> Path:
-    """The folder named by VLM_HOME, or else `~/.cache/vlm`."""
-    return Path(os.environ.get("VLM_HOME") or "~/.cache/vlm").expanduser()
-
-
 def prepare(
     cache_dir: str | Path | None = None,
     stamps: bool = True,
@@ -59,7 +54,7 @@ def prepare(
     into `<cache_dir>/downloads` yourself is used instead of a download.
 
     Args:
-        cache_dir: where to put it all; `default_cache_dir()` if None.
+        cache_dir: where to put it all; `vlm.recipe_paths.home()` if None.
         stamps: also get Tux Paint's stamps (949 images with captions, from Debian; train.jsonl and test.jsonl hold a
             split). If they cannot be had, one line says so and `Paths.stamps` is None.
         easy_vqa: also get easy-VQA (5,000 images, 48,248 questions, from PyPI). If it cannot be had and the stamps are
@@ -70,7 +65,7 @@ def prepare(
         SourceError: the weights cannot be had, or easy-VQA cannot and there are no stamps.
         ChecksumError: a file arrived with other bytes than expected.
     """
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    cache = Path(cache_dir).expanduser() if cache_dir is not None else home()
     cache.mkdir(parents=True, exist_ok=True)
     vision = _weights(
         cache, CLIP, sources.CLIP_HUB, weights.copy_clip, sources.CLIP_PACKAGE, CLIP_ONNX, weights.convert_clip, fetch

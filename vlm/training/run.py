@@ -36,7 +36,8 @@ from vlm.eval import evaluate
 from vlm.eval.summary import show
 from vlm.loading import no_loading_bar
 from vlm.precision import default_device
-from vlm.recipe import Recipe, home, require_models
+from vlm.recipe import Recipe, require_models
+from vlm.recipe_paths import home
 from vlm.training.report import environment, plot_losses
 from vlm.training.stage import Batches, cache_for, initialize_projector, merged, run_stage, training_arguments
 from vlm.tree_attention import supports_tree_attention, tree_attention
