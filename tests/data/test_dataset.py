@@ -1,5 +1,7 @@
 """From examples to batches: what is left out and why, rows, and the images that go with them."""
 
+from itertools import chain
+
 import pytest
 import torch
 
@@ -167,6 +169,29 @@ def test_rows_hold_every_item_once_within_the_budget(model_and_processor):
     assert TreeDataset(items, 3 * size).rows == data.rows, "the same rows every time: a run can be resumed"
     assert TreeDataset(items, 3 * size, seed=1).rows != data.rows
     assert {item.example.where for item in data[0]} != {f"data.json:{n}" for n in range(3)}, "neighbours are parted"
+
+
+def test_each_epoch_deals_the_items_anew_into_rows_as_full(model_and_processor):
+    _, processor = model_and_processor
+    answers = ["a cat", "a dog on the street"]
+    items, _ = items_of([example(n, ("what", answers[n % 2])) for n in range(12)], processor)
+    data = TreeDataset(items, max_tokens=3 * len(items[0].tree))
+
+    def seen(epoch):
+        data.set_epoch(epoch)
+        return [[item.example.where for item in row] for row in data.rows]
+
+    def lengths(epoch):
+        data.set_epoch(epoch)
+        return [[len(item.tree) for item in row] for row in data.rows]
+
+    assert sorted(chain(*seen(1))) == sorted(chain(*seen(0)))
+    assert lengths(1) == lengths(0)
+    together = [{frozenset(row) for row in seen(epoch)} for epoch in range(3)]
+    assert len(together[0] & together[1]) < len(together[0])
+    assert seen(1) != seen(2)
+    assert seen(1) == seen(1), "the same every time: a run can be resumed"
+    assert seen(0) == [[item.example.where for item in row] for row in TreeDataset(items, 3 * len(items[0].tree)).rows]
 
 
 def test_images_follow_the_order_of_their_tokens(model_and_processor):

@@ -315,6 +315,24 @@ def test_an_interrupted_run_resumes_to_the_same_weights(two_stages, values, tmp_
     assert logs[0] == logs[1], "the log is that of the undisturbed run too"
 
 
+def test_a_run_resumed_in_a_later_epoch_equals_one_that_was_not_stopped(values, tmp_path, monkeypatch):
+    """Each epoch has rows of its own, and the resumed run must deal those of its epoch."""
+    arguments = {key: value for key, value in TRAIN.items() if key != "max_steps"}
+    values |= {"train": arguments | {"num_train_epochs": 3, "eval_strategy": "no"}, "evaluation": {}}
+    train(values | {"output_dir": str(tmp_path / "undisturbed")})
+    log = (tmp_path / "undisturbed/metrics.jsonl").read_text().splitlines()
+    steps = max(json.loads(line)["step"] for line in log)
+    assert steps >= 6, "too few steps for a checkpoint in the middle of the last epoch"
+    with monkeypatch.context() as patch:
+        kill_in(patch, "train", steps - 1)
+        with pytest.raises(Killed):
+            train(values)
+    train(values, resume=True)
+    wanted, found = (generation.load(str(tmp_path / name), device="cpu")[0] for name in ("undisturbed", "run"))
+    for (name, p), (_, q) in zip(wanted.named_parameters(), found.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_a_changed_recipe_is_said_on_resuming(values, monkeypatch):
     with monkeypatch.context() as patch:
         kill_in(patch, "train", 3)

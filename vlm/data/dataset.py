@@ -138,13 +138,29 @@ def _fit(
 class TreeDataset(Dataset[Row]):
     """The items, packed into rows of at most `max_tokens` tokens; an index gives a row.
 
-    Neighbours in the data are often alike, so rows are packed from the items in a random order. What is expensive,
-    opening images or reading features, is left to the collator.
+    Neighbours in the data are often alike, so rows are packed from the items in a random order, another one in each
+    epoch. What is expensive, opening images or reading features, is left to the collator.
     """
 
     def __init__(self, items: Sequence[TreeItem], max_tokens: int, seed: int = 0) -> None:
-        items = random.Random(seed).sample(items, len(items))
-        self.rows = [[items[i] for i in row] for row in pack([len(item.tree) for item in items], max_tokens)]
+        self.items = random.Random(seed).sample(items, len(items))
+        self.seed = seed
+        lengths = [len(item.tree) for item in self.items]
+        self._packed = pack(lengths, max_tokens)
+        self._alike: dict[int, list[int]] = {}
+        for index, length in enumerate(lengths):
+            self._alike.setdefault(length, []).append(index)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Deal the items into the rows of `epoch`. Items of equal length change places, so that there are as many rows
+        as before, and as full."""
+        dealt = list(self.items)
+        rng = random.Random(f"{self.seed}, {epoch}")
+        for places in self._alike.values():
+            for place, index in zip(places, rng.sample(places, len(places)), strict=True):
+                dealt[place] = self.items[index]
+        self.rows = [[dealt[i] for i in row] for row in self._packed]
 
     def __len__(self) -> int:
         return len(self.rows)

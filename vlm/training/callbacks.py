@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from vlm.data.dataset import TreeDataset
 from vlm.errors import UserError
 from vlm.training.parts import named_parts, part_of
 
@@ -24,6 +25,17 @@ class PartNotTraining(RuntimeError):  # noqa: N818 - named for what happened
 
 class Stopped(UserError):  # noqa: N818 - named for what happened
     """The run was told to stop, and has saved a checkpoint."""
+
+
+class NewRows(TrainerCallback):
+    """Deals the examples into other rows in each epoch. Left to accelerate, the data set is not told the epoch after a
+    resume, nor on several processes."""
+
+    def __init__(self, rows: TreeDataset) -> None:
+        self.rows = rows
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rows.set_epoch(int(state.epoch or 0))
 
 
 class StopOnSignal(TrainerCallback):

@@ -24,7 +24,7 @@ from vlm.errors import UserError
 from vlm.generation import sliding_window
 from vlm.precision import default_device, fast_bfloat16
 from vlm.recipe import Recipe, Stage
-from vlm.training.callbacks import MetricsLog, PartCheck, StopOnSignal, Stopped
+from vlm.training.callbacks import MetricsLog, NewRows, PartCheck, StopOnSignal, Stopped
 from vlm.training.parts import add_lora, set_trainable
 from vlm.training.report import duration, parts_table
 from vlm.training.trainer import VLMTrainer, supervised_loss
@@ -89,7 +89,12 @@ def run_stage(
         eval_dataset=TreeDataset(batches.validation, recipe.data.max_tokens_per_row) if wants_loss else None,
         data_collator=batches.collator,
         rates=rates,
-        callbacks=[MetricsLog(folder / "metrics.jsonl", stage.name), PartCheck(trained, rates), stop := StopOnSignal()],
+        callbacks=[
+            NewRows(rows),
+            MetricsLog(folder / "metrics.jsonl", stage.name),
+            PartCheck(trained, rates),
+            stop := StopOnSignal(),
+        ],
     )
     require_exact_trees(trainer, batches.train)
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
