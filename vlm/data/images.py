@@ -126,9 +126,9 @@ def _read(payload: str | bytes, name: str, max_bytes: int) -> bytes:
             raise ImageError(name, "a web address, and data is never fetched while training", "download it first")
         path = Path(payload)
         if not path.exists():
-            raise ImageError(name, "the file does not exist", "check the image folder and the file name in this row")
+            raise ImageError(name, "the file does not exist", "check the folder and the name")
         if not path.is_file():  # a folder, or a device that never ends
-            raise ImageError(name, "not a regular file", "check the image folder and the file name in this row")
+            raise ImageError(name, "not a regular file", "check the folder and the name")
         size = path.stat().st_size
     else:
         size = len(payload)
