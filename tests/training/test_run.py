@@ -317,12 +317,18 @@ def test_an_interrupted_run_resumes_to_the_same_weights(two_stages, values, tmp_
 
 def test_a_run_resumed_in_a_later_epoch_equals_one_that_was_not_stopped(values, tmp_path, monkeypatch):
     """Each epoch has rows of its own, and the resumed run must deal those of its epoch."""
+    rows = [{"file_name": f"{n}.png", "captions": ["a cat", "no cat"]} for n in range(10)]  # alike: they change places
+    for n in range(10):
+        image(n).save(tmp_path / f"{n}.png")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"format": "image_folder", "path": str(tmp_path), "metadata": "train.jsonl"}
     arguments = {key: value for key, value in TRAIN.items() if key != "max_steps"}
     values |= {"train": arguments | {"num_train_epochs": 3, "eval_strategy": "no"}, "evaluation": {}}
+    values["data"] = {"train": source, "max_tokens_per_row": 100}
     train(values | {"output_dir": str(tmp_path / "undisturbed")})
     log = (tmp_path / "undisturbed/metrics.jsonl").read_text().splitlines()
     steps = max(json.loads(line)["step"] for line in log)
-    assert steps >= 6, "too few steps for a checkpoint in the middle of the last epoch"
+    assert 9 <= steps < 30, "too few steps for a checkpoint in the middle of the last epoch, or one image a row"
     with monkeypatch.context() as patch:
         kill_in(patch, "train", steps - 1)
         with pytest.raises(Killed):
