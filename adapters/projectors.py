@@ -83,7 +83,8 @@ class Projector(nn.Module):
         initialisation does (arXiv 1511.06856): the channels of `features` are standardised, and `token_size` becomes
         the root mean square of the visual tokens.
 
-        Tokens much larger than words drown what the decoder's first layers add to them, and are slow to learn from.
+        Learning was slower without either. A likely reason for the second: what the decoder's first layers add is small
+        beside tokens that are much larger than words.
         """
         self.standardize.fit(features, grid)
         size = self(features[:64], grid).square().mean().sqrt()
