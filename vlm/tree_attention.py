@@ -4,12 +4,13 @@ In a row of trees (see `vlm.data.trees`) a token attends to its trunk and to its
 SDPA with a mask computes the whole square. Here each trunk attends to itself, and each branch to its trunk and itself:
 
     trunks    [T, Lt]  causal
-    branches  [S, Lb]  over [S, Lt + Lb]
+    branches  [N, Lb]  over [N, Lt + Lb]
 
 A decoder whose attention is SDPA takes this in its place through transformers' registry of attention functions, and
 `tree_layout`, which says where trunks and branches are, comes to it as a keyword argument of `forward`.
 
-Letters: B rows of L tokens, T trunks, S branches, H heads, K heads of keys and values, D width of a head.
+Letters: B rows of L tokens, T trunks, N branches, S = T * Lt + N * Lb places for tokens in both, H heads, K heads of
+keys and values, D width of a head.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -49,21 +51,65 @@ def tree_attention_forward(
     if tree_layout is None or any(kwargs.get(name) is not None for name in ("position_bias", "softcap")):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     batch, heads, length, width = query.shape
-    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    device = query.device.type
     scaling = width**-0.5 if scaling is None else scaling
-    attention = _by_products if query.device.type == "cpu" else _sdpa
+    attention = _products if device == "cpu" and not dropout else _sdpa
+    token, place = tree_layout["token"], tree_layout["place"]
+    shapes = [tree_layout[name].shape[:2] for name in ("trunk_mask", "branch_mask")]
 
-    def attend(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (x[i.clamp(min=0)].transpose(1, 2) for x, i in ((query, queries), (key, keys), (value, keys)))
-        return attention(q, k, v, mask, dropout, scaling).transpose(1, 2).flatten(0, 1)
+    def segments(states: Tensor) -> list[Tensor]:
+        """`[B, K, L, D]` to `[T, K, Lt, D]` and `[N, K, Lb, D]`."""
+        if torch.is_autocast_enabled(device):  # now, not in the products: so there is less to rearrange
+            states = states.to(torch.get_autocast_dtype(device))
+        flat = _Rearrange.apply(states.transpose(1, 2).flatten(0, 1), token, place)
+        parts = flat.split([rows * tokens for rows, tokens in shapes])
+        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
 
-    trunks, branches = tree_layout["trunks"], tree_layout["branches"]
-    found = [attend(trunks, trunks, tree_layout["trunk_mask"])]
-    if len(branches):
-        keys = torch.cat([tree_layout["trunk_of_branch"], branches], dim=1)
-        found.append(attend(branches, keys, tree_layout["branch_mask"]))
-    output = torch.cat(found)[tree_layout["place"]]
-    return output.view(batch, length, heads, width), None
+    (trunk_query, query), (trunk_key, key), (trunk_value, value) = map(segments, (query, key, value))
+    found = [attention(trunk_query, trunk_key, trunk_value, tree_layout["trunk_mask"], dropout, scaling)]
+    if len(query):
+        trunk_of_branch = tree_layout["trunk_of_branch"]
+        key = torch.cat([_Repeat.apply(trunk_key, trunk_of_branch), key], dim=2)
+        value = torch.cat([_Repeat.apply(trunk_value, trunk_of_branch), value], dim=2)
+        found.append(attention(query, key, value, tree_layout["branch_mask"], dropout, scaling))
+    output = torch.cat([states.transpose(1, 2).flatten(0, 1) for states in found])
+    return _Rearrange.apply(output, place, token).view(batch, length, heads, width), None
+
+
+class _Rearrange(torch.autograd.Function):
+    """`states[index]`, where no two of `index` are equal and `inverse` undoes it. -1 in either: nothing belongs there.
+
+    The gradient of an index is a sum into places, slow on a CPU (7 % of a step), since they might be equal.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return states.index_select(0, index.clamp(min=0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (inverse,) = ctx.saved_tensors
+        found = gradient.index_select(0, inverse.clamp(min=0))
+        found.masked_fill_((inverse < 0).view(-1, *[1] * (found.ndim - 1)), 0)
+        return found, None, None
+
+
+class _Repeat(torch.autograd.Function):
+    """`states[index]`. The gradient is summed slice by slice, which torch's own does element by element on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(states)
+        return states.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_add_(0, index, gradient), None
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float) -> Tensor:
@@ -71,30 +117,51 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: floa
     return F.scaled_dot_product_attention(query, key, value, mask[:, None], dropout, scale=scaling, enable_gqa=True)
 
 
-def _by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float) -> Tensor:
-    """As [`_sdpa`], whose backward pass on a CPU gains nothing from short segments: it took as long for the branches of
-    four rows as for the four rows whole."""
-    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [N, K, H / K * Q, D]
-    scores = (grouped @ key.transpose(-1, -2)).view(*query.shape[:3], -1) * scaling
-    scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
-    weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype), dropout)
-    return (weights.view(*grouped.shape[:3], -1) @ value).view(query.shape)
+def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float) -> Tensor:
+    """As [`_sdpa`] without dropout, by matrix products. On a CPU the backward pass of SDPA gains nothing from short
+    segments: it took as long for the branches of four rows as for the four rows whole."""
+    grouped = (query * scaling).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [N, K, H / K * Q, D]
+    return _Products.apply(grouped, key, value, mask).view(query.shape)
+
+
+class _Products(torch.autograd.Function):
+    """Softmax of `query [N, K, R, D]` times `key [N, K, M, D]`, masked, times `value`, with a backward pass that does
+    not go through the mask again, where the probabilities are zero."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        scores = query @ key.transpose(-1, -2)
+        rows = scores.view(*scores.shape[:2], -1, *mask.shape[1:])  # the heads that share a key are by themselves
+        rows.masked_fill_(~mask[:, None, None], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1)
+        ctx.save_for_backward(query, key, value, weights)
+        return weights @ value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        query, key, value, weights = ctx.saved_tensors
+        of_weights = gradient @ value.transpose(-1, -2)
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        transposed = of_scores.transpose(-1, -2)
+        return of_scores @ key, transposed @ query, weights.transpose(-1, -2) @ gradient, None
 
 
 AttentionInterface.register(NAME, tree_attention_forward)
 
 
 def tree_layout(rows: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
-    """Where trunks and branches are in rows of trees (`vlm.data.trees.Tree`), as numbers of tokens in the flattened
-    `[B * L]`; -1 fills up. Branches that share nothing stand among the trunks.
+    """Where trunks and branches are in rows of trees (`vlm.data.trees.Tree`). Branches that share nothing stand among
+    the trunks.
 
-    `trunks [T, Lt]` and `trunk_mask [T, Lt, Lt]`; `branches [S, Lb]`, `trunk_of_branch [S, Lt']` and
-    `branch_mask [S, Lb, Lt' + Lb]`; `place [B * L]`, where each token's result is among those of trunks and branches.
+    `token [S]` is the number, in the flattened `[B * L]`, of the token at each place of trunks and branches, and
+    `place [B * L]` the place of each token; -1 is padding. `trunk_mask [T, Lt, Lt]`, `branch_mask [N, Lb, Lt + Lb]`,
+    and `trunk_of_branch [N]`.
     """
     length = max(sum(map(len, row)) for row in rows)
     trunks: list[Tensor] = []
     branches: list[Tensor] = []
-    trunk_of: list[Tensor] = []
+    trunk_of_branch: list[int] = []
     for number, row in enumerate(rows):
         start = number * length
         for tree in row:
@@ -103,24 +170,27 @@ def tree_layout(rows: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
             trunks.append(first)
             if tree.branch_ids[0] == TRUNK:
                 branches += rest
-                trunk_of += [first] * len(rest)
+                trunk_of_branch += [len(trunks) - 1] * len(rest)
             else:
                 trunks += rest
             start += len(tree)
-    layout = {"trunks": _padded(trunks), "branches": _padded(branches), "trunk_of_branch": _padded(trunk_of)}
-    causal = torch.ones(1, layout["trunks"].shape[1], layout["trunks"].shape[1], dtype=torch.bool).tril()
-    layout["trunk_mask"] = causal.expand(len(trunks), -1, -1)
-    own = torch.ones(layout["branches"].shape[1], layout["branches"].shape[1], dtype=torch.bool).tril()
-    of_trunk = layout["trunk_of_branch"] != PADDING
-    layout["branch_mask"] = torch.cat(
-        [of_trunk[:, None].expand(-1, len(own), -1), own.expand(len(branches), -1, -1)], dim=2
+    trunk_tokens, branch_tokens = _padded(trunks), _padded(branches)
+    token = torch.cat([trunk_tokens.flatten(), branch_tokens.flatten()])
+    place = torch.full((len(rows) * length,), PADDING)
+    real = token != PADDING
+    place[token[real]] = real.nonzero()[:, 0]
+    trunk_mask, own = (
+        torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril() for x in (trunk_tokens, branch_tokens)
     )
-    positions = torch.cat([layout["trunks"].flatten(), layout["branches"].flatten()])
-    real = positions != PADDING
-    place = torch.zeros(len(rows) * length, dtype=torch.long)  # the result of a padding token is any: nobody reads it
-    place[positions[real]] = real.nonzero()[:, 0]
-    layout["place"] = place
-    return layout
+    of_branch = torch.tensor(trunk_of_branch, dtype=torch.long)
+    of_trunk = (trunk_tokens[of_branch] != PADDING)[:, None].expand(-1, len(own), -1)
+    return {
+        "token": token,
+        "place": place,
+        "trunk_mask": trunk_mask.expand(len(trunks), -1, -1),
+        "branch_mask": torch.cat([of_trunk, own.expand(len(branches), -1, -1)], dim=2),
+        "trunk_of_branch": of_branch,
+    }
 
 
 def _padded(segments: list[Tensor]) -> Tensor:

@@ -20,19 +20,18 @@ def test_the_layout_by_hand():
     shared = tree([1, 2, 3], [1, 2, 4])  # 1 | 2 3 | 2 4
     nothing_shared = tree([5, 6], [7, 8])  # 5 6 | 7 8
     layout = tree_layout([[shared, tree([9, 9])], [nothing_shared]])
-    assert layout["trunks"].tolist() == [[0, -1], [5, 6], [7, 8], [9, 10]]
-    assert layout["branches"].tolist() == [[1, 2], [3, 4]]
-    assert layout["trunk_of_branch"].tolist() == [[0], [0]]
-    assert layout["branch_mask"].tolist() == [[[True, True, False], [True, True, True]]] * 2
-    # Results: the trunks' tokens 0 to 7 (1 is none), then the branches'. Tokens 11, 12 and 13 are padding.
-    assert layout["place"].tolist() == [0, 8, 9, 10, 11, 2, 3, 4, 5, 6, 7, 0, 0, 0]
+    trunks, branches = [0, -1, 5, 6, 7, 8, 9, 10], [1, 2, 3, 4]  # rows are 7 tokens long, of which 3 are padding
+    assert layout["token"].tolist() == trunks + branches
+    assert layout["place"].tolist() == [0, 8, 9, 10, 11, 2, 3, 4, 5, 6, 7, -1, -1, -1]
+    assert layout["trunk_of_branch"].tolist() == [0, 0]
+    assert layout["trunk_mask"].tolist() == [[[True, False], [True, True]]] * 4
+    assert layout["branch_mask"].tolist() == [[[True, False, True, False], [True, False, True, True]]] * 2
 
 
 def test_without_branches_that_share_there_are_only_trunks():
     layout = tree_layout([[tree([1, 2, 3])]])
-    assert layout["trunks"].tolist() == [[0, 1, 2]]
-    assert layout["branches"].shape[0] == layout["trunk_of_branch"].shape[0] == 0
-    assert layout["place"].tolist() == [0, 1, 2]
+    assert layout["token"].tolist() == layout["place"].tolist() == [0, 1, 2]
+    assert layout["branch_mask"].shape[0] == layout["trunk_of_branch"].shape[0] == 0
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
@@ -42,7 +41,7 @@ def test_products_equal_sdpa(heads):
     key, value = (torch.randn(5, heads[1], 7, 8, requires_grad=True) for _ in range(2))
     mask = torch.rand(5, 3, 7) < 0.5
     mask[..., 0] = True
-    found, expected = (f(query, key, value, mask, 0.0, 0.3) for f in (module._by_products, module._sdpa))
+    found, expected = (f(query, key, value, mask, 0.0, 0.3) for f in (module._products, module._sdpa))
     assert torch.allclose(found, expected, atol=1e-6)
     for one, other in zip(
         *(torch.autograd.grad(o.sin().sum(), (query, key, value)) for o in (found, expected)), strict=True
