@@ -1,7 +1,7 @@
 """What both sides of a comparison work on: the same weights, images, words and number of supervised tokens.
 
-The weights are those of the quickstart, CLIP ViT-B/16 and SmolLM2-135M, joined by an untrained two-layer projector as in
-LLaVA-1.5: 196 visual tokens an image. `ours` and `stock` hold the same numbers, so that their losses must agree.
+The weights are those of the quickstart, CLIP ViT-B/16 and SmolLM2-135M, joined by an untrained two-layer projector as
+in LLaVA-1.5: 196 visual tokens an image. `ours` and `stock` hold the same numbers, so that their losses must agree.
 """
 
 from __future__ import annotations

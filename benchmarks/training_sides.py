@@ -1,0 +1,210 @@
+"""The sides of a comparison of training: ours, TRL's SFTTrainer, transformers' Trainer, the same on turns.
+
+Each has a `run(number)` that takes one optimizer step on the examples of that repeat, and is asked for nothing else: one
+row an answer or one tree an image, in the batches it likes best, accumulated to the same step.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from benchmarks import workload
+from benchmarks.workload import Shape
+from vlm.data.conversation import IGNORE, TokenizedBranch, tokenize_branch
+from vlm.data.dataset import TreeCollator, TreeDataset, make_items, supervised_tokens
+from vlm.data.example import Example
+from vlm.data.features import FeatureCache
+from vlm.data.images import open_image
+from vlm.training.trainer import VLMTrainer
+from vlm.tree_attention import tree_attention
+
+ROW_TOKENS = 4096
+RATE = 1e-6  # as good as none: each repeat starts from the weights of the first
+
+
+def arguments(bf16: bool, batch_size: int, accumulate: int) -> dict[str, Any]:
+    """TrainingArguments for one step, the same on every side."""
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": bf16,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_checkpointing": False,
+        "num_train_epochs": 1,
+        "learning_rate": RATE,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def set_trained(model: Any, trained: str) -> None:
+    """`trained` is `projector`, the language model frozen, or `language`, which trains with it."""
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        learns = "multi_modal_projector" in name or (trained == "language" and "vision_tower" not in name)
+        parameter.requires_grad_(learns)
+
+
+def timed(trainer: Trainer, before: Callable[[], Any] = lambda: None) -> dict[str, float]:
+    """Seconds of `before` and one epoch of `trainer`, and the loss of its (only) step."""
+    trainer.state.log_history.clear()
+    start = time.perf_counter()
+    before()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    (loss,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"seconds": seconds, "loss": loss}
+
+
+class Ours:
+    """Trees, tree attention and kept features. With `cached`, images were encoded and words tokenized before."""
+
+    def __init__(self, shape: Shape, trained: str, bf16: bool, *, cached: bool) -> None:
+        self.shape, self.cached = shape, cached
+        self.model, self.processor = workload.ours()
+        set_trained(self.model, trained)
+        parts = ("projector", "language") if trained == "language" else ("projector",)
+        self.bf16 = bf16
+        self.rates = dict.fromkeys(parts, RATE)
+        self.trainer: VLMTrainer | None = None
+
+    def encode(self, images: list[Any]) -> Any:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            features, grid = self.model.get_vision_features(pixels)
+        return (features.half() if self.bf16 else features), grid
+
+    def load(self, examples: list[Example]) -> None:
+        """From examples to rows, as at the start of a stage."""
+        cache = FeatureCache(Path(tempfile.mkdtemp()), self.encode)
+        found = cache.add([e.images[0] for e in examples], lambda steps, total: steps)
+        self.items, _ = make_items(
+            examples,
+            self.processor,
+            max_length=ROW_TOKENS,
+            too_long="error",
+            report=print,
+            features={i: (found[i],) for i in range(len(examples))},
+            progress=lambda steps, total: steps,
+        )
+        rows = TreeDataset(self.items, ROW_TOKENS)
+        collator = TreeCollator(self.processor, cache, tree_attention=True)
+        if self.trainer is None:
+            self.trainer = VLMTrainer(
+                model=self.model,
+                args=TrainingArguments(remove_unused_columns=False, **arguments(self.bf16, 1, len(rows))),
+                train_dataset=rows,
+                data_collator=collator,
+                rates=self.rates,
+            )
+        self.trainer.train_dataset, self.trainer.data_collator = rows, collator
+        self.trainer.args.gradient_accumulation_steps = len(rows)
+
+    def run(self, number: int) -> dict[str, float]:
+        examples = self.shape.examples(number)
+        if self.cached or self.trainer is None:
+            self.load(examples)
+        with tree_attention(self.model):
+            result = timed(self.trainer, (lambda: None) if self.cached else (lambda: self.load(examples)))
+        return result | {"supervised": supervised_tokens(self.items)}
+
+
+class Trl:
+    """TRL's SFTTrainer on the stock model, one row an answer."""
+
+    def __init__(self, shape: Shape, trained: str, bf16: bool, *, batch_size: int, attention: str = "sdpa") -> None:
+        from trl import SFTConfig, SFTTrainer
+
+        self.shape = shape
+        model, self.processor = workload.stock()
+        model.set_attn_implementation(attention)
+        set_trained(model, trained)
+        accumulate = shape.images * shape.answers // batch_size
+        options = arguments(bf16, batch_size, accumulate)
+        self.trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(max_length=None, **options),
+            train_dataset=self.rows(0),
+            processing_class=self.processor,
+        )
+
+    def rows(self, number: int) -> Dataset:
+        examples = self.shape.examples(number)
+        return Dataset.from_list(
+            [
+                {
+                    "images": [open_image(image) for image in example.images],
+                    "prompt": [{**m, "content": _texts(m)} for m in branch.messages[:-1]],
+                    "completion": [{**branch.messages[-1], "content": _texts(branch.messages[-1])}],
+                }
+                for example in examples
+                for branch in example.branches
+            ]
+        )
+
+    def run(self, number: int) -> dict[str, float]:
+        self.trainer.train_dataset = self.rows(number)
+        batches = list(self.trainer.get_train_dataloader())
+        supervised = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+        return timed(self.trainer) | {"supervised": supervised}
+
+
+def _texts(message: dict[str, Any]) -> str:
+    """TRL puts the images in front of a text itself."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+class Plain:
+    """transformers' Trainer on the stock model: one row an answer, or with `turns` one conversation an image."""
+
+    def __init__(
+        self, shape: Shape, trained: str, bf16: bool, *, batch_size: int, turns: bool = False, attention: str = "sdpa"
+    ) -> None:
+        self.shape, self.turns = shape, turns
+        model, self.processor = workload.stock()
+        _, self.ours = workload.ours()
+        model.set_attn_implementation(attention)
+        set_trained(model, trained)
+        rows = shape.images * (1 if turns else shape.answers)
+        self.trainer = Trainer(
+            model=model,
+            args=TrainingArguments(remove_unused_columns=False, **arguments(bf16, batch_size, rows // batch_size)),
+            train_dataset=self.rows(0),
+            data_collator=self.collate,
+        )
+
+    def rows(self, number: int) -> list[tuple[Any, TokenizedBranch]]:
+        examples: Sequence[Example] = self.shape.examples(number)
+        if self.turns:
+            examples = [workload.as_turns(example) for example in examples]
+        return [(e.images[0], tokenize_branch(self.ours, branch)) for e in examples for branch in e.branches]
+
+    def collate(self, rows: Sequence[tuple[Any, TokenizedBranch]]) -> dict[str, torch.Tensor]:
+        def padded(name: str, fill: int) -> torch.Tensor:
+            sequences = [torch.tensor(getattr(row, name)) for _, row in rows]
+            return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=fill)
+
+        ids = padded("input_ids", -1)
+        pixels = self.processor.image_processor([open_image(image) for image, _ in rows], return_tensors="pt")
+        return {
+            "input_ids": ids.clamp(min=0),
+            "attention_mask": (ids >= 0).long(),
+            "labels": padded("labels", IGNORE),
+            "pixel_values": pixels["pixel_values"],
+        }
+
+    def run(self, number: int) -> dict[str, float]:
+        self.trainer.train_dataset = rows = self.rows(number)
+        supervised = sum(label != IGNORE for _, row in rows for label in row.labels)
+        return timed(self.trainer) | {"supervised": supervised}
