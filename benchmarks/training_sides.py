@@ -1,7 +1,7 @@
 """The sides of a comparison of training: ours, TRL's SFTTrainer, transformers' Trainer, the same on turns.
 
-Each has a `run(number)` that takes one optimizer step on the examples of that repeat, and is asked for nothing else: one
-row an answer or one tree an image, in the batches it likes best, accumulated to the same step.
+Each has a `run(number)` that takes one optimizer step on the examples of that repeat: one row an answer or one tree an
+image, in batches of its own size, accumulated to the same step.
 """
 
 from __future__ import annotations

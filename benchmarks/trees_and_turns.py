@@ -1,10 +1,10 @@
 """What exactness buys: an image's answers as a tree against the same as turns of one conversation.
 
-`python -m benchmarks.trees_and_turns [easy_vqa] [stamps]` trains the recipe of the quickstart's models both ways, on the
-same images, answers, order and number of steps, three seeds each, and asks each held-out question alone. In turns, as in
-LLaVA's mix of questions, an answer sees the questions and answers before it. Prints and writes
-`runs/benchmarks/trees_and_turns.md`: scores with 95 % intervals, and their paired difference. Needs what `vlm quickstart`
-fetches; what is finished already is not run again.
+`python -m benchmarks.trees_and_turns [easy_vqa] [stamps]` trains the quickstart's models both ways, on the same images,
+answers, order and number of steps, three seeds each, and asks each held-out question alone. In turns, as in LLaVA's mix
+of questions, an answer sees the questions and answers before it. Prints and writes
+`runs/benchmarks/trees_and_turns.md`: scores with 95 % intervals, and their paired difference. Needs what
+`vlm quickstart` fetches; what is finished already is not run again.
 """
 
 import json
@@ -68,7 +68,7 @@ TASKS = {
 
 
 def shuffled(example: Example, rng: random.Random) -> Example:
-    """The answers in another order: in turns, each should be the first one, which sees no other, as often as the rest."""
+    """The answers in another order: in turns, each should come first, where it sees no other, as often as the rest."""
     return replace(example, branches=tuple(rng.sample(example.branches, len(example.branches))))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import nn
 
 
 def fast_bfloat16(device: str) -> bool:
@@ -22,6 +24,31 @@ def fast_bfloat16(device: str) -> bool:
 def autocast(device: torch.device) -> AbstractContextManager[None]:
     """Computing as training on `device` does unless its recipe says otherwise: in bfloat16 where that is fast."""
     return torch.autocast(device.type, torch.bfloat16) if fast_bfloat16(device.type) else nullcontext()
+
+
+@contextmanager
+def frozen_layers_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
+    """Within it the frozen linear layers of `model` have their weights in `dtype`, and afterwards as they were.
+
+    For use under autocast, which casts them to the same numbers, but anew at each call.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    frozen = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+        for parameter in module.parameters(recurse=False)
+        # One that is an embedding too (tied) would change what enters the decoder.
+        if not parameter.requires_grad and parameter.dtype == torch.float32 and id(parameter) not in embeddings
+    ]
+    before = [(parameter, parameter.data) for parameter in dict.fromkeys(frozen)]
+    try:
+        for parameter, weights in before:
+            parameter.data = weights.to(dtype)
+        yield
+    finally:
+        for parameter, weights in before:
+            parameter.data = weights
 
 
 def default_device() -> str:

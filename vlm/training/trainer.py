@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from vlm.data.conversation import IGNORE
 from vlm.data.dataset import shifted
 from vlm.errors import UserError
+from vlm.precision import frozen_layers_in
 from vlm.training.parts import freeze_state, named_parts
 
 SAVING = ".saving"
@@ -64,6 +66,14 @@ class VLMTrainer(Trainer):
         self.skipped_steps = 0
         self._bad_in_a_row = 0
         self._saving = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; frozen layers are cast to the precision of training once, not in each step."""
+        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # which want parameters of one kind
+        model: Any = self.model
+        with nullcontext() if half is None or sharded else frozen_layers_in(half, model):
+            return super().train(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The head runs on supervised positions alone: `[B, L, V]` logits never exist."""

@@ -1,0 +1,15 @@
+"""Every side that `run.py` can start, by name."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from benchmarks.training_sides import Ours, Plain, Trl
+
+SIDES: dict[str, Any] = {
+    "ours": Ours,
+    "trl": Trl,
+    "trainer": Plain,
+    "turns": partial(Plain, turns=True),
+}
