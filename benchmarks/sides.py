@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from benchmarks.inference_sides import OurChat, OurEvaluation, StockChat, StockEvaluation
 from benchmarks.training_sides import Ours, Plain, Trl
 
 SIDES: dict[str, Any] = {
@@ -12,4 +13,8 @@ SIDES: dict[str, Any] = {
     "trl": Trl,
     "trainer": Plain,
     "turns": partial(Plain, turns=True),
+    "our evaluation": OurEvaluation,
+    "generate": StockEvaluation,
+    "our chat": OurChat,
+    "re-prefilling": StockChat,
 }
