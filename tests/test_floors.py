@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
     {"generation"},
     {"eval"},
     {"recipe", "recipe_source", "recipe_errors", "recipe_paths", "recipe_train", "recipes", "training"},
-    {"chat", "predict", "evaluate", "data_check", "hub", "interop", "serve", "quickstart", "tour"},
+    {"cache", "chat", "predict", "evaluate", "data_check", "hub", "interop", "serve", "quickstart", "tour"},
     {"cli", "__main__"},
 ]
 """The names are modules and packages inside `vlm`; the empty one is `vlm/__init__.py`."""

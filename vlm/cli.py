@@ -34,8 +34,10 @@ class _Commands(TyperGroup):
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 recipes_app = typer.Typer(invoke_without_command=True)
 data_app = typer.Typer(no_args_is_help=True)
+cache_app = typer.Typer(no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes", help="List the recipes that come with vlm.")
 app.add_typer(data_app, name="data", help="Look at data before training on it.")
+app.add_typer(cache_app, name="cache", help="Features of frozen encoders that are kept on disk.")
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint folder, or Hub name.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
@@ -89,6 +91,25 @@ def check_data(
 
     if not data_check.run(source, model=model, console=console):
         raise typer.Exit(1)
+
+
+@cache_app.command("ls")
+def list_cache() -> None:
+    """Say which encoders' features are kept, and how much room they take."""
+    from vlm import cache
+
+    cache.ls(console)
+
+
+@cache_app.command("clear")
+def clear_cache(
+    keys: Annotated[list[str] | None, typer.Argument(metavar="KEY", help="As listed, or how they start.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove all without asking.")] = False,
+) -> None:
+    """Remove kept features: those of the given keys, or all."""
+    from vlm import cache
+
+    cache.clear(keys or [], yes=yes, console=console)
 
 
 @app.command("eval")

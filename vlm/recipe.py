@@ -141,8 +141,18 @@ class Data(_Section):
     """An example over `max_length`: leave it out and count it, drop answers until it fits, or stop."""
     max_tokens_per_row: int = Field(default=1024, ge=1)
     """Examples are packed into rows of about this many tokens; memory grows with it."""
-    cache_features: bool = True
-    """Run a frozen vision encoder once per image and keep what it said on disk."""
+    cache_features: bool | Literal["auto"] = "auto"
+    """Run a frozen vision encoder once per image and keep what it said on disk; `auto` does so if reading that is
+    faster than encoding anew, and there is room."""
+    max_cache_size: float = Field(default=50, gt=0, allow_inf_nan=False)
+    """How large the folder of kept features may become, in GB. 90 % of the free disk is a limit too."""
+
+    @field_validator("cache_features", mode="before")
+    @classmethod
+    def _known_choice(cls, value: Any) -> Any:
+        if value != "auto" and not isinstance(value, bool):
+            raise ValueError(f"must be auto, true or false, not {value!r}")
+        return value
 
     @field_validator("train", "validation")
     @classmethod

@@ -1,182 +1,180 @@
-"""The feature cache: equal to not having one, never another encoder's, and nothing lost or done twice."""
+"""The feature cache: what was written is read, and nothing else; never another encoder's; whole or not there."""
 
-import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModel, ResNetConfig
 
-from tests.tiny import clip_config, image, image_processor
-from vlm.data.features import FeatureCache, cache_key
-from vlm.data.images import ImageError, open_image
+from tests.tiny import clip_config, image_processor
+from vlm.data.features import FeatureCache, FeaturesTooLarge, cache_key, stored_bytes
+
+FEATURES = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+NAMES = ["a" * 64, "b" * 64, "c" * 64]
 
 
-class Encoder:
-    """A small real encoder that counts what it is given. Half a number is kept in half the bytes."""
-
-    def __init__(self, half=False):
-        torch.manual_seed(0)
-        self.model = AutoModel.from_config(clip_config()).eval()
-        self.processor = image_processor()
-        self.half = half
-        self.seen = 0
-
-    @torch.no_grad()
-    def __call__(self, images):
-        self.seen += len(images)
-        pixels = self.processor(images, return_tensors="pt")["pixel_values"]
-        features = self.model(pixels).last_hidden_state[:, 1:]
-        return (features.half() if self.half else features), (4, 4)
+def shards(folder):
+    return sorted(folder.glob("*.safetensors"))
 
 
-def straight(steps, total):
-    return steps
+def test_what_is_written_is_read(tmp_path):
+    cache = FeatureCache(tmp_path / "key")
+    assert NAMES[0] not in cache
+    cache.write(NAMES, FEATURES, (2, 2))
+    for reader in (cache, FeatureCache(tmp_path / "key"), pickle.loads(pickle.dumps(cache))):
+        assert reader.grid == (2, 2)
+        assert all(torch.equal(reader[name], wanted) for name, wanted in zip(NAMES, FEATURES, strict=True))
+        with pytest.raises(KeyError):
+            reader["d" * 64]
 
 
-@pytest.fixture
-def photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(20):  # more than a batch
-        image(number, (30 + number, 40)).save(folder / f"{number}.png")
-    return [str(folder / f"{number}.png") for number in range(20)]
+def test_others_may_read_it_as_far_as_they_may_read_what_is_made_here(tmp_path):
+    (tmp_path / "plain").write_text("")
+    shard = FeatureCache(tmp_path).write(NAMES, FEATURES, (2, 2))
+    assert shard.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def uncached(encoder, source):
-    return encoder([open_image(source)])[0][0]
+def test_a_cache_is_sent_to_a_worker_without_its_features(tmp_path):
+    cache = FeatureCache(tmp_path)
+    cache.write(NAMES, FEATURES.repeat(1, 100, 100), (20, 20))
+    assert len(pickle.dumps(cache)) < 1000
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_cached_equals_uncached(tmp_path, photos, half):
-    encoder = Encoder(half)
-    cache = FeatureCache(tmp_path / "cache", encoder)
-    found = cache.add(photos, straight)
-    assert cache.grid == (4, 4)
-    for position, source in enumerate(photos):
-        kept, wanted = cache[found[position]], uncached(encoder, source)
-        assert kept.dtype == wanted.dtype == (torch.float16 if half else torch.float32)
-        # The encoder itself differs in the last digit between a batch and a single image.
-        assert torch.allclose(kept.float(), wanted.float(), rtol=0, atol=2e-3 if half else 1e-6)
-    again, grid = encoder([open_image(source) for source in photos[:16]])
-    assert grid == cache.grid
-    assert all(torch.equal(cache[found[i]], again[i]) for i in range(16)), "exactly what the encoder said"
+@pytest.mark.parametrize(
+    ("given", "kept", "size"),
+    [(torch.float32, torch.float32, 80), (torch.bfloat16, torch.float16, 40), (torch.float16, torch.float16, 40)],
+)
+def test_half_a_number_takes_half_the_bytes(tmp_path, given, kept, size):
+    features = FEATURES.to(given)
+    FeatureCache(tmp_path).write(NAMES, features, (2, 2))
+    read = FeatureCache(tmp_path)[NAMES[1]]
+    assert read.dtype == kept
+    assert torch.equal(read, features[1].to(kept))
+    assert read.nbytes == stored_bytes(features) == size
 
 
-def test_a_second_run_encodes_nothing(tmp_path, photos):
-    FeatureCache(tmp_path / "cache", first := Encoder()).add(photos, straight)
-    again = FeatureCache(tmp_path / "cache", second := Encoder())
-    found = again.add([*photos[:3], image(99)], straight)
-    assert (first.seen, second.seen) == (20, 1)
-    assert again.grid == (4, 4)
-    assert all(found[i] in again for i in range(4))
+def test_features_too_large_for_half_precision_are_refused(tmp_path):
+    with pytest.raises(FeaturesTooLarge, match="do not fit into float16"):
+        FeatureCache(tmp_path).write(["a"], torch.full((1, 1, 1), 1e6).bfloat16(), (1, 1))
+    assert not list(tmp_path.iterdir())
 
 
-def test_duplicates_are_encoded_once(tmp_path, photos):
-    cache = FeatureCache(tmp_path / "cache", encoder := Encoder())
-    copy = tmp_path / "copy.png"
-    copy.write_bytes(Path(photos[0]).read_bytes())
-    found = cache.add([photos[0], str(copy), photos[0], Path(photos[0]).read_bytes(), photos[1]], straight)
-    assert encoder.seen == 2
-    assert len({found[i] for i in range(4)}) == 1
+def test_a_write_that_did_not_come_to_its_end_is_not_there(tmp_path, monkeypatch):
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    cache = FeatureCache(tmp_path)
+    cache.write(NAMES[:1], FEATURES[:1], (2, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cache.write(NAMES[1:], FEATURES[1:], (2, 2))
+    assert len(list(tmp_path.iterdir())) == 2, "what was written is in the way of nothing"
+    after = FeatureCache(tmp_path)
+    assert [name in after for name in NAMES] == [True, False, False]
+    after.write(NAMES[1:], FEATURES[1:], (2, 2))
+    assert all(name in FeatureCache(tmp_path) for name in NAMES)
 
 
-def test_a_broken_image_is_reported_and_the_others_are_kept(tmp_path, photos):
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"not an image")
-    cache = FeatureCache(tmp_path / "cache", encoder := Encoder())
-    found = cache.add([photos[0], str(bad), str(tmp_path / "gone.png"), photos[1], str(bad)], straight)
-    assert encoder.seen == 2
-    assert [type(found[i]) for i in range(5)] == [str, ImageError, ImageError, str, ImageError]
-    assert "bad.png" in str(found[1])
-    assert "does not exist" in str(found[2])
-    only_broken = FeatureCache(tmp_path / "other", Encoder())
-    assert isinstance(only_broken.add([str(bad)], straight)[0], ImageError)
-    assert not list((tmp_path / "other").iterdir())
+@pytest.mark.parametrize("left", [0, 5, 60, -1])
+def test_a_file_that_is_cut_off_is_counted_and_not_read(tmp_path, left):
+    cache = FeatureCache(tmp_path)
+    cut = cache.write(NAMES[:1], FEATURES[:1], (2, 2))
+    cache.write(NAMES[1:2], FEATURES[1:2], (2, 2))
+    cut.write_bytes(cut.read_bytes()[:left])
+    after = FeatureCache(tmp_path)
+    after.refresh()
+    assert after.damaged == {cut}
+    assert NAMES[0] not in after
+    assert torch.equal(after[NAMES[1]], FEATURES[1])
+    after.write(NAMES[:1], FEATURES[:1], (2, 2))
+    assert torch.equal(FeatureCache(tmp_path)[NAMES[0]], FEATURES[0])
 
 
-def test_a_crash_half_way_is_harmless(tmp_path, photos, monkeypatch):
-    """Killed after each of the files it writes; what is left must neither be believed nor be in the way."""
-    folder = tmp_path / "cache"
-    cache = FeatureCache(folder, Encoder())
-    cache.add(photos[:2], straight)
-    whole = {path.name for path in folder.iterdir()}
-
-    rename = Path.rename
-    for deadly in (1, 2):
-        calls = []
-
-        def killed(self, target, calls=calls, deadly=deadly):
-            calls.append(target)
-            if len(calls) == deadly:
-                raise KeyboardInterrupt
-            return rename(self, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "rename", killed)
-            with pytest.raises(KeyboardInterrupt):
-                FeatureCache(folder, Encoder()).add(photos[2:4], straight)
-        (folder / "cut.writing-1").write_bytes(b"\x93NUMPY half")
-        after = FeatureCache(folder, encoder := Encoder())
-        assert {p.name for p in folder.iterdir()} > whole
-        found = after.add(photos[:2], straight)
-        assert encoder.seen == 0
-        assert all(torch.isfinite(after[found[i]]).all() for i in range(2))
-    last = FeatureCache(folder, encoder := Encoder())
-    found = last.add(photos[:4], straight)
-    assert encoder.seen == 2, "the lost shard is made anew"
-    assert torch.allclose(last[found[3]], uncached(encoder, photos[3]), atol=1e-6)
+def test_what_is_open_stays_readable_when_the_folder_is_cleared(tmp_path):
+    FeatureCache(tmp_path).write(NAMES, FEATURES, (2, 2))
+    cache = FeatureCache(tmp_path)
+    shards(tmp_path)[0].unlink()
+    assert torch.equal(cache[NAMES[2]], FEATURES[2])
 
 
-def test_shards_are_written_as_they_fill(tmp_path, photos, monkeypatch):
-    monkeypatch.setattr("vlm.data.features.SHARD_IMAGES", 16)
-    folder = tmp_path / "cache"
-    cache = FeatureCache(folder, Encoder())
-    found = cache.add(photos, straight)
-    shards = sorted(len(json.loads(path.read_text())["images"]) for path in folder.glob("*.json"))
-    assert shards == [4, 16]
-    again = FeatureCache(folder, encoder := Encoder())
-    assert all(torch.equal(again[found[i]], cache[found[i]]) for i in range(20))
-    assert encoder.seen == 0
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from vlm.data.features import FeatureCache
+cache = FeatureCache(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(10):
+    cache.write(["a", "b"], torch.arange(400000.0).reshape(2, 200, 1000), (10, 20))
+"""
 
 
-def test_features_too_large_for_half_precision_are_refused(tmp_path, photos):
-    cache = FeatureCache(tmp_path / "cache", lambda images: (torch.full((len(images), 1, 1), 1e6).bfloat16(), (1, 1)))
-    with pytest.raises(ValueError, match="do not fit into float16"):
-        cache.add(photos[:1], straight)
+def test_two_processes_write_the_same_images_while_a_third_one_reads(tmp_path):
+    wanted = torch.arange(400000.0).reshape(2, 200, 1000)
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes) for _ in range(2)]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    while any(writer.poll() is None for writer in writers):
+        seen = FeatureCache(tmp_path)
+        assert not seen.damaged, "a file was there before it was whole"
+        assert "a" not in seen or torch.equal(seen["a"], wanted[0])
+    assert [writer.wait() for writer in writers] == [0, 0]
+    for writer in writers:
+        writer.stdin.close()
+        writer.stdout.close()
+    assert len(shards(tmp_path)) == 20
+    assert torch.equal(FeatureCache(tmp_path)["b"], wanted[1])
+    assert not list(tmp_path.glob("*writing*"))
+
+
+def tower(**changes):
+    torch.manual_seed(0)
+    return AutoModel.from_config(clip_config(**changes)).eval()
 
 
 def test_the_key_changes_with_everything_that_changes_features():
-    encoder = Encoder()
-    tower, processor = encoder.model, encoder.processor
-    key = cache_key(tower, processor, None, "default", False)
-    assert key == cache_key(Encoder().model, image_processor(), None, "default", False)
-    assert key != cache_key(tower, image_processor(48), None, "default", False), "preprocessing"
-    assert key != cache_key(tower, processor, -2, "default", False), "layer"
-    assert key != cache_key(tower, processor, None, "full", False), "tokens kept"
-    assert key != cache_key(tower, processor, None, "default", True), "precision"
+    encoder, processor = tower(), image_processor()
+    key = cache_key(encoder, processor, None, "default", "float32")
+    assert key == cache_key(tower(), image_processor(), None, "default", "float32")
+    assert key != cache_key(encoder, image_processor(48), None, "default", "float32"), "preprocessing"
+    assert key != cache_key(encoder, processor, -2, "default", "float32"), "layer"
+    assert key != cache_key(encoder, processor, None, "full", "float32"), "tokens kept"
+    assert key != cache_key(encoder, processor, None, "default", "bfloat16"), "precision"
+    other = tower(hidden_act="gelu")
+    other.load_state_dict(encoder.state_dict())
+    assert key != cache_key(other, processor, None, "default", "float32"), "equal weights, another activation"
     with torch.no_grad():
-        next(tower.parameters()).flatten()[0] += 1e-3
-    assert key != cache_key(tower, processor, None, "default", False), "weights"
+        next(encoder.parameters()).flatten()[0] += 1e-3
+    assert key != cache_key(encoder, processor, None, "default", "float32"), "weights"
+
+
+def test_the_key_is_that_of_the_saved_encoder(tmp_path):
+    encoder, processor = tower(), image_processor()
+    encoder.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = type(processor).from_pretrained(tmp_path)
+    assert cache_key(encoder, processor) == cache_key(AutoModel.from_pretrained(tmp_path), loaded)
 
 
 def test_a_batch_norm_encoder_has_a_key_that_its_statistics_change():
-    tower = AutoModel.from_config(
+    encoder = AutoModel.from_config(
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
     )
-    key = cache_key(tower, image_processor())
-    assert key == cache_key(tower, image_processor())
-    tower.train()(torch.randn(2, 3, 32, 32))
-    assert key != cache_key(tower, image_processor())
+    key = cache_key(encoder, image_processor())
+    assert key == cache_key(encoder, image_processor())
+    encoder.train()(torch.randn(2, 3, 32, 32))
+    assert key != cache_key(encoder, image_processor())
 
 
 def test_bfloat16_weights_have_a_key():
     assert cache_key(torch.nn.Linear(2, 2).bfloat16(), image_processor())
-
-
-def test_another_image_is_never_a_hit(tmp_path, photos):
-    cache = FeatureCache(tmp_path / "cache", Encoder())
-    found = cache.add(photos, straight)
-    assert len({found[i] for i in range(20)}) == 20
-    with pytest.raises(KeyError):
-        cache["0" * 64]

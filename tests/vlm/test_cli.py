@@ -12,7 +12,10 @@ from typer.testing import CliRunner
 from vlm import recipe
 from vlm.cli import app
 
-COMMANDS = (["train"], ["recipes"], ["data", "check"], ["eval"], ["chat"], ["predict"], ["push"], ["quickstart"])
+COMMANDS = (
+    ["train"], ["recipes"], ["data", "check"], ["cache", "ls"], ["cache", "clear"],
+    ["eval"], ["chat"], ["predict"], ["push"], ["quickstart"],
+)  # fmt: skip
 
 
 def vlm(*words: str) -> tuple[int, str, str]:

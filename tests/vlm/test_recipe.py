@@ -103,6 +103,9 @@ def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -
         (("format: image_folder, ", ""), 6, "data.train.format: is missing"),
         (("path: images", "pth: images"), 6, "data.train.pth: unknown key; did you mean 'path'?"),
         (("data:\n", "data:\n  max_bad: 2\n"), 6, "data.max_bad: must be at most 1, not 2"),
+        (("data:\n", "data:\n  max_cache_size: 0\n"), 6, "data.max_cache_size: must be more than 0, not 0"),
+        (("data:\n", "data:\n  cache_features: on\n"), 6, "data.cache_features: must be auto, true or false, not 'on'"),
+        (("data:\n", "data:\n  cache_features: 1\n"), 6, "data.cache_features: must be auto, true or false, not 1"),
         (("data:\n", "data:\n  too_long: cut\n"), 6, "data.too_long: 'cut' is not one of its values"),
         (("data:\n", "data:\n  max_length: '9'\n"), 6, "data.max_length: must be a whole number, not '9'"),
         (("train:\n  max", "learning_rate: 1\ntrain:\n  max"), 9, "learning_rate: unknown key; it belongs in `train:`"),
@@ -203,6 +206,13 @@ def test_overrides(tmp_path: Path) -> None:
     assert load(tmp_path, GOOD, "trainable.projector=5e-4").stages[0].learning_rates == {"projector": 5e-4}
     assert load(tmp_path, GOOD, "stages.0.train.max_steps=9").stages[0].train == {"max_steps": 9}
     assert load(tmp_path, GOOD, "lora={r: 4}").stages[0].lora is not None
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("true", True), ("false", False)])
+def test_whether_features_are_kept(tmp_path: Path, text: str, value: object) -> None:
+    assert load(tmp_path, GOOD).data.cache_features == "auto"
+    chosen = load(tmp_path, GOOD, f"data.cache_features={text}").data.cache_features
+    assert (chosen, type(chosen)) == (value, type(value))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
-"""A frozen encoder runs once per image: its features are kept on disk and read through a memory map.
+"""A frozen encoder's features on disk, read through a memory map.
 
-The cache is a folder for each encoder, preprocessing and feature layer, holding shards of images:
+The cache is a folder for each encoder, preprocessing, feature layer and precision (`cache_key`), holding shards:
 
-    <cache>/<key>/<shard>.npy     features [images, N, D], float16, or float32 if the encoder ran in float32
-    <cache>/<key>/<shard>.json    SHA-256 of each image's bytes, in the order of the rows, and the grid
+    <cache>/<key>/<shard>.safetensors   features [images, N, D], float16, or float32 if the encoder ran in float32;
+                                        in its header the SHA-256 of each image's bytes, and the grid
+    <cache>/<key>/about.json            the same key for people: encoder, image size, layer, precision
 
-A shard is written under another name and renamed when it is whole, so that a crash loses at most one, and two processes
-that write the same images only do work twice.
+A shard is one file, written under another name and renamed when it is whole: a crash loses at most one, and processes
+that write the same images at once only do work twice.
 """
 
 from __future__ import annotations
@@ -15,116 +16,120 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from vlm.data.example import ImageSource
-from vlm.data.images import ImageError, image_sha256, open_image
-
-SHARD_IMAGES = 512
-BATCH_IMAGES = 16
+from vlm.errors import UserError
 
 
-@dataclass
+class FeaturesTooLarge(UserError):  # noqa: N818 - named for what it says
+    """Numbers that float16 cannot hold."""
+
+
 class FeatureCache:
-    """Features by the SHA-256 of an image's bytes. `encode` maps a list of RGB images to `[B, N, D]` and the grid."""
+    """The features in `folder` by the SHA-256 of an image's bytes: those that were there, and those that are written.
 
-    folder: Path
-    encode: Callable[[list[Image.Image]], tuple[Tensor, tuple[int, int]]]
-    grid: tuple[int, int] | None = None
-    _rows: dict[str, tuple[np.ndarray, int]] = field(default_factory=dict)
+    A file that is cut off is not read, and counted in `damaged`. Read files stay readable when the folder is cleared.
+    """
 
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for index in sorted(self.folder.glob("*.json")):
-            self._open(index)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.grid: tuple[int, int] | None = None
+        self.damaged: set[Path] = set()
+        self._read: set[Path] = set()
+        self._rows: dict[str, Tensor] = {}
+        self.refresh()
 
-    def _open(self, index: Path) -> None:
-        entry = json.loads(index.read_text())
-        features = np.load(index.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-        self.grid = (entry["grid"][0], entry["grid"][1])
-        self._rows.update({sha: (features, row) for row, sha in enumerate(entry["images"])})
+    def __reduce__(self) -> tuple[type[FeatureCache], tuple[Path]]:
+        return FeatureCache, (self.folder,)  # a worker process maps the files anew, rather than be sent what is in them
+
+    def refresh(self) -> None:
+        """Find what other processes have written since."""
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self._read - self.damaged):
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as shard:
+                header, features = shard.metadata(), shard.get_tensor("features")
+        except SafetensorError:
+            self.damaged.add(path)
+            return
+        except FileNotFoundError:  # cleared meanwhile
+            return
+        height, width = json.loads(header["grid"])
+        self.grid = (height, width)
+        self._rows.update(zip(json.loads(header["images"]), features, strict=True))
+        self._read.add(path)
 
     def __contains__(self, sha: str) -> bool:
         return sha in self._rows
 
     def __getitem__(self, sha: str) -> Tensor:
-        """`[N, D]` features of one image."""
-        features, row = self._rows[sha]
-        return torch.from_numpy(np.array(features[row]))
+        """`[N, D]` features of one image, not yet read from the disk: to be copied, not written to."""
+        return self._rows[sha]
 
-    def add(
-        self, sources: Sequence[ImageSource], progress: Callable[[Iterable[int], int], Iterable[int]]
-    ) -> dict[int, str | ImageError]:
-        """Encode those of `sources` that are not kept yet. Gives for each position its SHA-256, or why it is broken."""
-        found: dict[int, str | ImageError] = {}
-        missing: dict[str, ImageSource] = {}
-        for position, source in enumerate(sources):
-            try:
-                found[position] = sha = image_sha256(source)
-            except ImageError as error:
-                found[position] = error
-                continue
-            if sha not in self:
-                missing.setdefault(sha, source)
-        broken = self._encode_missing(missing, progress)
-        return {p: broken.get(v, v) if isinstance(v, str) else v for p, v in found.items()}
+    def write(self, images: Sequence[str], features: Tensor, grid: tuple[int, int]) -> Path:
+        """Keep the `features [images, N, D]` of images with these SHA-256 as a new shard, and give its path.
 
-    def _encode_missing(
-        self, missing: dict[str, ImageSource], progress: Callable[[Iterable[int], int], Iterable[int]]
-    ) -> dict[str, ImageError]:
-        broken: dict[str, ImageError] = {}
-        shard: dict[str, Tensor] = {}
-        items = list(missing.items())
-        for start in progress(range(0, len(items), BATCH_IMAGES), -(-len(items) // BATCH_IMAGES)):
-            images = {}
-            for sha, source in items[start : start + BATCH_IMAGES]:
-                try:
-                    images[sha] = open_image(source)
-                except ImageError as error:
-                    broken[sha] = error
-            if images:
-                features, self.grid = self.encode(list(images.values()))
-                shard.update(zip(images, features.cpu(), strict=True))
-            if len(shard) >= SHARD_IMAGES:
-                self._write(shard)
-                shard = {}
-        if shard:
-            self._write(shard)
-        return broken
-
-    def _write(self, shard: dict[str, Tensor]) -> None:
-        features = torch.stack(list(shard.values()))
-        stored = features.numpy() if features.dtype == torch.float32 else features.to(torch.float16).numpy()
-        if not np.isfinite(stored).all():
-            raise ValueError(
+        Raises FeaturesTooLarge if they do not fit into float16, in which all but float32 are kept.
+        """
+        stored = _as_stored(features.cpu())
+        if not torch.isfinite(stored).all():
+            raise FeaturesTooLarge(
                 "this encoder's features do not fit into float16, in which they would be kept; "
                 "set data.cache_features: false, or train in float32"
             )
-        name, beside = uuid.uuid4().hex, f".writing-{os.getpid()}"
-        data, index = self.folder / f"{name}.npy", self.folder / f"{name}.json"
-        with open(data.with_suffix(beside), "wb") as file:
-            np.save(file, stored, allow_pickle=False)
-        index.with_suffix(beside + ".json.part").write_text(json.dumps({"grid": self.grid, "images": list(shard)}))
-        data.with_suffix(beside).rename(data)
-        index.with_suffix(beside + ".json.part").rename(index)
-        self._open(index)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        beside = path.with_suffix(f".writing-{os.getpid()}")
+        header = {"grid": json.dumps(grid), "images": json.dumps(list(images))}
+        with beside.open("wb") as file:  # `save_file` would let nobody else read it
+            file.write(save({"features": stored.contiguous()}, metadata=header))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+        self._open(path)
+        return path
+
+    def describe(self, about: Mapping[str, Any]) -> None:
+        """Say for people what is kept here, and by the time of that file that it is in use."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        beside = self.folder / f"about.writing-{os.getpid()}"
+        beside.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        beside.rename(self.folder / "about.json")
+
+
+def stored_bytes(features: Tensor) -> int:
+    """How many bytes an image takes, of `features [images, N, D]`."""
+    return _as_stored(features[:1]).nbytes
+
+
+def _as_stored(features: Tensor) -> Tensor:
+    return features if features.dtype == torch.float32 else features.half()
+
+
+_SAME_FEATURES = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""What may change in an encoder's configuration as it is saved and loaded, though its features do not."""
 
 
 def cache_key(vision_tower: torch.nn.Module, image_processor: Any, *parts: Any) -> str:
-    """A name that changes with the encoder's weights, its preprocessing and whatever else is in `parts`."""
+    """A name that changes with the encoder's weights and configuration, its preprocessing and what else is in
+    `parts`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(vision_tower.state_dict().items()):
         digest.update(name.encode())
         # Flat, since a batch norm's counter, a single number, cannot be seen as bytes.
         digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    # Weights alone do not tell GELU from its approximation in CLIP.
+    config = vision_tower.config.to_dict() if hasattr(vision_tower, "config") else {}  # type: ignore[union-attr, operator]
+    computed = {key: value for key, value in config.items() if key not in _SAME_FEATURES}
     preprocessing = image_processor.to_dict() if hasattr(image_processor, "to_dict") else repr(image_processor)
-    digest.update(json.dumps([preprocessing, *parts], sort_keys=True, default=str).encode())
+    digest.update(json.dumps([computed, preprocessing, *parts], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:24]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from vlm import generation
 from vlm.build import build
-from vlm.data.check import ProblemLog, image_problem
+from vlm.data.check import ProblemLog
 from vlm.data.dataset import LeftOut, TreeCollator, TreeItem, make_items
 from vlm.data.example import Example
-from vlm.data.features import FeatureCache
-from vlm.data.images import ImageError, open_image
 from vlm.data.readers import read
 from vlm.errors import UserError
 from vlm.eval import evaluate
@@ -37,9 +35,9 @@ from vlm.eval.summary import show
 from vlm.loading import no_loading_bar
 from vlm.precision import default_device
 from vlm.recipe import Recipe, require_models
-from vlm.recipe_paths import home
+from vlm.training.features import Keys, kept_features
 from vlm.training.report import environment, plot_losses
-from vlm.training.stage import Batches, cache_for, initialize_projector, merged, run_stage, training_arguments
+from vlm.training.stage import Batches, initialize_projector, merged, run_stage, training_arguments
 from vlm.tree_attention import supports_tree_attention, tree_attention
 
 CONTENTS = (
@@ -80,15 +78,18 @@ def train(
         console.print(f"stage {number + 1} of {len(recipe.stages)}: {stage.name}", style="bold", highlight=False)
         args = training_arguments(recipe, stage, folder / "checkpoints" / stage.name)
         frozen = "vision" not in stage.learning_rates and hasattr(model, "get_vision_features")
-        keep = frozen and recipe.data.cache_features
         wants_loss = args.eval_strategy != "no"
-        with processes.main_process_first():  # whose features the others find
-            cache = cache_for(model, processor, args, home() / "features") if keep else None
-            batches = Batches(
-                _items(recipe, train_examples, processor, cache, log, console, "training"),
-                _items(recipe, validation_examples, processor, cache, log, console, "held out") if wants_loss else [],
-                TreeCollator(processor, cache, supports_tree_attention(model)),
+        held_out = validation_examples if wants_loss else []
+        cache, keys, held_out_keys = None, None, None
+        if frozen and recipe.data.cache_features:
+            cache, (keys, held_out_keys) = kept_features(
+                recipe, (train_examples, held_out), model, processor, args, log, console
             )
+        batches = Batches(
+            _items(recipe, train_examples, processor, keys, log, console, "training"),
+            _items(recipe, held_out, processor, held_out_keys, log, console, "held out") if wants_loss else [],
+            TreeCollator(processor, cache, supports_tree_attention(model)),
+        )
         if recipe.model.adapter.data_dependent_init and number == 0 and not recipe.model.pretrained:
             initialize_projector(model, batches, args.device, recipe.seed)
         with tree_attention(model):
@@ -204,13 +205,12 @@ def _items(
     recipe: Recipe,
     examples: Sequence[Example],
     processor: Any,
-    cache: FeatureCache | None,
+    features: Keys | None,
     log: ProblemLog,
     console: Console,
     name: str,
 ) -> list[TreeItem]:
-    """Examples as trees, their images' features kept; what is broken or too long is counted and named."""
-    features = _features(examples, cache, log, console, name) if cache is not None else None
+    """Examples as trees, their images' `features` kept; what is broken or too long is counted and named."""
     items, left_out = make_items(
         examples,
         processor,
@@ -232,39 +232,6 @@ def _too_long(left_out: LeftOut, max_length: int, name: str) -> str:
         f"{name}: {left_out.branches} answers left out ({left_out.examples} whole examples), with which an example is "
         f"longer than data.max_length {max_length} tokens; the longest is {left_out.longest}"
     )
-
-
-def _features(
-    examples: Sequence[Example], cache: FeatureCache, log: ProblemLog, console: Console, name: str
-) -> dict[int, tuple[str, ...]]:
-    """For each whole example the keys of its images in `cache`; broken images are reported to `log`."""
-
-    def progress(steps: Iterable[int], total: int) -> Iterable[int]:
-        return track(steps, f"encoding images ({name})", total, console=console, transient=True)
-
-    sources = [source for example in examples for source in example.images]
-    found = cache.add(sources, progress)
-    keys: dict[int, tuple[str, ...]] = {}
-    position = 0
-    for index, example in enumerate(examples):
-        mine = [found[position + i] for i in range(len(example.images))]
-        position += len(example.images)
-        broken = [value for value in mine if isinstance(value, ImageError)]
-        if broken:
-            log.add(image_problem(_with_row(broken[0], example), example))
-        else:
-            keys[index] = tuple(value for value in mine if isinstance(value, str))
-    return keys
-
-
-def _with_row(error: ImageError, example: Example) -> ImageError:
-    """The cache knows images by their bytes; several rows may name the same broken one, and each is lost."""
-    for source in example.images:
-        try:
-            open_image(source, where=example.where)
-        except ImageError as named:
-            return named
-    return error
 
 
 def _save(model: PreTrainedModel, processor: Any, folder: Path) -> None:

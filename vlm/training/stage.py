@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, supervised_tokens
-from vlm.data.features import FeatureCache
 from vlm.data.trees import paths
 from vlm.errors import UserError
 from vlm.generation import sliding_window
@@ -224,33 +223,3 @@ def _time_of_a_step(trainer: Any) -> float:
         buffer.copy_(before)
     torch.set_rng_state(state)
     return seconds
-
-
-def encoder_of(model: Any, processor: Any, args: TrainingArguments) -> Callable[[list[Any]], Any]:
-    """The function that a feature cache runs images through."""
-    device = args.device
-
-    @torch.no_grad()
-    def encode(images: list[Any]) -> Any:
-        model.vision_tower.to(device).eval()
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            features, grid = model.get_vision_features(pixels)
-        return (features.half() if args.bf16 or args.fp16 else features), grid
-
-    return encode
-
-
-def cache_for(model: Any, processor: Any, args: TrainingArguments, folder: Path) -> FeatureCache:
-    """The cache of this encoder's features, in this precision, below `folder`."""
-    from vlm.data.features import cache_key
-
-    config = model.config
-    key = cache_key(
-        model.vision_tower,
-        processor.image_processor,
-        config.vision_feature_layer,
-        config.vision_feature_select_strategy,
-        args.bf16 or args.fp16,
-    )
-    return FeatureCache(folder / key, encoder_of(model, processor, args))

@@ -1,0 +1,105 @@
+"""Images through a frozen encoder, each once: files are read and pixels prepared by workers, batches encoded here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vlm.data.example import ImageSource
+from vlm.data.features import FeatureCache
+from vlm.data.images import ImageError, image_sha256, open_image
+
+BATCH_IMAGES = 16
+SHARD_IMAGES = 256
+
+Encode = Callable[[Tensor], tuple[Tensor, tuple[int, int]]]
+"""`pixel_values [B, 3, H, W]` to features `[B, N, D]` and their grid."""
+
+
+@dataclass
+class EncodedBatch:
+    """The SHA-256 of `images`, and their `features [B, N, D]` on the encoder's device."""
+
+    images: list[str]
+    features: Tensor
+    grid: tuple[int, int]
+
+
+def hash_images(sources: Sequence[ImageSource]) -> list[str | ImageError]:
+    """The SHA-256 of each image's bytes, or why there is none."""
+    found: list[str | ImageError] = []
+    files: dict[str, str | ImageError] = {}  # the same file is often named by many rows
+    for source in sources:
+        known = files.get(source) if isinstance(source, str) else None
+        if known is None:
+            try:
+                known = image_sha256(source)
+            except ImageError as error:
+                known = error
+            if isinstance(source, str):
+                files[source] = known
+        found.append(known)
+    return found
+
+
+def encode_images(
+    images: Mapping[str, ImageSource],
+    image_processor: Any,
+    encode: Encode,
+    *,
+    broken: dict[str, ImageError],
+    num_workers: int = 0,
+) -> Iterator[EncodedBatch]:
+    """Run `images`, by their SHA-256, through `encode` in batches, in order; those that do not open go to `broken`.
+
+    `num_workers` processes open images and run `image_processor` on them (0: this process). They hold neither the
+    model nor anything on its device.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        list(images.items()),  # type: ignore[arg-type]  # a list is a data set
+        batch_size=BATCH_IMAGES,
+        num_workers=num_workers,
+        collate_fn=partial(_prepare, image_processor),
+        generator=torch.Generator(),  # nothing is drawn from the one that training draws from
+    )
+    for opened, pixels, failed in loader:
+        broken |= failed
+        if opened:
+            yield EncodedBatch(opened, *encode(pixels))
+
+
+def _prepare(
+    image_processor: Any, batch: list[tuple[str, ImageSource]]
+) -> tuple[list[str], Tensor | None, dict[str, ImageError]]:
+    opened, failed = {}, {}
+    for sha, source in batch:
+        try:
+            opened[sha] = open_image(source)
+        except ImageError as error:
+            failed[sha] = error
+    pixels = image_processor(list(opened.values()), return_tensors="pt")["pixel_values"] if opened else None
+    return list(opened), pixels, failed
+
+
+def keep(cache: FeatureCache, batches: Iterable[EncodedBatch]) -> list[Path]:
+    """Write what is encoded into `cache`, a shard whenever there is enough for one. Gives the paths of the shards."""
+    paths: list[Path] = []
+    shard: list[EncodedBatch] = []
+    for batch in batches:
+        shard.append(replace(batch, features=batch.features.cpu()))
+        if sum(len(b.images) for b in shard) >= SHARD_IMAGES:
+            paths.append(_write(cache, shard))
+            shard = []
+    return [*paths, _write(cache, shard)] if shard else paths
+
+
+def _write(cache: FeatureCache, batches: list[EncodedBatch]) -> Path:
+    features = torch.cat([batch.features for batch in batches])
+    return cache.write([sha for batch in batches for sha in batch.images], features, batches[0].grid)
