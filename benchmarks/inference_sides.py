@@ -61,9 +61,7 @@ class StockEvaluation:
         for first in range(0, len(asked), self.batch_size):
             inputs = _prepared(self.processor, asked[first : first + self.batch_size], self.model.dtype)
             output = self.model.generate(**inputs, do_sample=False, **LENGTH)
-            answers += self.processor.batch_decode(
-                output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
+            answers += self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return {"seconds": time.perf_counter() - start, "answers": [answer.strip() for answer in answers]}
 
 

@@ -20,9 +20,10 @@ from benchmarks import workload
 from benchmarks.workload import Shape
 from vlm.data.conversation import IGNORE, TokenizedBranch, tokenize_branch
 from vlm.data.dataset import TreeCollator, TreeDataset, make_items, supervised_tokens
+from vlm.data.encoding import encode_images, hash_images, keep
 from vlm.data.example import Example
-from vlm.data.features import FeatureCache
 from vlm.data.images import open_image
+from vlm.training.features import cache_for, encoder_of
 from vlm.training.trainer import VLMTrainer
 from vlm.tree_attention import tree_attention
 
@@ -74,50 +75,48 @@ class Ours:
         self.shape, self.cached = shape, cached
         self.model, self.processor = workload.ours()
         set_trained(self.model, trained)
-        parts = ("projector", "language") if trained == "language" else ("projector",)
-        self.bf16 = bf16
-        self.rates = dict.fromkeys(parts, RATE)
-        self.trainer: VLMTrainer | None = None
+        self.args = TrainingArguments(remove_unused_columns=False, **arguments(bf16, 1, 1))
+        rows, collator = self.load(shape.examples())
+        self.trainer = VLMTrainer(
+            model=self.model,
+            args=self.args,
+            train_dataset=rows,
+            data_collator=collator,
+            rates=dict.fromkeys(("projector", "language") if trained == "language" else ("projector",), RATE),
+        )
 
-    def encode(self, images: list[Any]) -> Any:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-            features, grid = self.model.get_vision_features(pixels)
-        return (features.half() if self.bf16 else features), grid
-
-    def load(self, examples: list[Example]) -> None:
+    def load(self, examples: list[Example]) -> tuple[TreeDataset, TreeCollator]:
         """From examples to rows, as at the start of a stage."""
-        cache = FeatureCache(Path(tempfile.mkdtemp()), self.encode)
-        found = cache.add([e.images[0] for e in examples], lambda steps, total: steps)
-        self.items, _ = make_items(
+        cache = cache_for(self.model, self.processor, self.args, Path(tempfile.mkdtemp()))
+        sources = [example.images[0] for example in examples]
+        keys = hash_images(sources)
+        encode = encoder_of(self.model, self.args)
+        images = dict(zip(keys, sources, strict=True))
+        keep(cache, encode_images(images, self.processor.image_processor, encode, broken={}))
+        items, _ = make_items(
             examples,
             self.processor,
             max_length=ROW_TOKENS,
             too_long="error",
             report=print,
-            features={i: (found[i],) for i in range(len(examples))},
+            features={index: (key,) for index, key in enumerate(keys)},
             progress=lambda steps, total: steps,
         )
-        rows = TreeDataset(self.items, ROW_TOKENS)
-        collator = TreeCollator(self.processor, cache, tree_attention=True)
-        if self.trainer is None:
-            self.trainer = VLMTrainer(
-                model=self.model,
-                args=TrainingArguments(remove_unused_columns=False, **arguments(self.bf16, 1, len(rows))),
-                train_dataset=rows,
-                data_collator=collator,
-                rates=self.rates,
-            )
-        self.trainer.train_dataset, self.trainer.data_collator = rows, collator
-        self.trainer.args.gradient_accumulation_steps = len(rows)
+        rows = TreeDataset(items, ROW_TOKENS)
+        self.args.gradient_accumulation_steps = len(rows)
+        return rows, TreeCollator(self.processor, cache, tree_attention=True)
 
     def run(self, number: int) -> dict[str, float]:
-        examples = self.shape.examples(number)
-        if self.cached or self.trainer is None:
-            self.load(examples)
+        examples, trainer = self.shape.examples(number), self.trainer
+
+        def load() -> None:
+            trainer.train_dataset, trainer.data_collator = self.load(examples)
+
+        if self.cached:
+            load()
         with tree_attention(self.model):
-            result = timed(self.trainer, (lambda: None) if self.cached else (lambda: self.load(examples)))
-        return result | {"supervised": supervised_tokens(self.items)}
+            result = timed(trainer, (lambda: None) if self.cached else load)
+        return result | {"supervised": supervised_tokens(trainer.train_dataset.items)}
 
 
 class Trl:
