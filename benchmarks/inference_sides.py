@@ -1,4 +1,4 @@
-"""The sides of a comparison of inference: evaluation of several questions an image, and the second question of a chat."""
+"""The sides of a comparison of inference: evaluating several questions an image, and the second question of a chat."""
 
 from __future__ import annotations
 
