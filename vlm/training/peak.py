@@ -18,10 +18,10 @@ LARGEST = 8192
 def peak_flops(device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> float:
     """FLOPs per second of a square matrix product on `device` in `dtype`, measured once per process.
 
-    Sizes double from 512 to 8192 as long as time allows, the best size counts, and of each size the median of its three
+    Sizes double from 256 to 8192 as long as time allows, the best size counts, and of each size the median of its three
     fastest products. Vendors' numbers are higher: nothing reaches them.
     """
-    best, size, seconds = 0.0, 512, 0.0
+    best, size, seconds = 0.0, 256, 0.0
     numbers = torch.Generator(device).manual_seed(0)  # the others stay as they are, for dropout
     while size <= LARGEST and 8 * seconds * (TIMED + 1) < SECONDS:
         left, right = torch.randn(2, size, size, device=device, generator=numbers).to(dtype)
