@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import ResNetConfig
 
 from tests.tiny import tiny
 from tests.training.helpers import examples, trainer_of, weights
@@ -80,9 +82,13 @@ def test_flops_by_hand(tmp_path, trained, by_trees, checkpointing):
 
 
 def test_trying_a_step_changes_nothing(tmp_path):
-    made = tiny()
-    trainer = trainer_of(tmp_path, {"projector": 1e-3, "language": 1e-3}, made=made)
+    """Neither weights nor batch statistics nor random numbers, of which dropout takes some."""
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    made = tiny(vision_config=resnet)
+    made[0].multi_modal_projector.register_forward_hook(lambda module, args, output: F.dropout(output, 0.1))
+    trainer = trainer_of(tmp_path, {"vision": 1e-3, "projector": 1e-3, "language": 1e-3}, made=made)
     before, state = weights(made[0]), torch.get_rng_state()
+    assert any("running_mean" in name for name in before)
     flops_per_token(trainer)
     assert seconds_per_step(trainer) > 0
     assert all(torch.equal(value, before[name]) for name, value in weights(made[0]).items())
