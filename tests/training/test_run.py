@@ -24,6 +24,7 @@ from vlm.cli import app
 from vlm.data.check import TooManyProblems
 from vlm.errors import UserError
 from vlm.training import run as running
+from vlm.training.throughput import in_words
 from vlm.training.trainer import VLMTrainer
 
 
@@ -111,6 +112,10 @@ def test_its_metrics_picture_and_environment(finished):
     losses = [e["loss"] for e in entries if "loss" in e]
     assert all(loss > 0 for loss in losses)
     assert losses[-1] < losses[0]
+    speeds = [e for e in entries if "loss" in e or "train_loss" in e]
+    assert len(speeds) == 5
+    assert all(e["answers_per_second"] == pytest.approx(2 * e["images_per_second"], rel=1e-3) for e in speeds)
+    assert all(e["tokens_per_second"] > e["answers_per_second"] and 0 < e["mfu"] < 1 for e in speeds)
     with Image.open(folder / "loss.png") as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 300
@@ -138,7 +143,15 @@ def test_the_table_before_training(finished):
     assert any(line[:1] == ["lora"] and line[-1] == "0.01" for line in lines)
     assert ["examples", "9"] in lines
     assert ["answers", "18"] in lines
+    assert ["padding", "0.0%", "of", "the", "token", "places"] in lines, "a batch is one row here"
     assert ["steps", "4"] in lines
+
+
+def test_its_speed_is_said_at_the_end(finished):
+    folder, output = finished
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    whole = next(entry for entry in entries if "train_loss" in entry)
+    assert in_words(whole) in " ".join(output.split())
 
 
 def test_the_summary_is_of_the_held_out_images(finished):
@@ -516,7 +529,7 @@ def test_two_processes_make_one_run(values, tmp_path):
     """As `accelerate launch` starts them: the same losses as one process with twice the rows a step."""
     values["data"]["max_tokens_per_row"] = 1
     values |= {"lora": None, "evaluation": {}}
-    losses = []
+    losses, ratios = [], []
     for processes in (1, 2):
         arguments = TRAIN | {"per_device_train_batch_size": 2 // processes, "ddp_backend": "gloo"}
         run = tmp_path / str(processes)
@@ -537,5 +550,9 @@ def test_two_processes_make_one_run(values, tmp_path):
         entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses.append([entry["loss"] for entry in entries if "loss" in entry])
         losses.append([entry["eval_loss"] for entry in entries if "eval_loss" in entry])
+        # What is counted is of both: the steps' answers and tokens are the same, however long they took.
+        ratios.append([e["tokens_per_second"] / e["answers_per_second"] for e in entries if "loss" in e])
     assert losses[0] == pytest.approx(losses[2], rel=1e-4)
     assert losses[1] == pytest.approx(losses[3], rel=1e-4)
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-3)
+    assert len(set(ratios[0])) > 1

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from vlm.data.batches import RowSampler, padding
 from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, supervised_tokens
 from vlm.data.trees import paths
 from vlm.errors import UserError
@@ -25,7 +24,10 @@ from vlm.precision import default_device, fast_bfloat16
 from vlm.recipe import Recipe, Stage
 from vlm.training.callbacks import MetricsLog, NewRows, PartCheck, StopOnSignal, Stopped
 from vlm.training.parts import add_lora, set_trainable
+from vlm.training.peak import peak_flops
 from vlm.training.report import duration, parts_table
+from vlm.training.step import flops_per_token, seconds_per_step
+from vlm.training.throughput import in_words
 from vlm.training.trainer import VLMTrainer, supervised_loss
 
 INITIALIZATION_EXAMPLES = 256
@@ -97,8 +99,10 @@ def run_stage(
     )
     require_exact_trees(trainer, batches.train)
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
-    seconds = _time_of_a_step(trainer) * args.gradient_accumulation_steps
-    tokens = sum(len(item.tree) for item in batches.train)
+    trainer.throughput.flops_per_token = flops_per_token(trainer)
+    seconds = seconds_per_step(trainer) * args.gradient_accumulation_steps
+    lengths = [rows.row_lengths[row] for row in RowSampler(rows, args.train_batch_size * args.world_size)]
+    precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     console.print(
         parts_table(
             trained,
@@ -107,9 +111,10 @@ def run_stage(
                 "examples": f"{len({id(item.example) for item in batches.train}):,}",
                 "rows": f"{len(rows):,}",
                 "answers": f"{sum(item.answers for item in batches.train):,}",
-                "tokens": f"{tokens:,}, of them supervised {supervised_tokens(batches.train):,}",
+                "tokens": f"{sum(lengths):,}, of them supervised {supervised_tokens(batches.train):,}",
+                "padding": f"{padding(lengths, args.train_batch_size):.1%} of the token places",
                 "steps": f"{steps:,}",
-                "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+                "precision": str(precision).removeprefix("torch."),
                 "device": str(args.device),
                 "expected time": f"{duration(steps * seconds)} ({seconds:.1f} s a step)",
             },
@@ -118,9 +123,12 @@ def run_stage(
     if dry_run:
         checkpoints.rmdir()
         return trained, None
+    trainer.throughput.peak_flops = peak_flops(args.device, precision)
     checkpoint = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
     with stop:
         trainer.train(resume_from_checkpoint=checkpoint)
+    if speed := trainer.throughput.whole(trainer.accelerator):
+        console.print(in_words(speed), highlight=False)
     if stop.stopped:
         raise Stopped(f"stopped after step {trainer.state.global_step} of {steps}; go on with --resume")
     if trainer.skipped_steps:
@@ -195,31 +203,3 @@ def require_exact_trees(trainer: Any, items: Sequence[TreeItem]) -> None:
 def merged(trained: Any) -> PreTrainedModel:
     """The model with LoRA merged into its weights; a model without LoRA as it is."""
     return trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
-
-
-def _time_of_a_step(trainer: Any) -> float:
-    """Seconds of one forward and backward pass; the second of two, since the first one warms caches up. Nothing is
-    changed: no step is taken, and random numbers and batch statistics are as before."""
-    state = torch.get_rng_state()
-    buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
-    rows = [trainer.train_dataset[i] for i in range(min(trainer._train_batch_size, len(trainer.train_dataset)))]
-    batch = trainer.data_collator(rows)
-    model = trainer.model.to(trainer.args.device).train()
-    precision = (
-        torch.autocast(trainer.args.device.type, torch.bfloat16 if trainer.args.bf16 else torch.float16)
-        if trainer.args.bf16 or trainer.args.fp16
-        else nullcontext()
-    )
-    for _ in range(2):
-        start = time.monotonic()
-        with precision:
-            loss = trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)))
-        loss.backward()
-        if trainer.args.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.monotonic() - start
-        model.zero_grad()
-    for buffer, before in buffers:
-        buffer.copy_(before)
-    torch.set_rng_state(state)
-    return seconds

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from vlm.data.batches import RowSampler
 from vlm.data.conversation import IGNORE
-from vlm.data.dataset import shifted
+from vlm.data.dataset import TreeDataset, shifted
 from vlm.errors import UserError
 from vlm.precision import frozen_layers_in
 from vlm.training.parts import freeze_state, named_parts
+from vlm.training.throughput import CountingCollator, Throughput
 
 SAVING = ".saving"
 """The folder in which a checkpoint is written until it is whole."""
@@ -57,6 +60,9 @@ class VLMTrainer(Trainer):
 
     max_bad_steps = 5
 
+    train_dataset: TreeDataset
+    data_collator: Any
+
     def __init__(self, *, rates: Mapping[str, float], **kwargs: Any) -> None:
         super().__init__(compute_loss_func=supervised_loss, **kwargs)
         self.rates = dict(rates)
@@ -66,6 +72,33 @@ class VLMTrainer(Trainer):
         self.skipped_steps = 0
         self._bad_in_a_row = 0
         self._saving = False
+        self.throughput = Throughput()
+        self.add_callback(self.throughput)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in Trainer, and in each batch what is counted of it."""
+        collator = self.data_collator
+        self.data_collator = CountingCollator(collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        """Batches of rows of about the same length."""
+        return RowSampler(self.train_dataset, self._train_batch_size * self.args.world_size)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        self.throughput.count(inputs.pop("counts"), inputs["input_ids"].numel())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With how fast the steps were since the last log, or at the end all of them."""
+        if "loss" in logs:
+            logs |= self.throughput.since_last(self.accelerator)
+        elif "train_loss" in logs:
+            logs |= self.throughput.whole(self.accelerator)
+        super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; frozen layers are cast to the precision of training once, not in each step."""
