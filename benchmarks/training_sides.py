@@ -24,6 +24,8 @@ from vlm.data.encoding import encode_images, hash_images, keep
 from vlm.data.example import Example
 from vlm.data.images import open_image
 from vlm.training.features import cache_for, encoder_of
+from vlm.training.peak import peak_flops
+from vlm.training.step import flops_per_token
 from vlm.training.trainer import VLMTrainer
 from vlm.tree_attention import tree_attention
 
@@ -57,15 +59,15 @@ def set_trained(model: Any, trained: str) -> None:
         parameter.requires_grad_(learns)
 
 
-def timed(trainer: Trainer, before: Callable[[], Any] = lambda: None) -> dict[str, float]:
-    """Seconds of `before` and one epoch of `trainer`, and the loss of its (only) step."""
+def timed(trainer: Trainer, before: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+    """Seconds of `before` and one epoch of `trainer`, and the loss and MFU that it logs of its only step."""
     trainer.state.log_history.clear()
     start = time.perf_counter()
     before()
     trainer.train()
     seconds = time.perf_counter() - start
-    (loss,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"seconds": seconds, "loss": loss}
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {"seconds": seconds, "loss": entry["loss"], "mfu": entry.get("mfu")}
 
 
 class Ours:
@@ -84,6 +86,8 @@ class Ours:
             data_collator=collator,
             rates=dict.fromkeys(("projector", "language") if trained == "language" else ("projector",), RATE),
         )
+        self.trainer.throughput.flops_per_token = flops_per_token(self.trainer)
+        self.trainer.throughput.peak_flops = peak_flops(self.args.device, torch.bfloat16 if bf16 else torch.float32)
 
     def load(self, examples: list[Example]) -> tuple[TreeDataset, TreeCollator]:
         """From examples to rows, as at the start of a stage."""
@@ -106,7 +110,7 @@ class Ours:
         self.args.gradient_accumulation_steps = len(rows)
         return rows, TreeCollator(self.processor, cache, tree_attention=True)
 
-    def run(self, number: int) -> dict[str, float]:
+    def run(self, number: int) -> dict[str, Any]:
         examples, trainer = self.shape.examples(number), self.trainer
 
         def load() -> None:
@@ -152,7 +156,7 @@ class Trl:
             ]
         )
 
-    def run(self, number: int) -> dict[str, float]:
+    def run(self, number: int) -> dict[str, Any]:
         self.trainer.train_dataset = self.rows(number)
         batches = list(self.trainer.get_train_dataloader())
         supervised = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
@@ -203,7 +207,7 @@ class Plain:
             "pixel_values": pixels["pixel_values"],
         }
 
-    def run(self, number: int) -> dict[str, float]:
+    def run(self, number: int) -> dict[str, Any]:
         self.trainer.train_dataset = rows = self.rows(number)
         supervised = sum(label != IGNORE for _, row in rows for label in row.labels)
         return timed(self.trainer) | {"supervised": supervised}
