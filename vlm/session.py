@@ -46,6 +46,7 @@ class Session:
         """The images of the last request, and maybe of tokens in the cache."""
         self._features: dict[int, torch.Tensor] = {}
         """By the identity of an image of `_images`, what our own model's encoder made of it: `[1, P + h * w, D_v]`."""
+        self._grid: Any = None
 
     def stream(self, request: Request, *, max_new_tokens: int = 256, **generate_kwargs: Any) -> Iterator[str]:
         """The answer to a request, piece by piece as it is written; greedy unless `generate_kwargs` say otherwise."""
@@ -92,7 +93,7 @@ class Session:
             if length < len(self._ids):
                 cache.crop(length - len(self._ids))
             inputs["cache"] = cache
-        if fixed and images:
+        if fixed:
             inputs.update(self._vision_inputs(images, known))
         elif known:
             inputs = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask", "cache")}

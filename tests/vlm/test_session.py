@@ -130,6 +130,16 @@ def read_before_second_image(processor, request):
     return places[processor.image_seq_length]
 
 
+def test_what_is_known_of_an_image_goes_with_it():
+    """A new object may get the identity of one that nobody holds any more."""
+    model, processor = unending(*tiny())
+    session, reads, cat = Session(model, processor), Reads(model), image(0)
+    both(model, processor, session, ([cat], [user("what is it", 1)]), reads)
+    both(model, processor, session, ([], [user("no image at all")]), reads)
+    *_, images = both(model, processor, session, ([cat], [user("what is it", 1)]), reads)
+    assert images == 1
+
+
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_a_changed_beginning_is_read(fusion):
     model, processor = unending(*tiny(fusion=fusion))
