@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 
 MAX_BATCH_TOKENS = 8192
-"""Fits models of some billions of parameters on a GPU of 24 GB, and keeps two cores busy."""
+"""In a decoder of 32 layers, 4096 wide, without grouped heads, in bfloat16, their keys and values take 4 GB."""
 
 
 def batches_of(lengths: Sequence[int], keys: Sequence[Hashable], max_batch_tokens: int) -> Iterator[list[int]]:
