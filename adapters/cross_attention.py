@@ -50,6 +50,18 @@ class VisionStates:
         latest = self.mask[:, -1:].expand(-1, length, -1)
         return VisionStates(self.states, latest, self.tokens_per_image, self.keys_values)
 
+    def followed_by(self, later: VisionStates) -> VisionStates:
+        """For the tokens of `later`, which come after these: those before their first image see what the last token
+        here saw."""
+        sees_later = later.mask.any(dim=-1, keepdim=True)
+        mask = torch.cat([self.mask[:, -1:] & ~sees_later, later.mask], dim=2)
+        return VisionStates(torch.cat([self.states, later.states], dim=1), mask, self.tokens_per_image)
+
+    def select(self, rows: Tensor) -> VisionStates:
+        """The rows with the numbers `rows [R]`, which may repeat; what is computed of their images comes along."""
+        keys_values = {index: (keys[rows], values[rows]) for index, (keys, values) in self.keys_values.items()}
+        return VisionStates(self.states[rows], self.mask[rows], self.tokens_per_image, keys_values)
+
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> VisionStates:
         """On `device`, for models spread over several: accelerate moves a layer's arguments by this method."""
         if self.states.device == torch.device(device):

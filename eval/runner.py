@@ -30,8 +30,6 @@ Message = Mapping[str, Any]
 Request = tuple[list[Image.Image], list[Message]]
 Predict = Callable[[list[Request]], list[str]]
 
-CHUNK = 32  # images, with all their questions, handed to `predict` at once: bounds what is open in memory
-
 
 @dataclass
 class Item:
@@ -124,21 +122,19 @@ def _predict(asked: Sequence[tuple[Item, Example]], predict: Predict) -> list[st
 
     Requests about the same images stand side by side, so that whoever predicts can encode them once.
     """
+    from vlm.data.images import chunks
+
     groups: dict[int, list[int]] = {}
     for i, (_, shown) in enumerate(asked):
         groups.setdefault(id(shown), []).append(i)
     answers = [""] * len(asked)
-    order = list(groups.values())
-    for start in track(range(0, len(order), CHUNK), description="Predicting"):
-        chunk = order[start : start + CHUNK]
-        requests: list[Request] = []
-        for group in chunk:
-            images = _open(asked[group[0]][1])
-            requests += [(images, asked[i][0].messages) for i in group]
+    opened = ((group, _open(asked[group[0]][1])) for group in track(groups.values(), description="Predicting"))
+    for chunk in chunks(opened):
+        requests: list[Request] = [(images, asked[i][0].messages) for group, images in chunk for i in group]
         texts = predict(requests)
         if len(texts) != len(requests):
             raise ValueError(f"predict gave {len(texts)} texts for {len(requests)} requests; it must give one for each")
-        for i, text in zip([i for group in chunk for i in group], texts, strict=True):
+        for i, text in zip([i for group, _ in chunk for i in group], texts, strict=True):
             answers[i] = text
     return answers
 

@@ -16,7 +16,7 @@ from vlm.errors import UserError, nearest
 
 Request = tuple[list[Image.Image], list[Message]]
 Stream = Callable[[Request], Iterator[str]]
-"""From images and messages that end with the user's to the pieces of the answer (vlm.generation.stream)."""
+"""From images and messages that end with the user's to the pieces of the answer (vlm.session.Session.stream)."""
 
 HELP = """\
 /image FILE   show another image with your next question
@@ -59,13 +59,14 @@ class Conversation:
 def run(model: str, *, image: str | None, question: str | None, console: Console, max_new_tokens: int = 256) -> None:
     """Load `model` (run folder, checkpoint or Hub name) and chat on the terminal. See `chat`."""
     picture = open_image(image) if image else None  # before the model, which takes longer to load
-    from vlm import generation
-
     with console.status("loading the model"):
-        loaded, processor = generation.load(model)
+        from vlm import generation
+        from vlm.session import Session
+
+        session = Session(*generation.load(model))
 
     def stream(request: Request) -> Iterator[str]:
-        return generation.stream(loaded, processor, request, max_new_tokens=max_new_tokens)
+        return session.stream(request, max_new_tokens=max_new_tokens)
 
     chat(stream, console, image=picture, question=question, lines=_typed(console))
 

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from vlm.batches import MAX_BATCH_TOKENS
+
 console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several training processes, the first one speaks
 
 
@@ -40,7 +42,9 @@ app.add_typer(data_app, name="data", help="Look at data before training on it.")
 app.add_typer(cache_app, name="cache", help="Features of frozen encoders that are kept on disk.")
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint folder, or Hub name.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+MaxBatchTokens = Annotated[
+    int, typer.Option(min=1, help="Tokens at a time, prompts and answers together; lower it if memory runs out.")
+]
 
 
 @app.command()
@@ -123,7 +127,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder for the results. Default: evaluation-DATA in the run.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only so many images.")] = None,
-    batch_size: BatchSize = 16,
+    max_batch_tokens: MaxBatchTokens = MAX_BATCH_TOKENS,
 ) -> None:
     """Score a model, and also blind: on wrong images.
 
@@ -132,7 +136,15 @@ def evaluate(
     from vlm import evaluate as evaluation
 
     names = metrics.split(",") if metrics else None
-    evaluation.run(model, data, metrics=names, output=output, limit=limit, batch_size=batch_size, console=console)
+    evaluation.run(
+        model,
+        data,
+        metrics=names,
+        output=output,
+        limit=limit,
+        max_batch_tokens=max_batch_tokens,
+        console=console,
+    )
 
 
 @app.command()
@@ -153,7 +165,7 @@ def predict(
     images: Annotated[list[str], typer.Argument(help="Files, folders, or globs in quotes.")],
     prompt: Annotated[str, typer.Option(help="What to ask about each image.")],
     output: Annotated[Path, typer.Option(help="A .jsonl file; one that is there already is continued.")],
-    batch_size: BatchSize = 16,
+    max_batch_tokens: MaxBatchTokens = MAX_BATCH_TOKENS,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
     """Ask the same about many images."""
@@ -164,7 +176,7 @@ def predict(
         images,
         prompt=prompt,
         output=output,
-        batch_size=batch_size,
+        max_batch_tokens=max_batch_tokens,
         max_new_tokens=max_new_tokens,
         console=console,
     )

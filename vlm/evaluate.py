@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from vlm import recipe
+from vlm.batches import MAX_BATCH_TOKENS
 from vlm.errors import UserError, nearest
 from vlm.eval.summary import show
 
@@ -19,8 +20,8 @@ def run(
     metrics: Sequence[str] | None,
     output: Path | None,
     limit: int | None,
-    batch_size: int,
     console: Console,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
     max_new_tokens: int = 32,
 ) -> dict[str, Any]:
     """Evaluate `model` (run folder, checkpoint or Hub name) and return the summary of vlm.eval.runner.evaluate.
@@ -67,7 +68,7 @@ def run(
     def predict(requests: list[Any]) -> list[str]:
         with autocast(network.device):  # as at the end of training, so that the scores are the same
             return generation.generate(
-                network, processor, requests, max_new_tokens=max_new_tokens, batch_size=batch_size
+                network, processor, requests, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens
             )
 
     summary = score(

@@ -1,25 +1,18 @@
-"""Loading a model, and answers from it: many at once, or one as it is written."""
+"""Loading a model, and answers from it, many at once. For a conversation see `vlm.session`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 import vlm  # noqa: F401 - registers our classes with the Auto classes
+from vlm.batches import MAX_BATCH_TOKENS, batches_of
 from vlm.data.conversation import template_options, with_images
 from vlm.data.example import Message
 from vlm.errors import UserError
@@ -59,38 +52,75 @@ def load(
     return model.to(device or default_device()).eval(), processor  # type: ignore[arg-type]  # a string is a device
 
 
-@torch.no_grad()
-def encode_requests(model: Any, processor: Any, requests: Sequence[Request]) -> Any:
-    """Requests as one left-padded batch of model inputs.
+def fixed_image_tokens(model: Any, processor: Any) -> bool:
+    """Whether ids do not depend on pixels and images are encoded apart from them, as in our own models."""
+    return hasattr(model, "get_vision_features") and getattr(processor, "fixed_image_tokens", False)
 
-    Our own model encodes an image once, however many requests of the batch show it (by identity).
-    """
+
+def tokenize(processor: Any, requests: Sequence[Request], *, pixels: bool = False) -> Any:
+    """Requests as one left-padded batch: `input_ids`, `attention_mask` and, with `pixels`, what the processor makes of
+    the images. Ids without pixels are those of a processor with [fixed image tokens][`fixed_image_tokens`]."""
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    shared = hasattr(model, "get_vision_features") and getattr(processor, "fixed_image_tokens", False)
     options: dict[str, Any] = {"return_tensors": "pt", "padding": True}
-    inputs = processor.apply_chat_template(
-        [messages if shared else with_images(messages, images) for images, messages in requests],
+    return processor.apply_chat_template(
+        [with_images(messages, images) if pixels else messages for images, messages in requests],
         tokenize=True,
         return_dict=True,
         add_generation_prompt=True,
         sanitize_control_tokens=True,
         **template_options(processor),
-        processor_kwargs={**options, "pixels": False} if shared else options,
-    ).to(model.device)
-    images = [image for row, _ in requests for image in row]
-    if shared and images:
-        distinct = {id(image): image for image in images}
-        order = {key: position for position, key in enumerate(distinct)}
-        pixels = processor.image_processor(list(distinct.values()), return_tensors="pt")["pixel_values"]
-        features, inputs["vision_grid"] = model.get_vision_features(pixels.to(model.device))
-        inputs["vision_features"] = features[[order[id(image)] for image in images]]
-    return inputs
+        processor_kwargs=options if pixels else {**options, "pixels": False},
+    )
 
 
 @torch.no_grad()
-def share_trunk(model: Any, inputs: Any, requests: Sequence[Request]) -> Any:
+def encode_images(model: Any, processor: Any, images: Sequence[Image.Image]) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Features `[images, P + h * w, D_v]` and their grid `(h, w)`. An image that comes twice is encoded once."""
+    distinct = {id(image): image for image in images}
+    order = {key: position for position, key in enumerate(distinct)}
+    pixels = processor.image_processor(list(distinct.values()), return_tensors="pt")["pixel_values"]
+    features, grid = model.get_vision_features(pixels.to(model.device))
+    return features[[order[id(image)] for image in images]], grid
+
+
+def encode_requests(model: Any, processor: Any, requests: Sequence[Request]) -> Any:
+    """Requests as one left-padded batch of model inputs.
+
+    Our own model encodes an image once, however many requests of the batch show it (by identity).
+    """
+    fixed = fixed_image_tokens(model, processor)
+    inputs = tokenize(processor, requests, pixels=not fixed).to(model.device)
+    images = [image for row, _ in requests for image in row]
+    if fixed and images:
+        inputs["vision_features"], inputs["vision_grid"] = encode_images(model, processor, images)
+    return inputs
+
+
+def prompt_lengths(model: Any, processor: Any, requests: Sequence[Request]) -> list[int]:
+    """Tokens of each request, image tokens included.
+
+    Where they depend on the images, on their sizes only: one request for each set of sizes is looked at whole.
+    """
+    if not requests:
+        return []
+    if fixed_image_tokens(model, processor):
+        return tokenize(processor, requests)["attention_mask"].sum(dim=1).tolist()
+    conversations = [with_images(messages, images) for images, messages in requests]
+    texts = processor.apply_chat_template(conversations, add_generation_prompt=True, **template_options(processor))
+    lengths = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
+    image_tokens: dict[Any, int] = {}
+    for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+        sizes = tuple(image.size for image in request[0])
+        if sizes not in image_tokens:
+            image_tokens[sizes] = tokenize(processor, [request], pixels=True)["input_ids"].shape[1] - length
+        lengths[row] = length + image_tokens[sizes]
+    return lengths
+
+
+@torch.no_grad()
+def share_trunk(model: Any, inputs: Any, requests: Sequence[Request], max_new_tokens: int) -> Any:
     """The batch `inputs` of [`encode_requests`] with what its rows begin with in common in a cache: the images, and the
     first words of the prompts. Each set of images goes through the language model once, however many questions there
     are about it.
@@ -100,7 +130,7 @@ def share_trunk(model: Any, inputs: Any, requests: Sequence[Request]) -> Any:
     """
     keys = [tuple(id(image) for image in images) for images, _ in requests]
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
-    if len(first) == len(keys) or not _can_share(model):
+    if len(first) == len(keys) or not _can_share(model, inputs["input_ids"].shape[1] + max_new_tokens):
         return inputs
     rows = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
     shortest = min(map(len, rows))
@@ -113,9 +143,10 @@ def share_trunk(model: Any, inputs: Any, requests: Sequence[Request]) -> Any:
         features = inputs["vision_features"].split([len(key) for key in keys])
         images["vision_features"] = torch.cat([features[row] for row in first.values()])
         images["vision_grid"] = inputs["vision_grid"]
-    cache = model(input_ids=trunk.expand(len(first), -1), use_cache=True, logits_to_keep=1, **images).cache
+    outputs = model(input_ids=trunk.expand(len(first), -1), use_cache=True, logits_to_keep=1, **images)
     order = {key: position for position, key in enumerate(first)}
-    cache.batch_select_indices(torch.tensor([order[key] for key in keys], device=trunk.device))
+    chosen = torch.tensor([order[key] for key in keys], device=trunk.device)
+    outputs.cache.batch_select_indices(chosen)
     rest = [ids[length:] for ids in rows]
     padding = model.generation_config.pad_token_id or 0
     ids = pad_sequence(rest, batch_first=True, padding_value=padding, padding_side="left")
@@ -124,21 +155,22 @@ def share_trunk(model: Any, inputs: Any, requests: Sequence[Request]) -> Any:
     return {
         "input_ids": torch.cat([shared, ids], dim=1),
         "attention_mask": torch.cat([torch.ones_like(shared), mask], dim=1),
-        "cache": cache,
+        "cache": outputs.cache,
+        "vision_states": outputs.vision_states and outputs.vision_states.select(chosen),
     }
 
 
-def _can_share(model: Any) -> bool:
-    """Our own models can, but with cross-attention, whose images are not in the cache, and with a sliding window, which
-    would count the padding between what is shared and the rest."""
-    ours = hasattr(model, "get_vision_features")
-    return ours and not model.config.uses_cross_attention and sliding_window(model) is None
+def _can_share(model: Any, length: int) -> bool:
+    """Our own models can, unless a window slides over rows of `length` tokens: it would count the padding between what
+    is shared and the rest."""
+    return hasattr(model, "get_vision_features") and length <= (sliding_window(model) or length)
 
 
 def _one_continuation(model: Any, options: dict[str, Any]) -> bool:
-    """Whether each row is continued once; beams and several samples would need the cache several times."""
+    """Whether each row goes on once, and with a cache; beams and several samples would need it several times."""
     names = ("num_beams", "num_return_sequences")
-    return all((options.get(name) or getattr(model.generation_config, name, None) or 1) == 1 for name in names)
+    settings = {name: options.get(name) or getattr(model.generation_config, name, None) or 1 for name in names}
+    return options.get("use_cache", True) and set(settings.values()) == {1}
 
 
 def sliding_window(model: Any) -> int | None:
@@ -155,63 +187,42 @@ def generate(
     requests: Sequence[Request],
     *,
     max_new_tokens: int = 32,
-    batch_size: int = 16,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
     **generate_kwargs: Any,
 ) -> list[str]:
-    """The answer to each request, greedy unless `generate_kwargs` say otherwise.
+    """The answer to each request, in their order, greedy unless `generate_kwargs` say otherwise.
 
-    `progress` is called with the number of answers of each batch that is done.
+    Args:
+        max_batch_tokens: prompts and answers of a batch, with padding, take no more; see [`vlm.batches`].
+        progress: is called with the number of answers of each batch that is done.
+
+    Raises UserError when a batch does not fit into the memory of the accelerator.
     """
     options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
-    answers: list[str] = []
-    for start in range(0, len(requests), batch_size):
-        batch = requests[start : start + batch_size]
-        inputs = encode_requests(model, processor, batch)
-        if _one_continuation(model, options):
-            inputs = share_trunk(model, inputs, batch)
-        output = model.generate(**inputs, **options)
-        new = output[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    lengths = [length + max_new_tokens for length in prompt_lengths(model, processor, requests)]
+    keys = [tuple(id(image) for image in images) for images, _ in requests]
+    answers = [""] * len(requests)
+    for rows in batches_of(lengths, keys, max_batch_tokens):
+        try:
+            texts = _answers(model, processor, [requests[row] for row in rows], options)
+        except torch.OutOfMemoryError as error:
+            size = len(rows) * max(lengths[row] for row in rows)
+            raise UserError(
+                f"a batch of {len(rows)} prompts ({size} tokens with their answers) does not fit into memory; lower "
+                f"max_batch_tokens, which is {max_batch_tokens} ({error})"
+            ) from None
+        for row, text in zip(rows, texts, strict=True):
+            answers[row] = text
         if progress:
-            progress(len(batch))
+            progress(len(rows))
     return answers
 
 
-class _When(StoppingCriteria):
-    """Stops every row once `event` is set."""
-
-    def __init__(self, event: Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
-
-
-def stream(
-    model: Any, processor: Any, request: Request, *, max_new_tokens: int = 256, **generate_kwargs: Any
-) -> Iterator[str]:
-    """The answer to one request, piece by piece as it is written."""
-    inputs = encode_requests(model, processor, [request])
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens, "streamer": streamer}
-    failure: list[BaseException] = []
-    stop = Event()
-    options["stopping_criteria"] = StoppingCriteriaList([_When(stop)])
-
-    def work() -> None:
-        try:
-            model.generate(**inputs, **options)
-        except BaseException as error:
-            failure.append(error)
-            streamer.end()
-
-    thread = Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield from streamer
-    finally:  # also when nobody reads on: a closed chat must not go on generating
-        stop.set()
-        thread.join()
-    if failure:
-        raise failure[0]
+def _answers(model: Any, processor: Any, batch: Sequence[Request], options: dict[str, Any]) -> list[str]:
+    inputs = encode_requests(model, processor, batch)
+    if _one_continuation(model, options):
+        inputs = share_trunk(model, inputs, batch, options["max_new_tokens"])
+    output = model.generate(**inputs, **options)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

@@ -126,7 +126,8 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Logits of `input_ids [B, L]`, whose image tokens stand for the images of `pixel_values [images, 3, H, W]`.
 
         `attention_mask` is `[B, L]`, or `[B, 1, L, L]` boolean for rows that hold several conversations.
-        `vision_features` and `vision_grid` (see `get_vision_features`) may come in place of `pixel_values`.
+        `vision_features` and `vision_grid` (see `get_vision_features`) may come in place of `pixel_values`. With a
+        `cache`, images are those of the new tokens, and `vision_states` what the tokens in it left to look at.
         Raises ValueError if image tokens and images do not match.
         """
         if inputs_embeds is None:
@@ -137,7 +138,8 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if self.config.uses_prefix:
                 inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), visual_tokens)
             if self.config.uses_cross_attention:
-                vision_states = VisionStates.of(visual_tokens, self._image_index(image_mask, attention_mask))
+                latest = VisionStates.of(visual_tokens, self._image_index(image_mask, attention_mask))
+                vision_states = vision_states.followed_by(latest) if vision_states is not None else latest
         elif vision_states is not None:
             vision_states = vision_states.for_next_tokens(inputs_embeds.shape[1])
         elif input_ids is not None and (cache is None or not cache.get_seq_length()):
@@ -195,10 +197,10 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         # The images are in the cache after the first step; without a cache every step reads them again.
-        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
-            inputs["pixel_values"] = inputs["vision_features"] = None
-        else:
+        if not kwargs.get("use_cache", True):
             inputs["vision_states"] = None
+        elif not kwargs.get("is_first_iteration"):
+            inputs["pixel_values"] = inputs["vision_features"] = None
         return inputs
 
     def _update_model_kwargs_for_generation(

@@ -11,8 +11,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vlm.batches import MAX_BATCH_TOKENS
 from vlm.data.example import Message
-from vlm.data.images import ImageError, open_image
+from vlm.data.images import ImageError, chunks, open_image
 from vlm.errors import UserError
 
 Request = tuple[list[Image.Image], list[Message]]
@@ -59,10 +60,9 @@ def predict(
     prompt: str,
     model: str,
     output: Path,
-    batch_size: int = 16,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Counts:
-    """Write one row an image to `output`, in the order of `images`, batch by batch, leaving out those it has already.
+    """Write one row an image to `output`, in the order of `images`, dozens at a time, leaving out what it has already.
 
     A row is `{"image", "prompt", "model", "prediction"}`, or with `"error"` in place of `"prediction"` where the image
     cannot be opened. A last row cut off by a crash is removed first and redone.
@@ -79,29 +79,33 @@ def predict(
         earlier = len(images) - len(todo)
         advance(earlier)
         broken = 0
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            for row in _rows(generate, batch, prompt, model):
+        for chunk in chunks(_opened(todo)):
+            for row in _rows(generate, chunk, prompt, model):
                 broken += "error" in row
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             file.flush()
-            advance(len(batch))
+            advance(len(chunk))
     return Counts(done=len(todo) - broken, earlier=earlier, broken=broken)
 
 
-def _rows(generate: Generate, batch: list[str], prompt: str, model: str) -> Iterator[dict[str, str]]:
-    opened: dict[str, Request] = {}
-    errors: dict[str, str] = {}
-    for image in batch:
+def _opened(images: Sequence[str]) -> Iterator[tuple[tuple[str, str], list[Image.Image]]]:
+    """Each file name and what is wrong with it, beside its image if nothing is."""
+    for image in images:
         try:
-            parts = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
-            opened[image] = [open_image(image)], [{"role": "user", "content": parts}]
+            yield (image, ""), [open_image(image)]
         except ImageError as error:
-            errors[image] = str(error)
-    answers = dict(zip(opened, generate(list(opened.values())), strict=True)) if opened else {}
-    for image in batch:
+            yield (image, str(error)), []
+
+
+def _rows(
+    generate: Generate, chunk: list[tuple[tuple[str, str], list[Image.Image]]], prompt: str, model: str
+) -> Iterator[dict[str, str]]:
+    parts = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
+    requests: list[Request] = [(opened, [{"role": "user", "content": parts}]) for _, opened in chunk if opened]
+    answers = iter(generate(requests) if requests else [])
+    for (image, error), _ in chunk:
         row = {"image": image, "prompt": prompt, "model": model}
-        yield row | ({"error": errors[image]} if image in errors else {"prediction": answers[image]})
+        yield row | ({"error": error} if error else {"prediction": next(answers)})
 
 
 def _written(file: BinaryIO, output: Path, *, prompt: str, model: str) -> set[str]:
@@ -143,7 +147,7 @@ def run(
     prompt: str,
     output: Path,
     console: Console,
-    batch_size: int = 16,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
     max_new_tokens: int = 64,
 ) -> Counts:
     """Find the images, load `model` (run folder, checkpoint or Hub name), and predict with a progress bar."""
@@ -154,7 +158,9 @@ def run(
         loaded, processor = generation.load(model)
 
     def generate(requests: list[Request]) -> list[str]:
-        return generation.generate(loaded, processor, requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        return generation.generate(
+            loaded, processor, requests, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens
+        )
 
     name = str(Path(model).resolve()) if Path(model).exists() else model
     columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -166,7 +172,6 @@ def run(
             prompt=prompt,
             model=name,
             output=output,
-            batch_size=batch_size,
             advance=lambda count: progress.advance(task, count),
         )
     _report(counts, output, console)

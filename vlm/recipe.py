@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlm import recipe_train
+from vlm.batches import MAX_BATCH_TOKENS
 from vlm.errors import nearest
 from vlm.recipe_errors import FoundError, findings, to_recipe_error
 from vlm.recipe_paths import expand, expand_source, home
@@ -278,7 +279,8 @@ class Evaluation(_Section):
     max_new_tokens: int = Field(default=32, ge=1)
     limit: int | None = Field(default=None, ge=1)
     """Use only so many examples."""
-    batch_size: int = Field(default=16, ge=1)
+    max_batch_tokens: int = Field(default=MAX_BATCH_TOKENS, ge=1)
+    """The most tokens of a batch, prompts and answers with their padding; lower it if memory runs out."""
 
     @field_validator("metrics")
     @classmethod

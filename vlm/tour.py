@@ -60,13 +60,14 @@ def _trained(loaded: recipe.Recipe, console: Console) -> Path:
 def _ask(folder: Path, loaded: recipe.Recipe, console: Console) -> None:
     from vlm import chat, generation
     from vlm.data.images import open_image
+    from vlm.session import Session
 
     example = _held_out(loaded)
     branch = example.branches[0]
-    model, processor = generation.load(str(folder))
+    session = Session(*generation.load(str(folder)))
 
     def stream(request: chat.Request) -> Iterator[str]:
-        return generation.stream(model, processor, request, max_new_tokens=loaded.evaluation.max_new_tokens)
+        return session.stream(request, max_new_tokens=loaded.evaluation.max_new_tokens)
 
     image = example.images[0]
     for text in (f"image:   {example.where}", f"asked:   {branch.question}", f"correct: {branch.all_references[0]}"):

@@ -43,6 +43,31 @@ def test_equals_the_formula_by_hand(block):
             assert torch.allclose(actual[token], x, atol=1e-6)
 
 
+def test_going_on_with_another_image_equals_having_both_from_the_start(block):
+    opened(block)
+    images, hidden = torch.randn(3, 4, 8), torch.randn(2, 5, 8)
+    whole = VisionStates.of(images, torch.tensor([[0, 0, 0, 1, 1], [-1, 2, 2, 2, 2]]))
+    before = VisionStates.of(images[[0, 2]], torch.tensor([[0, 0], [-1, 1]]))
+    after = before.followed_by(VisionStates.of(images[1:2], torch.tensor([[-1, 0, 0], [-1, -1, -1]])))
+    with torch.no_grad():
+        assert torch.allclose(block(hidden[:, 2:], after), block(hidden, whole)[:, 2:], atol=1e-6)
+
+
+def test_selected_rows_are_the_rows_and_compute_nothing_again(block):
+    opened(block)
+    images, hidden = torch.randn(3, 4, 8), torch.randn(3, 2, 8)
+    index, rows = torch.tensor([[0, 1], [-1, -1], [2, 2]]), torch.tensor([2, 0, 2, 1])
+    with torch.no_grad():
+        block(hidden, vision := VisionStates.of(images, index))
+        computed = []
+        block.k_proj.register_forward_hook(lambda *_: computed.append(1))
+        found = block(hidden[rows], vision.select(rows))
+        assert not computed
+        for row, result in zip(rows.tolist(), found, strict=True):
+            alone = VisionStates.of(images, index[row : row + 1])
+            assert torch.allclose(result, block(hidden[row : row + 1], alone)[0], atol=1e-6)
+
+
 def test_rows_see_their_own_images_whatever_their_number(block):
     opened(block)
     images = torch.randn(3, 4, 8)

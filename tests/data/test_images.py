@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from vlm.data.example import StoredImage
-from vlm.data.images import ImageError, image_sha256, open_image
+from vlm.data.images import ImageError, chunks, image_sha256, open_image
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -247,3 +247,22 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
     (tmp_path / "a.png").write_bytes(data)
     assert image_sha256(str(tmp_path / "a.png")) == image_sha256(data) == hashlib.sha256(data).hexdigest()
     assert image_sha256(gradient()) == image_sha256(gradient()) != image_sha256(gradient(8))
+
+
+def test_chunks_are_bounded_by_number_and_by_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm.data.images.CHUNK", 3)
+    monkeypatch.setattr("vlm.data.images.CHUNK_PIXELS", 100)
+    sizes = [(5, 5), (5, 5), (5, 5), (5, 5), (9, 9), (5, 5), (20, 20), (1, 1)]
+    opened = []
+
+    def groups():
+        for number, size in enumerate(sizes):
+            opened.append(number)
+            yield number, [Image.new("RGB", size)]
+
+    found = []
+    for chunk in chunks(groups()):
+        found.append([number for number, _ in chunk])
+        assert len(opened) <= found[-1][-1] + 2, "no more is opened than the next one"
+    assert found == [[0, 1, 2], [3], [4], [5], [6], [7]]
+    assert list(chunks([])) == []

@@ -120,7 +120,7 @@ def test_requests_come_in_chunks_with_one_images_questions_together(
         calls.append(requests)
         return ["red"] * len(requests)
 
-    monkeypatch.setattr("vlm.eval.runner.CHUNK", 5)
+    monkeypatch.setattr("vlm.data.images.CHUNK", 5)
     evaluate(examples, predict, ["exact_match"], output_dir=tmp_path, bootstrap=0)
     assert [len(call) for call in calls] == [100, 100, 40]  # each of 5 images has its questions, and 10 asked blind
     colours = [NAME_OF[images[0].getpixel((0, 0))] for call in calls for images, _ in call]

@@ -1,7 +1,5 @@
 """`vlm.generation`: text in batches, text as it is written, and loading with clear errors."""
 
-import threading
-
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +7,8 @@ from PIL import Image
 from tests.tiny import DECODERS, FUSIONS, image, tiny
 from vlm import generation
 from vlm.errors import UserError
+from vlm.processing import VLMProcessor
+from vlm.session import Session
 
 
 def request(text, *pictures):
@@ -36,7 +36,7 @@ def test_a_batch_equals_one_by_one(fusion):
     model, processor = tiny(fusion=fusion)
     together = generation.generate(model, processor, REQUESTS, max_new_tokens=6)
     alone = [generation.generate(model, processor, [r], max_new_tokens=6)[0] for r in REQUESTS]
-    small = generation.generate(model, processor, REQUESTS, max_new_tokens=6, batch_size=3)
+    small = generation.generate(model, processor, REQUESTS, max_new_tokens=6, max_batch_tokens=100)
     assert together == alone == small
     assert len(set(together)) > 1
 
@@ -56,15 +56,19 @@ def test_a_shared_image_equals_separate_ones_and_is_encoded_once(made):
     assert together == separate
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_questions_about_shared_images_equal_one_by_one(decoder):
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("decoder", [*DECODERS, "gemma3 with a wide window"])
+def test_questions_about_shared_images_equal_one_by_one(decoder, fusion):
     """What the questions begin with goes through the language model once for each set of images; the answers are those
     of each question alone, token for token."""
-    model, processor = tiny(decoder)
+    model, processor = tiny(decoder.split()[0], fusion)
     model.generation_config.eos_token_id = None
-    one, two, three = image(0), image(1), image(2)
-    texts = ["what is it", "what is in the image ?", "what", "a cat", "what is it"]
-    requests = [request(texts[n % 5], picture) for picture in (one, two, three) for n in range(3)]
+    requests = questions_about_three_images()
+    longest = max(generation.prompt_lengths(model, processor, requests))
+    if decoder == "gemma3 with a wide window":  # just wide enough
+        model.config.text_config.sliding_window = model.language_model.config.sliding_window = longest + 6
+        for layer in model.language_model.model.layers:
+            layer.self_attn.sliding_window = layer.self_attn.sliding_window and longest + 6
     rows = []
     hook = model.language_model.register_forward_hook(
         lambda m, a, kw, out: rows.append(tuple(kw["inputs_embeds"].shape[:2])), with_kwargs=True
@@ -75,13 +79,17 @@ def test_questions_about_shared_images_equal_one_by_one(decoder):
     assert together == alone
     assert len(set(together)) > 3
     if decoder == "gemma3":  # whose window would count the padding
-        assert rows[0][0] == 9
+        assert rows[0] == (9, longest)
         return
     assert rows[0][0] == 3, "the beginning was not shared"
     assert rows[1][0] == 9
-    assert rows[0][1] + rows[1][1] == max(
-        generation.encode_requests(model, processor, [r])["input_ids"].shape[1] for r in requests
-    )
+    assert rows[0][1] + rows[1][1] == longest
+
+
+def questions_about_three_images():
+    pictures = image(0), image(1), image(2)
+    texts = ["what is it", "what is in the image ?", "what", "a cat", "what is it"]
+    return [request(texts[n % 5], picture) for picture in pictures for n in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -109,10 +117,43 @@ def test_beams_about_a_shared_image_equal_one_by_one(made):
 
 def test_progress_and_order(made):
     done = []
-    answers = generation.generate(*made, REQUESTS, max_new_tokens=3, batch_size=3, progress=done.append)
-    assert done == [3, 1]
-    assert len(answers) == 4
+    answers = generation.generate(*made, REQUESTS, max_new_tokens=3, max_batch_tokens=100, progress=done.append)
+    assert sum(done) == 4
+    assert len(done) > 1
+    assert answers == [generation.generate(*made, [r], max_new_tokens=3)[0] for r in REQUESTS]
     assert generation.generate(*made, [], max_new_tokens=3) == []
+
+
+def test_questions_about_an_image_share_a_batch_whatever_their_order(made):
+    """Nine questions in three batches: each image is encoded once, although its questions come apart."""
+    requests = questions_about_three_images()
+    mixed = [requests[n] for n in (0, 3, 6, 1, 4, 7, 2, 5, 8)]
+    seen = []
+    hook = made[0].vision_tower.register_forward_hook(
+        lambda m, a, kw, out: seen.append(len(kw["pixel_values"])), with_kwargs=True
+    )
+    longest = max(generation.prompt_lengths(*made, requests)) + 4
+    answers = generation.generate(*made, mixed, max_new_tokens=4, max_batch_tokens=4 * longest)
+    hook.remove()
+    assert seen == [1, 1, 1]
+    assert answers == [generation.generate(*made, [r], max_new_tokens=4)[0] for r in mixed]
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_prompt_lengths_are_those_of_the_model_inputs(made, monkeypatch, fixed):
+    monkeypatch.setattr(VLMProcessor, "fixed_image_tokens", fixed)  # as a stock model's, which needs the pixels
+    requests = [*REQUESTS, request("what", image(3, (60, 20)))]
+    expected = [generation.encode_requests(*made, [r])["input_ids"].shape[1] for r in requests]
+    assert generation.prompt_lengths(*made, requests) == expected
+
+
+def test_running_out_of_memory_says_what_to_lower(made, monkeypatch):
+    def generate(**inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(made[0], "generate", generate)
+    with pytest.raises(UserError, match=r"lower max_batch_tokens, which is 100 \(CUDA out of memory\)"):
+        generation.generate(*made, REQUESTS, max_batch_tokens=100)
 
 
 def test_sampling_options_are_passed_on(made):
@@ -124,26 +165,9 @@ def test_sampling_options_are_passed_on(made):
 
 @pytest.mark.parametrize("which", range(4))
 def test_a_stream_adds_up_to_the_answer(made, which):
-    pieces = list(generation.stream(*made, REQUESTS[which], max_new_tokens=12))
+    pieces = list(Session(*made).stream(REQUESTS[which], max_new_tokens=12))
     answer = generation.generate(*made, [REQUESTS[which]], max_new_tokens=12)[0]
     assert "".join(pieces).strip() == answer
-
-
-def test_closing_a_stream_stops_its_thread(made):
-    before = threading.active_count()
-    steps = []
-    hook = made[0].language_model.register_forward_hook(lambda *args: steps.append(1))
-    pieces = generation.stream(*made, REQUESTS[0], max_new_tokens=200)
-    next(pieces)
-    pieces.close()
-    hook.remove()
-    assert threading.active_count() == before
-    assert len(steps) < 150
-
-
-def test_an_error_in_the_stream_reaches_the_reader(made):
-    with pytest.raises(ValueError, match="temperature"):
-        list(generation.stream(*made, REQUESTS[0], do_sample=True, temperature=-1.0))
 
 
 def test_what_users_write_is_text(made):

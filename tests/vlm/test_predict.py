@@ -26,6 +26,11 @@ class Namer:
         return [f"{images[0].size[0]} wide\nand \u2028 ü" for images, _ in requests]
 
 
+@pytest.fixture(autouse=True)
+def two_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm.data.images.CHUNK", 2)
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> list[str]:
     folder = tmp_path / "photos"
@@ -37,7 +42,7 @@ def photos(tmp_path: Path) -> list[str]:
 
 
 def run(photos: list[str], output: Path, namer: Namer | None = None, **changes: Any) -> Counts:
-    settings = {"prompt": "what?", "model": "m", "batch_size": 2} | changes
+    settings = {"prompt": "what?", "model": "m"} | changes
     return predict(namer or Namer(), photos, output=output, **settings)
 
 

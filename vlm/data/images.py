@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -29,6 +31,12 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+CHUNK = 64
+CHUNK_PIXELS = 2**26  # 192 MB of RGB
+
+_T = TypeVar("_T")
 
 
 class ImageError(UserError):
@@ -82,6 +90,22 @@ def open_image(
     except Exception as error:  # as above: decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
         raise ImageError(name, f"truncated or damaged ({error})", "download or save it again") from error
     return _to_rgb(_upright(image), name)
+
+
+def chunks(groups: Iterable[tuple[_T, list[Image.Image]]]) -> Iterator[list[tuple[_T, list[Image.Image]]]]:
+    """Opened images, each list with what it belongs to, in chunks: enough to fill batches, few enough to be held in
+    memory. A chunk has up to `CHUNK` groups and `CHUNK_PIXELS` pixels, or one group that has more."""
+    chunk: list[tuple[_T, list[Image.Image]]] = []
+    held = 0
+    for group in groups:
+        pixels = sum(image.width * image.height for image in group[1])
+        if chunk and (len(chunk) == CHUNK or held + pixels > CHUNK_PIXELS):
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(group)
+        held += pixels
+    if chunk:
+        yield chunk
 
 
 def image_sha256(source: ImageSource, *, where: str = "", max_bytes: int = MAX_BYTES) -> str:

@@ -262,7 +262,7 @@ def _evaluate(
                 processor,
                 requests,
                 max_new_tokens=recipe.evaluation.max_new_tokens,
-                batch_size=recipe.evaluation.batch_size,
+                max_batch_tokens=recipe.evaluation.max_batch_tokens,
             )
 
     show(evaluate(examples, predict, recipe.evaluation.metrics, output_dir=folder, seed=recipe.seed), console)

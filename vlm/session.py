@@ -1,0 +1,161 @@
+"""A conversation that goes on from where the model is: what it has read is not read again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import DynamicCache, GenerationMixin, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from vlm.adapters import VisionStates
+from vlm.generation import Request, encode_images, fixed_image_tokens, tokenize
+
+CAUSAL_INPUTS = {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "image_sizes"}
+"""A stock model that is given no more than this has positions and a mask as a text has, so that what comes later
+changes nothing before. Token types stand for images that attend both ways (PaliGemma, Gemma 3), grids for M-RoPE."""
+
+
+class _When(StoppingCriteria):
+    """Stops every row once `event` is set."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+class Session:
+    """One conversation on one model. An answer starts from the keys and values that earlier ones left, so that of a
+    follow-up question only the question is read; the answer is the one that reading everything again would give.
+
+    Each request is the whole conversation. It is tokenized and compared with what is in the cache: from the first token
+    that differs, or the first image that is not the same object, it is read. So it may just as well be another
+    conversation. Where nothing can be kept, everything is read, as for a first question. One request at a time.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        self._cache: Any = None  # a DynamicCache
+        self._ids: list[int] = []
+        """What the cache holds the keys and values of."""
+        self._images: list[Image.Image] = []
+        """The images of the last request, and maybe of tokens in the cache."""
+        self._features: dict[int, torch.Tensor] = {}
+        """By the identity of an image of `_images`, what our own model's encoder made of it: `[1, P + h * w, D_v]`."""
+        self._grid: Any = None
+
+    def stream(self, request: Request, *, max_new_tokens: int = 256, **generate_kwargs: Any) -> Iterator[str]:
+        """The answer to a request, piece by piece as it is written; greedy unless `generate_kwargs` say otherwise."""
+        stop = Event()
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        options = {
+            "do_sample": False,
+            **generate_kwargs,
+            "max_new_tokens": max_new_tokens,
+            "streamer": streamer,
+            "stopping_criteria": StoppingCriteriaList([_When(stop)]),
+            "return_dict_in_generate": True,
+        }
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self._generate(request, options)
+            except BaseException as error:
+                failure.append(error)
+                streamer.end()
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield from streamer
+        finally:  # also when nobody reads on: a closed chat must not go on generating
+            stop.set()
+            thread.join()
+        if failure:
+            raise failure[0]
+
+    @torch.no_grad()
+    def _generate(self, request: Request, options: dict[str, Any]) -> None:
+        images = request[0]
+        fixed = fixed_image_tokens(self.model, self.processor)
+        inputs = tokenize(self.processor, [request], pixels=not fixed).to(self.model.device)
+        ids = inputs["input_ids"][0].tolist()
+        keeps = options.get("use_cache", True) and (fixed or _is_causal(self.model, inputs))
+        length, known = self._in_cache(ids, images, fixed) if keeps else (0, 0)
+        # Taken away until the answer is there: what an error leaves of a cache is good for nothing.
+        cache, self._cache = self._cache, None
+        if cache is not None and length:
+            if length < len(self._ids):
+                cache.crop(length - len(self._ids))
+            inputs["cache"] = cache
+        if fixed:
+            inputs.update(self._vision_inputs(images, known))
+        elif known:
+            inputs = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask", "cache")}
+        output = self.model.generate(**inputs, **options)
+        if keeps and isinstance(output.cache, DynamicCache) and not output.cache.offloading:
+            self._cache, self._images = output.cache, list(images)
+            # All but the last token, which nobody has read.
+            self._ids = output.sequences[0, : output.cache.get_seq_length()].tolist()
+
+    def _in_cache(self, ids: Sequence[int], images: Sequence[Image.Image], fixed: bool) -> tuple[int, int]:
+        """How many of the first tokens of a request need not be read, and how many whole images stand in them."""
+        if self._cache is None:
+            return 0, 0
+        pairs = zip(self._ids, ids[:-1], strict=False)  # one is left to predict from
+        length = next((n for n, (old, new) in enumerate(pairs) if old != new), min(len(self._ids), len(ids) - 1))
+        known = 0
+        for first, last, count in _places(self.model.config, ids, len(images), fixed):
+            old, new = self._images[known : known + count], images[known : known + count]
+            same = len(old) == len(new) == count and all(a is b for a, b in zip(old, new, strict=True))
+            if not same or last >= length:
+                length = min(length, first)
+                break
+            known += count
+        # What has slid out of a window does not come back, nor does the state of a recurrent layer.
+        croppable = all(
+            layer.is_croppable and not (slides and layer.get_seq_length() >= layer.sliding_window)
+            for layer, slides in zip(self._cache.layers, self._cache.is_sliding, strict=True)
+        )
+        return (length, known) if croppable or length == len(self._ids) else (0, 0)
+
+    def _vision_inputs(self, images: Sequence[Image.Image], known: int) -> dict[str, Any]:
+        """Features of the images after the first `known`, and what the tokens of the cache leave to look at."""
+        new = {id(image): image for image in images if id(image) not in self._features}
+        if new:
+            features, self._grid = encode_images(self.model, self.processor, list(new.values()))
+            self._features |= dict(zip(new, features.split(1), strict=True))
+        self._images = list(images)  # holds them, so that nothing else gets their identity
+        self._features = {id(image): self._features[id(image)] for image in images}
+        inputs: dict[str, Any] = {}
+        if known < len(images):
+            inputs["vision_features"] = torch.cat([self._features[id(image)] for image in images[known:]])
+            inputs["vision_grid"] = self._grid
+        if known and self.model.config.uses_cross_attention:
+            latest = self._features[id(images[known - 1])]
+            visual_tokens = self.model.get_image_features(vision_features=latest, vision_grid=self._grid)
+            first = torch.zeros(1, 1, dtype=torch.long, device=latest.device)
+            inputs["vision_states"] = VisionStates.of(visual_tokens, first)
+        return inputs
+
+
+def _is_causal(model: Any, inputs: Any) -> bool:
+    """Whether a stock model reads a text and its images from left to right, and nothing more."""
+    plain = type(model).generate is GenerationMixin.generate and not model.config.is_encoder_decoder
+    return plain and set(inputs) <= CAUSAL_INPUTS and getattr(model.config, "image_token_id", None) is not None
+
+
+def _places(config: Any, ids: Sequence[int], num_images: int, fixed: bool) -> list[tuple[int, int, int]]:
+    """Where images stand in `ids`: the first token, the last one, and how many images. The images of a stock model,
+    whose tokens and inputs are its own affair, are one place with all that comes before: known together or not at all.
+    """
+    tokens = [place for place, token in enumerate(ids) if token == config.image_token_id]
+    if not fixed:
+        return [(0, tokens[-1], max(num_images, 1))] if tokens else []
+    size = config.image_seq_length
+    return [(tokens[n], tokens[n + size - 1], 1) for n in range(0, len(tokens), size)]
