@@ -75,8 +75,7 @@ def encode_requests(model: Any, processor: Any, requests: Sequence[Request]) -> 
         tokenize=True,
         return_dict=True,
         add_generation_prompt=True,
-        sanitize_control_tokens=True,
-        **template_options(processor),
+        **template_options(processor, *(messages for _, messages in requests)),
         processor_kwargs={**options, "pixels": False} if shared else options,
     ).to(model.device)
     images = [image for row, _ in requests for image in row]

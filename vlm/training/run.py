@@ -31,6 +31,7 @@ from vlm.data.example import Example
 from vlm.data.features import FeatureCache
 from vlm.data.images import ImageError, open_image
 from vlm.data.readers import read
+from vlm.data.tree_masks import TreeMasks
 from vlm.errors import UserError
 from vlm.eval import evaluate
 from vlm.eval.summary import show
@@ -40,7 +41,7 @@ from vlm.recipe import Recipe, require_models
 from vlm.recipe_paths import home
 from vlm.training.report import environment, plot_losses
 from vlm.training.stage import Batches, cache_for, initialize_projector, merged, run_stage, training_arguments
-from vlm.tree_attention import supports_tree_attention, tree_attention
+from vlm.tree_attention import tree_attention
 
 CONTENTS = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "loss.png", "data_problems.json",
@@ -87,7 +88,7 @@ def train(
             batches = Batches(
                 _items(recipe, train_examples, processor, cache, log, console, "training"),
                 _items(recipe, validation_examples, processor, cache, log, console, "held out") if wants_loss else [],
-                TreeCollator(processor, cache, supports_tree_attention(model)),
+                TreeCollator(processor, cache, TreeMasks(model), answer_weighting=recipe.data.answer_weighting),
             )
         if recipe.model.adapter.data_dependent_init and number == 0 and not recipe.model.pretrained:
             initialize_projector(model, batches, args.device, recipe.seed)
