@@ -92,15 +92,14 @@ def run_stage(
     checkpoints = Path(tempfile.mkdtemp()) if dry_run else folder / "checkpoints" / stage.name
     args = training_arguments(recipe, stage, checkpoints)
     wants_loss = args.eval_strategy != "no"
-    rows = TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed)
-    if why := why_not_trees(trained, batches.collator, rows.rows, args.device):
+    if why := why_not_trees(trained, batches.collator, batches.train, args.device):
         console.print(
             f"no trees for {type(getattr(model, 'language_model', model)).__name__}, a row for each answer: {why}",
             markup=False,
             highlight=False,
         )
         batches = batches.one_row_an_answer()
-        rows = TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed)
+    rows = TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed)
     trainer = VLMTrainer(
         model=trained,
         args=args,
