@@ -514,9 +514,15 @@ def test_a_run_told_to_stop_says_how_to_go_on(values, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_make_one_run(values, tmp_path):
-    """As `accelerate launch` starts them: the same losses as one process with twice the rows a step."""
-    values["data"]["max_tokens_per_row"] = 1
+@pytest.mark.parametrize("weighting", ["equal_tokens", "root_answers"])
+def test_two_processes_make_one_run(values, images, tmp_path, weighting):
+    """As `accelerate launch` starts them: the same losses as one process with twice the rows a step, though the
+    processes have unequal numbers of answers."""
+    rows = [json.loads(line) for line in (images / "train.jsonl").read_text().splitlines()]
+    uneven = [row | {"captions": ["a cat", "no cat at all", "a dog", "2"][: 1 + n % 4]} for n, row in enumerate(rows)]
+    (images / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in uneven))
+    values["data"]["train"]["metadata"] = "uneven.jsonl"
+    values["data"] |= {"max_tokens_per_row": 1, "answer_weighting": weighting}
     values |= {"lora": None, "evaluation": {}}
     losses = []
     for processes in (1, 2):
