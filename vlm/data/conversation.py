@@ -99,14 +99,25 @@ def tokenize_branch(processor: Any, branch: Branch, images: Sequence[Image.Image
     """Token ids and labels of `branch`, up to the end of its last answer.
 
     What an assistant says is found by rendering the conversation up to it, with and without it. Raises ValueError if
-    the chat template does not allow that: a turn must leave the text before it as it is.
+    the chat template does not allow that: a turn must leave the text before it as it is. And if a message holds a token
+    that the processor cannot take for text.
     """
 
-    def ids(messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        encoded = encode_conversation(processor, messages, images, add_generation_prompt=add_generation_prompt)
-        return _row(encoded["input_ids"])
+    def encode(messages: Sequence[Message], add_generation_prompt: bool) -> dict[str, Any]:
+        try:
+            return encode_conversation(processor, messages, images, add_generation_prompt=add_generation_prompt)
+        except (NotImplementedError, ValueError) as error:
+            if "sanitize_control_tokens" not in template_options(processor, messages):
+                raise
+            raise ValueError(
+                f"{branch.where}: a message holds one of the model's own tokens, such as <image> or </s>, which this "
+                "model's processor cannot take for text; take it out of the message"
+            ) from error
 
-    encoded = encode_conversation(processor, branch.messages, images)
+    def ids(messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        return _row(encode(messages, add_generation_prompt)["input_ids"])
+
+    encoded = encode(branch.messages, False)
     whole = _row(encoded["input_ids"])
     given = [name for name in TOKEN_TYPES if name in encoded and name in processor.model_input_names]
     types = {name: _row(encoded[name]) for name in given}
