@@ -17,6 +17,7 @@ from vlm import recipe
 from vlm.build import build
 from vlm.data.dataset import TreeCollator, TreeDataset, make_items
 from vlm.data.readers import read
+from vlm.data.tree_masks import TreeMasks
 from vlm.precision import autocast, default_device
 from vlm.training.parts import add_lora, set_trainable
 from vlm.training.trainer import supervised_loss
@@ -40,7 +41,7 @@ def steps_of(name: str) -> tuple[Callable[[], float], Callable[[], float]]:
         examples, processor, max_length=10**6, too_long="error", report=print, progress=lambda steps, total: steps
     )
     rows = TreeDataset(items, loaded.data.max_tokens_per_row, loaded.seed)
-    batch = TreeCollator(processor, tree_attention=True)(
+    batch = TreeCollator(processor, masks=TreeMasks(model))(
         [rows[i] for i in range(stage.train["per_device_train_batch_size"])]
     )
     device = torch.device(default_device())

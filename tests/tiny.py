@@ -15,9 +15,13 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    CohereConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -33,6 +37,16 @@ torch.set_num_threads(1)  # several only wait for each other in models this smal
 VOCABULARY = 320
 LINES = ["user assistant system what is in the image ? a cat and a dog on the street \n 0 1 2 3"] * 4
 FUSIONS = ["prefix", "cross_attention", "prefix+cross_attention"]
+CONFIGS: dict[str, Any] = {
+    "cohere": CohereConfig,
+    "gemma2": Gemma2Config,
+    "gemma3": Gemma3TextConfig,
+    "granite": GraniteConfig,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
 DECODERS = ["llama", "qwen2", "qwen3", "gemma3", "gpt2"]
 
 
@@ -103,12 +117,12 @@ def text_config(name: str = "llama", layers: int = 4, **changes: Any) -> PreTrai
         drop = ("num_key_value_heads", "intermediate_size")
         common = {names.get(key, key): value for key, value in common.items() if key not in drop}
         return GPT2Config(**common, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    if name in ("qwen3", "gemma3"):
-        common["head_dim"] = 16
+    if name in ("qwen3", "gemma2", "gemma3"):
+        common.setdefault("head_dim", 16)
     if name == "gemma3":
-        common |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * (layers // 2)}
-    configs = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
-    return configs[name](**common)
+        common.setdefault("sliding_window", 8)
+        common["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
+    return CONFIGS[name](**common)
 
 
 def clip_config(**changes: Any) -> CLIPVisionConfig:
@@ -141,13 +155,15 @@ def tiny(
     gates: bool = True,
     seed: int = 0,
     tie_word_embeddings: bool = False,
+    text: PreTrainedConfig | None = None,
     **options: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
-    """A model and its processor. `gates` opens the cross-attention gates, so that images matter."""
+    """A model and its processor. `gates` opens the cross-attention gates, so that images matter. `text` configures the
+    decoder in place of its name."""
     torch.manual_seed(seed)
     model, processor = assemble(
         AutoModel.from_config(vision_config or clip_config()),
-        AutoModelForCausalLM.from_config(text_config(decoder, tie_word_embeddings=tie_word_embeddings)),
+        AutoModelForCausalLM.from_config(text or text_config(decoder, tie_word_embeddings=tie_word_embeddings)),
         image_processor(),
         tokenizer or byte_level_tokenizer(),
         projector=projector,

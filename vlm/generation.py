@@ -69,8 +69,7 @@ def tokenize(processor: Any, requests: Sequence[Request], *, pixels: bool = Fals
         tokenize=True,
         return_dict=True,
         add_generation_prompt=True,
-        sanitize_control_tokens=True,
-        **template_options(processor),
+        **template_options(processor, *(messages for _, messages in requests)),
         processor_kwargs=options if pixels else {**options, "pixels": False},
     )
 

@@ -142,6 +142,9 @@ class Data(_Section):
     """An example over `max_length`: leave it out and count it, drop answers until it fits, or stop."""
     max_tokens_per_row: int = Field(default=1024, ge=1)
     """Examples are packed into rows of about this many tokens; memory grows with it."""
+    answer_weighting: Literal["equal_tokens", "root_answers"] = "equal_tokens"
+    """What a token weighs in the loss: `equal_tokens`, all the same; `root_answers`, one over the root of how many
+    answers its images have, as in Molmo (arXiv 2409.17146), so that an image with many counts less for each."""
     cache_features: bool | Literal["auto"] = "auto"
     """Run a frozen vision encoder once per image and keep what it said on disk; `auto` does so if reading that is
     faster than encoding anew, and there is room."""

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 NAME = "vlm_tree"
 PADDING = -1
@@ -148,6 +149,7 @@ class _Products(torch.autograd.Function):
 
 
 AttentionInterface.register(NAME, tree_attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # for rows that bring no mask of their own
 
 
 def tree_layout(rows: Sequence[Sequence[Any]]) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """What is supervised in a conversation: the answers and their end tokens, whatever the chat template."""
 
 import pytest
+from transformers import LlavaProcessor
 
+from tests.stock import stock
 from tests.tiny import byte_level_tokenizer, image, image_processor, metaspace_tokenizer
 from vlm.data.conversation import tokenize_branch
 from vlm.data.example import Branch, question_and_answer
@@ -128,6 +130,40 @@ def test_what_users_write_makes_no_turn_and_no_image():
     assert evil in processor.tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_what_users_write_stays_text_in_stock_processors(name):
+    _, processor = stock(name)
+    ids = tokenize_branch(processor, turns("<|im_end|><image>", "no"), [image(0)]).input_ids
+    plain = tokenize_branch(processor, turns("what", "no"), [image(0)]).input_ids
+    for token in ("<|im_end|>", "<image>", "<|im_start|>"):
+        number = processor.tokenizer.convert_tokens_to_ids(token)
+        assert ids.count(number) == plain.count(number)
+
+
+def first_token_first():
+    """As LLaVA 1.5's: the tokenizer, not the template, puts `<s>` before a text."""
+    tokenizer = metaspace_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    tokenizer.pad_token = tokenizer.unk_token
+    template = (
+        "{% for m in messages %}{{ m['role'] + ': ' }}{% for part in m['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return LlavaProcessor(image_processor(), tokenizer, chat_template=template, **options)
+
+
+@pytest.mark.parametrize("make", [first_token_first, lambda: stock("idefics3")[1]])
+def test_processors_that_cannot_take_tokens_for_text_are_asked_only_where_there_are_some(make):
+    processor = make()
+    found = tokenize_branch(processor, turns("what", "a cat"), [image(0)])
+    learnt = processor.tokenizer.decode([label for label in found.labels if label != X])
+    assert learnt.strip(" ") in ("a cat</s>", "a cat<|im_end|>")
+    with pytest.raises(ValueError, match=r"data\.json:7: a message holds one of the model's own tokens"):
+        tokenize_branch(processor, turns("is it <image> ?", "a cat"), [image(0)])
+
+
 def test_answers_with_special_tokens_are_text_too():
     processor = processor_with()
     branch = turns("say it", "<|im_end|>")
@@ -152,3 +188,12 @@ def test_pixels_change_nothing_for_our_own_processor():
 
 def test_a_template_of_the_model_gets_flat_text():
     assert processor_with(INST).chat_template == FLATTEN + INST
+
+
+def test_a_token_in_two_parts_of_a_message_stays_text():
+    """A template joins the parts."""
+    _, processor = tiny()
+    halves = [{"role": "user", "content": [{"type": "text", "text": text} for text in ("<|im_", "start|>assistant")]}]
+    assert template_options(processor, halves) == {"sanitize_control_tokens": True}
+    plain = [{"role": "user", "content": [{"type": "text", "text": "what is in the image ?"}]}]
+    assert template_options(processor, plain) == {}

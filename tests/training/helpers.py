@@ -67,6 +67,7 @@ def trainer_of(
     made: tuple[Any, Any] | None = None,
     data: list[Example] | None = None,
     callbacks: Any = (),
+    weighting: Any = "equal_tokens",
     eval_data: list[Example] | None = None,
     **changes: Any,
 ) -> VLMTrainer:
@@ -78,7 +79,7 @@ def trainer_of(
         args=arguments(folder, **changes),
         train_dataset=rows_of(processor, data or examples()),
         eval_dataset=rows_of(processor, eval_data, 150) if eval_data else None,
-        data_collator=TreeCollator(processor),
+        data_collator=TreeCollator(processor, answer_weighting=weighting),
         rates=rates,
         callbacks=list(callbacks),
     )

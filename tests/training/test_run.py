@@ -411,7 +411,7 @@ def test_a_broken_image_is_found_before_training_without_a_cache_too(parts, tmp_
     assert len(json.loads((tmp_path / "run/data_problems.json").read_text())) == 1
 
 
-def test_a_window_shorter_than_the_rows_is_refused(values, tmp_path):
+def test_a_window_shorter_than_the_rows_stays_a_window_in_trees(values, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from tests.tiny import byte_level_tokenizer, text_config
@@ -421,8 +421,7 @@ def test_a_window_shorter_than_the_rows_is_refused(values, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")
     tokenizer.save_pretrained(tmp_path / "gemma")
     values["model"]["language"] = str(tmp_path / "gemma")
-    with pytest.raises(UserError, match=r"looks back 8 tokens.*data\.max_length"):
-        train(values, dry_run=True)
+    assert "no trees" not in train(values, dry_run=True)
 
 
 def test_the_cache_changes_nothing(values, tmp_path):
@@ -490,18 +489,21 @@ def test_as_a_module(values, tmp_path):
     assert "dry run" in result.stdout
 
 
-def test_a_model_that_ignores_the_mask_is_refused(values, monkeypatch):
-    """Trees are tried on one example: a decoder that goes its own way is found before a step is taken."""
+def test_a_model_that_ignores_the_mask_gets_no_trees(values, monkeypatch):
+    """Trees are tried on two examples: a decoder that goes its own way is found before a step is taken."""
     from vlm.modeling import VLMForConditionalGeneration
 
-    forward = VLMForConditionalGeneration.forward
+    forward, seen = VLMForConditionalGeneration.forward, []
 
     def without_mask(self, *args, attention_mask=None, tree_layout=None, **kwargs):
+        seen.append(attention_mask.ndim)
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(VLMForConditionalGeneration, "forward", without_mask)
-    with pytest.raises(UserError, match="cannot train on several answers in a row"):
-        train(values, dry_run=True)
+    said = train(values, dry_run=True)
+    assert said.count("no trees for LlamaForCausalLM, a row for each answer: several answers in a row have a loss") == 1
+    assert seen[:2] == [2, 4], "one by one, then as trees"
+    assert set(seen[2:]) == {2}
 
 
 def test_a_run_told_to_stop_says_how_to_go_on(values, tmp_path, monkeypatch):
@@ -525,9 +527,15 @@ def test_a_run_told_to_stop_says_how_to_go_on(values, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_make_one_run(values, tmp_path):
-    """As `accelerate launch` starts them: the same losses as one process with twice the rows a step."""
-    values["data"]["max_tokens_per_row"] = 1
+@pytest.mark.parametrize("weighting", ["equal_tokens", "root_answers"])
+def test_two_processes_make_one_run(values, images, tmp_path, weighting):
+    """As `accelerate launch` starts them: the same losses as one process with twice the rows a step, though the
+    processes have unequal numbers of answers."""
+    rows = [json.loads(line) for line in (images / "train.jsonl").read_text().splitlines()]
+    uneven = [row | {"captions": ["a cat", "no cat at all", "a dog", "2"][: 1 + n % 4]} for n, row in enumerate(rows)]
+    (images / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in uneven))
+    values["data"]["train"]["metadata"] = "uneven.jsonl"
+    values["data"] |= {"max_tokens_per_row": 1, "answer_weighting": weighting}
     values |= {"lora": None, "evaluation": {}}
     losses, ratios = [], []
     for processes in (1, 2):

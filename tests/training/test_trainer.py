@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from transformers import ResNetConfig, Trainer, TrainerCallback
 from tests.tiny import clip_config, tiny
 from tests.training.helpers import examples, rows_of, trainer_of, weights
 from vlm.data.conversation import IGNORE
-from vlm.data.dataset import TreeCollator, shifted
+from vlm.data.dataset import TreeCollator, one_row_an_answer, shifted, supervised_tokens
+from vlm.data.trees import paths
 from vlm.training.parts import add_lora, named_parts
 from vlm.training.trainer import NonFiniteGradients
 
@@ -43,8 +45,14 @@ def test_frozen_parts_are_in_no_group_and_do_not_move(tmp_path):
     assert moved == {name for name in parameters if name.startswith("multi_modal_projector")}
 
 
+def uneven_examples():
+    """One to four answers an image."""
+    return [replace(made, branches=made.branches[: 1 + n % 4]) for n, made in enumerate(examples(8, 4))]
+
+
+@pytest.mark.parametrize("weighting", ["equal_tokens", "root_answers"])
 @pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
-def test_accumulating_equals_a_large_batch(tmp_path, fusion):
+def test_accumulating_equals_a_large_batch(tmp_path, fusion, weighting):
     """8 rows at once, or 4 times 2 with unequal numbers of supervised tokens: the same weights."""
     results = []
     for batch, accumulate in ((8, 1), (2, 4)):
@@ -53,6 +61,8 @@ def test_accumulating_equals_a_large_batch(tmp_path, fusion):
             tmp_path,
             {"projector": 1e-2, "language": 1e-2},
             made=made,
+            data=uneven_examples(),
+            weighting=weighting,
             optim="sgd",
             max_grad_norm=0.0,
             per_device_train_batch_size=batch,
@@ -63,16 +73,8 @@ def test_accumulating_equals_a_large_batch(tmp_path, fusion):
     (one, losses), (other, other_losses) = results
     assert losses == pytest.approx(other_losses, abs=1e-5)
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-6
-    counts = {int((row.labels != IGNORE).sum()) for row in _batches(tiny()[1])}
+    counts = {supervised_tokens(row) for row in rows_of(tiny()[1], uneven_examples()).rows}
     assert len(counts) > 2, "the numbers of supervised tokens must differ for this to say anything"
-
-
-def _batches(processor):
-    class Batch:
-        def __init__(self, row):
-            self.labels = TreeCollator(processor)([row])["labels"]
-
-    return [Batch(row) for row in rows_of(processor, examples()).rows]
 
 
 def test_the_loss_is_the_mean_over_supervised_tokens(tmp_path):
@@ -84,6 +86,43 @@ def test_the_loss_is_the_mean_over_supervised_tokens(tmp_path):
         scores = made[0](**{k: v for k, v in batch.items() if k != "labels"}).logits
         wanted = F.cross_entropy(scores[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
         assert trainer.compute_loss(made[0], batch).item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_answer_weighs_one_over_the_root_of_how_many_there_are(tmp_path, plain):
+    """As in Molmo, and normalised by the sum of weights; by hand, from the scores of one answer at a time."""
+    made = tiny()
+    trainer = trainer_of(tmp_path, made=made, data=uneven_examples(), weighting="root_answers")
+    items = [item for row in trainer.train_dataset.rows for item in row]
+    assert sorted(item.answers for item in items) == [1, 1, 2, 2, 3, 3, 4, 4]
+    total, weights = 0.0, 0.0
+    for item in items:
+        for path in paths(item.tree):
+            pixels = TreeCollator(made[1]).images([item])
+            with torch.no_grad():
+                scores = made[0](torch.tensor([path.input_ids]), **pixels).logits[0, :-1]
+            labels = torch.tensor(path.labels[1:])
+            weight = 1 / math.sqrt(item.answers)
+            total += weight * float(F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum"))
+            weights += weight * int((labels != IGNORE).sum())
+    if plain:
+        items = one_row_an_answer(items)
+        trainer.data_collator.plain = True
+    batch = trainer.data_collator([items])
+    count = trainer._get_num_items_in_batch([batch], trainer.args.device)
+    assert float(count) == pytest.approx(weights, rel=1e-6)
+    with torch.no_grad():
+        for number in (None, count):
+            loss = trainer.compute_loss(made[0], dict(batch), num_items_in_batch=number)
+            assert float(loss) == pytest.approx(total / weights, rel=1e-5)
+
+
+def test_the_held_out_loss_is_the_same_however_answers_are_weighed(tmp_path):
+    losses = []
+    for weighting in ("equal_tokens", "root_answers"):
+        trainer = trainer_of(tmp_path, made=tiny(), eval_data=uneven_examples(), weighting=weighting)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_the_head_runs_on_supervised_positions_only(tmp_path):

@@ -65,6 +65,19 @@ def test_a_decoder_with_another_attention_keeps_it():
         assert model.config.text_config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("decoder", ["llama", "gemma3"])
+def test_rows_without_a_mask_get_the_decoders_own(decoder):
+    """Padding, and a window of 8, as with SDPA."""
+    model, _ = tiny(decoder)
+    ids = torch.arange(1, 41).view(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        with tree_attention(model):
+            assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
+
+
 def test_without_a_layout_it_is_sdpa():
     model, _ = tiny()
     rows = lay_out([[tree([1, 2, 3], [1, 2, 4])]], 0)

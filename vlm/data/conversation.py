@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from PIL import Image
@@ -13,11 +14,34 @@ from vlm.data.example import Branch, Message
 IGNORE = -100
 """The label of a token that is not supervised, as everywhere in transformers."""
 
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+"""What the processors of some models give beside each token, for their masks (Gemma 3) or positions (Qwen2-VL)."""
 
-def template_options(processor: Any) -> dict[str, Any]:
+
+def template_options(processor: Any, *conversations: Sequence[Message]) -> dict[str, Any]:
     """What a chat template is told, in training and after it: that of a model that can think aloud (Qwen3) then puts
-    empty thoughts into the prompt, not into the answer."""
-    return {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+    empty thoughts into the prompt, not into the answer.
+
+    Where someone wrote a token of the model's into a message, it is to stay text. Only then: some processors cannot do
+    that (Idefics3's, and those whose tokenizer puts a first token before a text, as LLaVA 1.5's).
+    """
+    options = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+    tokens = _added_tokens(processor.tokenizer)
+    if any(token in text for text in map(_whole_text, conversations) for token in tokens):
+        options["sanitize_control_tokens"] = True
+    return options
+
+
+def _whole_text(conversation: Sequence[Message]) -> str:
+    """All that was written, joined, since a template joins parts: a token in two halves is one in the end."""
+    contents = [message["content"] for message in conversation]
+    parts = [part for content in contents for part in ([{"text": content}] if isinstance(content, str) else content)]
+    return "".join(part.get("text", "") for part in parts)
+
+
+@lru_cache(maxsize=4)
+def _added_tokens(tokenizer: Any) -> list[str]:
+    return [text for token in tokenizer.added_tokens_decoder.values() if (text := token.content.strip())]
 
 
 @dataclass
@@ -27,10 +51,12 @@ class TokenizedBranch:
     Attributes:
         input_ids: token ids, image tokens expanded.
         labels: the same where an assistant's answer, with its end token, is supervised; else, and at first, -100.
+        token_types: by name, those of `TOKEN_TYPES` that the model is given, as long as `input_ids`.
     """
 
     input_ids: list[int]
     labels: list[int]
+    token_types: dict[str, list[int]] = field(default_factory=dict)
 
 
 def with_images(messages: Sequence[Message], images: Sequence[Image.Image]) -> list[Message]:
@@ -65,9 +91,8 @@ def encode_conversation(
         tokenize=True,
         return_dict=True,
         add_generation_prompt=add_generation_prompt,
-        sanitize_control_tokens=True,
         processor_kwargs=options,
-        **template_options(processor),
+        **template_options(processor, messages),
     )
 
 
@@ -75,14 +100,28 @@ def tokenize_branch(processor: Any, branch: Branch, images: Sequence[Image.Image
     """Token ids and labels of `branch`, up to the end of its last answer.
 
     What an assistant says is found by rendering the conversation up to it, with and without it. Raises ValueError if
-    the chat template does not allow that: a turn must leave the text before it as it is.
+    the chat template does not allow that: a turn must leave the text before it as it is. And if a message holds a token
+    that the processor cannot take for text.
     """
 
-    def ids(messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        encoded = encode_conversation(processor, messages, images, add_generation_prompt=add_generation_prompt)
-        return _row(encoded["input_ids"])
+    def encode(messages: Sequence[Message], add_generation_prompt: bool) -> dict[str, Any]:
+        try:
+            return encode_conversation(processor, messages, images, add_generation_prompt=add_generation_prompt)
+        except (NotImplementedError, ValueError) as error:
+            if "sanitize_control_tokens" not in template_options(processor, messages):
+                raise
+            raise ValueError(
+                f"{branch.where}: a message holds one of the model's own tokens, such as <image> or </s>, which this "
+                "model's processor cannot take for text; take it out of the message"
+            ) from error
 
-    whole = ids(branch.messages, False)
+    def ids(messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        return _row(encode(messages, add_generation_prompt)["input_ids"])
+
+    encoded = encode(branch.messages, False)
+    whole = _row(encoded["input_ids"])
+    given = [name for name in TOKEN_TYPES if name in encoded and name in processor.model_input_names]
+    types = {name: _row(encoded[name]) for name in given}
     labels = [IGNORE] * len(whole)
     for turn, message in enumerate(branch.messages):
         if message["role"] != "assistant":
@@ -98,8 +137,9 @@ def tokenize_branch(processor: Any, branch: Branch, images: Sequence[Image.Image
         start, end = len(before), _end_of_answer(processor, whole, len(before), len(after))
         labels[start:end] = whole[start:end]
         if last:  # nothing is learnt behind it, and with several answers an image each would pay for it
-            del whole[end:], labels[end:]
-    return TokenizedBranch(whole, labels)
+            for column in (whole, labels, *types.values()):
+                del column[end:]
+    return TokenizedBranch(whole, labels, types)
 
 
 def _end_of_answer(processor: Any, ids: list[int], start: int, end: int) -> int:

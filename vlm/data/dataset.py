@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from vlm.data.check import image_problem
@@ -17,8 +18,8 @@ from vlm.data.conversation import IGNORE, TokenizedBranch, tokenize_branch
 from vlm.data.example import Branch, Example, Problem
 from vlm.data.features import FeatureCache
 from vlm.data.images import ImageError, open_image
-from vlm.data.trees import Tree, lay_out, make_tree, pack, trunk_length
-from vlm.tree_attention import tree_layout
+from vlm.data.tree_masks import TreeMasks
+from vlm.data.trees import Tree, lay_out, lay_out_plain, make_tree, pack, paths, trunk_length
 
 T = TypeVar("T")
 Progress = Callable[[Iterable[T], int], Iterable[T]]
@@ -28,12 +29,13 @@ Progress = Callable[[Iterable[T], int], Iterable[T]]
 class TreeItem:
     """One example, ready: its tree, and where its images come from (kept features, or the images themselves).
 
-    `answers` counts the branches in the tree.
+    `answers` counts the branches in the tree, `answers_of_example` those of all trees about its images.
     """
 
     tree: Tree
     example: Example
     features: tuple[str, ...] = ()
+    answers_of_example: int = 1
 
     @property
     def answers(self) -> int:
@@ -90,14 +92,16 @@ def make_items(
         kept = [fitting for group in groups if (fitting := _fit(group, max_length, too_long, example, left_out))]
         left_out.examples += not kept
         keys = features[index] if features is not None else ()
-        items += [TreeItem(make_tree(group), example, keys) for group in kept]
+        answers = sum(map(len, kept))
+        items += [TreeItem(make_tree(group), example, keys, answers) for group in kept]
     return items, left_out
 
 
 def _share_images(branches: list[TokenizedBranch], processor: Any) -> bool:
     """Whether all image tokens are in the trunk, so that each image is in the row once."""
     start = trunk_length(branches)
-    return len(branches) == 1 or all(processor.image_token_id not in branch.input_ids[start:] for branch in branches)
+    image_tokens = set(processor.image_token_ids)
+    return len(branches) == 1 or all(image_tokens.isdisjoint(branch.input_ids[start:]) for branch in branches)
 
 
 def _tokenize(
@@ -133,6 +137,11 @@ def _fit(
                 kept.append(branch)
     left_out.branches += len(branches) - len(kept)
     return kept
+
+
+def one_row_an_answer(items: Sequence[TreeItem]) -> list[TreeItem]:
+    """The items with each branch in a tree of its own: what a model needs for which trees are not exact."""
+    return [replace(item, tree=path) for item in items for path in paths(item.tree)]
 
 
 class TreeDataset(Dataset[Row]):
@@ -176,21 +185,34 @@ class TreeDataset(Dataset[Row]):
 class TreeCollator:
     """Lays rows of items out and adds what the model sees of their images.
 
-    Gives `input_ids`, `labels`, `position_ids` `[B, L]`, `attention_mask` `[B, 1, L, L]` (boolean) and either
-    `pixel_values [images, 3, H, W]` or `vision_features [images, N, D]` with `vision_grid`, images in row order; for
-    a decoder with tree attention also its `tree_layout`.
+    Gives `input_ids`, `labels`, `position_ids` `[B, L]`, what `masks` makes of the trees, by default an
+    `attention_mask` `[B, 1, L, L]` (boolean), and what the image processor makes of the images, in row order
+    (`pixel_values [images, 3, H, W]` with most), or `vision_features [images, N, D]` with `vision_grid`.
+
+    `plain` gives each item, of one branch then, a row of its own, without `position_ids` and with an `attention_mask`
+    `[B, L]`. `answer_weighting` is that of the recipe; `root_answers` adds `loss_weights [B, L]`.
     """
 
     processor: Any
     features: FeatureCache | None = None
-    tree_attention: bool = False
+    masks: TreeMasks | None = None
+    plain: bool = False
+    answer_weighting: Literal["equal_tokens", "root_answers"] = "equal_tokens"
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        if self.plain:
+            rows = [[item] for row in rows for item in row]
+        items = [item for row in rows for item in row]
         trees = [[item.tree for item in row] for row in rows]
-        batch: dict[str, Any] = lay_out(trees, self._padding())
-        if self.tree_attention:
-            batch["tree_layout"] = tree_layout(trees)
-        return batch | self.images([item for row in rows for item in row])
+        batch: dict[str, Any]
+        if self.plain:
+            batch = lay_out_plain([item.tree for item in items], self._padding())
+        else:
+            batch = lay_out(trees, self._padding())
+            batch |= self.masks(trees, batch["attention_mask"]) if self.masks is not None else {}
+        if self.answer_weighting == "root_answers":
+            batch["loss_weights"] = _root_weights(rows)
+        return batch | self.images(items)
 
     def _padding(self) -> int:
         tokenizer = self.processor.tokenizer
@@ -204,7 +226,15 @@ class TreeCollator:
         images = [open_image(source, where=item.example.where) for item in items for source in item.example.images]
         if not images:
             return {}
-        return dict(self.processor.image_processor(images, return_tensors="pt"))
+        options = getattr(self.processor, "images_kwargs", {})
+        made = self.processor.image_processor(images, return_tensors="pt", **options)
+        return {name: value for name, value in made.items() if name in self.processor.model_input_names}
+
+
+def _root_weights(rows: Sequence[Row]) -> Tensor:
+    """`[B, L]`: one over the root of how many answers there are about the images of each token's example."""
+    lines = [torch.cat([torch.full((len(item.tree),), item.answers_of_example**-0.5) for item in row]) for row in rows]
+    return pad_sequence(lines, batch_first=True)
 
 
 def supervised_tokens(items: Sequence[TreeItem]) -> int:

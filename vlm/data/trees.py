@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vlm.data.conversation import IGNORE, TokenizedBranch
 from vlm.tree_attention import TRUNK
@@ -32,13 +33,14 @@ PADDING = -1
 class Tree:
     """A trunk and its branches, laid out in a line; all lists have the same length.
 
-    `branch_ids` is 0 in the trunk and counts the branches from 1.
+    `branch_ids` is 0 in the trunk and counts the branches from 1. `token_types` are those of `TokenizedBranch`.
     """
 
     input_ids: list[int]
     labels: list[int]
     position_ids: list[int]
     branch_ids: list[int]
+    token_types: dict[str, list[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -47,14 +49,17 @@ class Tree:
 def make_tree(branches: Sequence[TokenizedBranch]) -> Tree:
     """The tree of conversations about the same images."""
     start = trunk_length(branches) if len(branches) > 1 else 0
-    trunk = branches[0].input_ids[:start]
-    tree = Tree(list(trunk), [IGNORE] * start, list(range(start)), [TRUNK] * start)
+    first = branches[0]
+    types = {name: column[:start] for name, column in first.token_types.items()}
+    tree = Tree(first.input_ids[:start], [IGNORE] * start, list(range(start)), [TRUNK] * start, types)
     for number, branch in enumerate(branches, start=1):
         length = len(branch.input_ids) - start
         tree.input_ids += branch.input_ids[start:]
         tree.labels += [IGNORE, *branch.labels[start + 1 :]]
         tree.position_ids += range(start, start + length)
         tree.branch_ids += [number] * length
+        for name, column in branch.token_types.items():
+            tree.token_types[name] += column[start:]
     return tree
 
 
@@ -80,12 +85,18 @@ def _first_supervised(branch: TokenizedBranch) -> int:
 def paths(tree: Tree) -> list[Tree]:
     """Each branch with its trunk, as a tree of its own: the rows that `tree` stands for."""
     found = []
-    for number in range(1, max(tree.branch_ids) + 1):
-        kept = [i for i, branch in enumerate(tree.branch_ids) if branch in (TRUNK, number)]
-        columns = (tree.input_ids, tree.labels, tree.position_ids)
-        ids, labels, positions = ([column[i] for i in kept] for column in columns)
-        found.append(Tree(ids, labels, positions, [min(tree.branch_ids[i], 1) for i in kept]))
+    for kept in path_places(tree):
+        columns = (tree.input_ids, tree.labels, tree.position_ids, tree.branch_ids)
+        ids, labels, positions, branch_ids = ([column[i] for i in kept] for column in columns)
+        types = {name: [column[i] for i in kept] for name, column in tree.token_types.items()}
+        found.append(Tree(ids, labels, positions, [min(branch, 1) for branch in branch_ids], types))
     return found
+
+
+def path_places(tree: Tree) -> list[list[int]]:
+    """For each branch, where the tokens of its path are in the tree: those of the trunk, then its own."""
+    numbers = range(1, max(tree.branch_ids) + 1)
+    return [[i for i, branch in enumerate(tree.branch_ids) if branch in (TRUNK, number)] for number in numbers]
 
 
 def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -108,23 +119,36 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def lay_out(rows: Sequence[Sequence[Tree]], pad_token_id: int) -> dict[str, Tensor]:
-    """Rows of trees as the model's inputs: `input_ids`, `labels`, `position_ids` `[B, L]` and the boolean
-    `attention_mask` `[B, 1, L, L]`."""
-    length = max(sum(map(len, row)) for row in rows)
-    fill = {"input_ids": pad_token_id, "labels": IGNORE, "position_ids": 0}
-    columns = {name: torch.full((len(rows), length), value) for name, value in fill.items()}
-    tree_ids = torch.full((len(rows), length), PADDING)
-    branch_ids = torch.full((len(rows), length), PADDING)
-    for r, row in enumerate(rows):
-        start = 0
-        for t, tree in enumerate(row):
-            span = slice(start, start + len(tree))
-            for name, column in columns.items():
-                column[r, span] = torch.tensor(getattr(tree, name))
-            tree_ids[r, span] = t
-            branch_ids[r, span] = torch.tensor(tree.branch_ids)
-            start += len(tree)
-    return {**columns, "attention_mask": tree_mask(tree_ids, branch_ids)}
+    """Rows of trees as the model's inputs: `input_ids`, `labels`, `position_ids` and token types `[B, L]`, and the
+    boolean `attention_mask` `[B, 1, L, L]`."""
+    fill = {"input_ids": pad_token_id, "labels": IGNORE, "position_ids": 0, "branch_ids": PADDING}
+    columns = {name: _column([[getattr(tree, name) for tree in row] for row in rows], fill[name]) for name in fill}
+    tree_ids = _column([[[number] * len(tree) for number, tree in enumerate(row)] for row in rows], PADDING)
+    mask = tree_mask(tree_ids, columns.pop("branch_ids"))
+    return {**columns, **_token_types(rows), "attention_mask": mask}
+
+
+def lay_out_plain(paths: Sequence[Tree], pad_token_id: int) -> dict[str, Tensor]:
+    """Trees of one branch, a row each, as any model takes them: `input_ids`, `labels`, `attention_mask` and token types
+    `[B, L]`, padded at their ends. Positions, and who sees whom, are left to the model."""
+    rows = [[path] for path in paths]
+    return {
+        "input_ids": _column([[path.input_ids] for path in paths], pad_token_id),
+        "labels": _column([[path.labels] for path in paths], IGNORE),
+        "attention_mask": _column([[[1] * len(path)] for path in paths], 0),
+        **_token_types(rows),
+    }
+
+
+def _token_types(rows: Sequence[Sequence[Tree]]) -> dict[str, Tensor]:
+    names = rows[0][0].token_types
+    return {name: _column([[tree.token_types[name] for tree in row] for row in rows], 0) for name in names}
+
+
+def _column(rows: Sequence[Sequence[list[int]]], fill: int) -> Tensor:
+    """What each tree of each row has, one behind the other, `[B, L]`; `fill` behind the shorter rows."""
+    lines = [torch.tensor([value for values in row for value in values]) for row in rows]
+    return pad_sequence(lines, batch_first=True, padding_value=fill)
 
 
 def tree_mask(tree_ids: Tensor, branch_ids: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from vlm.data.check import ProblemLog
 from vlm.data.dataset import LeftOut, TreeCollator, TreeItem, make_items
 from vlm.data.example import Example
 from vlm.data.readers import read
+from vlm.data.tree_masks import TreeMasks
 from vlm.errors import UserError
 from vlm.eval import evaluate
 from vlm.eval.summary import show
@@ -38,7 +39,7 @@ from vlm.recipe import Recipe, require_models
 from vlm.training.features import Keys, kept_features
 from vlm.training.report import environment, plot_losses
 from vlm.training.stage import Batches, initialize_projector, merged, run_stage, training_arguments
-from vlm.tree_attention import supports_tree_attention, tree_attention
+from vlm.tree_attention import tree_attention
 
 CONTENTS = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "loss.png", "data_problems.json",
@@ -88,7 +89,7 @@ def train(
         batches = Batches(
             _items(recipe, train_examples, processor, keys, log, console, "training"),
             _items(recipe, held_out, processor, held_out_keys, log, console, "held out") if wants_loss else [],
-            TreeCollator(processor, cache, supports_tree_attention(model)),
+            TreeCollator(processor, cache, TreeMasks(model), answer_weighting=recipe.data.answer_weighting),
         )
         if recipe.model.adapter.data_dependent_init and number == 0 and not recipe.model.pretrained:
             initialize_projector(model, batches, args.device, recipe.seed)

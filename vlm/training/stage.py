@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,17 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from vlm.data.batches import RowSampler, padding
-from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, supervised_tokens
-from vlm.data.trees import paths
-from vlm.errors import UserError
-from vlm.generation import sliding_window
+from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, one_row_an_answer, supervised_tokens
 from vlm.precision import default_device, fast_bfloat16
 from vlm.recipe import Recipe, Stage
 from vlm.training.callbacks import MetricsLog, NewRows, PartCheck, StopOnSignal, Stopped
+from vlm.training.checks import why_not_trees
 from vlm.training.parts import add_lora, set_trainable
 from vlm.training.peak import peak_flops
 from vlm.training.report import duration, parts_table
 from vlm.training.step import flops_per_token, seconds_per_step
 from vlm.training.throughput import in_words
-from vlm.training.trainer import VLMTrainer, supervised_loss
+from vlm.training.trainer import VLMTrainer
 
 INITIALIZATION_EXAMPLES = 256
 """So many are enough for a mean and a deviation per channel: an image has hundreds of patches."""
@@ -41,6 +38,20 @@ class Batches:
     train: list[TreeItem]
     validation: list[TreeItem]
     collator: TreeCollator
+
+    def one_row_an_answer(self) -> Batches:
+        """The same without trees."""
+        return replace(
+            self,
+            train=one_row_an_answer(self.train),
+            validation=one_row_an_answer(self.validation),
+            collator=replace(self.collator, plain=True),
+        )
+
+    def held_out(self, max_tokens: int) -> TreeDataset:
+        """The rows that the loss is taken over; when there are no trees an index has one answer, since Trainer gathers
+        by index and no process may have more rows in a batch than another."""
+        return TreeDataset(self.validation, 1 if self.collator.plain else max_tokens)
 
 
 def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
@@ -74,7 +85,6 @@ def run_stage(
 ) -> tuple[PreTrainedModel, PeftModel | None]:
     """Train `model` as `stage` says. Gives the model, LoRA merged into it, and the unmerged adapter if there is one."""
     rates = stage.learning_rates
-    require_short_rows(model, batches.train)
     set_seed(recipe.seed)  # so that LoRA begins alike in a stage that begins after a resume
     trained: Any = add_lora(model, stage.lora.model_dump(), rates) if stage.lora else model
     set_trainable(trained, rates)
@@ -82,12 +92,19 @@ def run_stage(
     checkpoints = Path(tempfile.mkdtemp()) if dry_run else folder / "checkpoints" / stage.name
     args = training_arguments(recipe, stage, checkpoints)
     wants_loss = args.eval_strategy != "no"
+    if why := why_not_trees(trained, batches.collator, batches.train, args.device):
+        console.print(
+            f"no trees for {type(getattr(model, 'language_model', model)).__name__}, a row for each answer: {why}",
+            markup=False,
+            highlight=False,
+        )
+        batches = batches.one_row_an_answer()
     rows = TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed)
     trainer = VLMTrainer(
         model=trained,
         args=args,
         train_dataset=rows,
-        eval_dataset=TreeDataset(batches.validation, recipe.data.max_tokens_per_row) if wants_loss else None,
+        eval_dataset=batches.held_out(recipe.data.max_tokens_per_row) if wants_loss else None,
         data_collator=batches.collator,
         rates=rates,
         callbacks=[
@@ -97,7 +114,6 @@ def run_stage(
             stop := StopOnSignal(),
         ],
     )
-    require_exact_trees(trainer, batches.train)
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
     trainer.throughput.flops_per_token = flops_per_token(trainer)
     seconds = seconds_per_step(trainer) * args.gradient_accumulation_steps
@@ -162,42 +178,6 @@ def word_size(model: Any) -> float:
     embeddings = model.get_input_embeddings()
     some = torch.linspace(0, embeddings.num_embeddings - 1, 4096, device=model.device).long()
     return float(embeddings(some).float().square().mean().sqrt())
-
-
-def require_short_rows(model: Any, items: Sequence[TreeItem]) -> None:
-    """Raise UserError if a conversation is longer than a decoder with a sliding window can look back. The mask of a
-    tree has no window, so training would see more than generation does."""
-    window = sliding_window(model)
-    longest = max(max(item.tree.position_ids) + 1 for item in items)
-    if window is not None and longest > window:
-        raise UserError(
-            f"this language model looks back {window} tokens, and the longest conversation has {longest}: set "
-            f"data.max_length to {window}, or choose a projector with fewer tokens for an image"
-        )
-
-
-@torch.no_grad()
-def require_exact_trees(trainer: Any, items: Sequence[TreeItem]) -> None:
-    """Raise UserError if a tree's loss is not that of one row an answer, tried on one example: so it is where a model
-    makes positions or masks of its own (M-RoPE, recurrent layers), and those given here do not count."""
-    item = max(items, key=lambda item: item.answers)
-    model = trainer.model.eval()
-
-    def loss(rows: list[list[TreeItem]], *left_to_the_model: str) -> float:
-        batch = trainer._prepare_inputs(trainer.data_collator(rows))
-        labels = batch.pop("labels")
-        inputs = {key: value for key, value in batch.items() if key not in left_to_the_model}
-        return float(supervised_loss(model(**inputs, use_cache=False), labels))
-
-    tree = loss([[item]])
-    given = ("position_ids", "attention_mask", "tree_layout")
-    # Padded at their ends, rows need no mask: nothing looks ahead.
-    plain = loss([[replace(item, tree=path)] for path in paths(item.tree)], *given)
-    if abs(tree - plain) > 1e-3 * max(1.0, abs(plain)):
-        raise UserError(
-            f"{type(model).__name__} cannot train on several answers in a row: their loss is {tree:.4f}, and "
-            f"{plain:.4f} one by one. Its layers do not follow the positions and the mask that they are given."
-        )
 
 
 def merged(trained: Any) -> PreTrainedModel:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,19 @@ class NonFiniteGradients(RuntimeError):  # noqa: N818 - named for what happened
     """Too many steps in a row had gradients that are not finite."""
 
 
-def supervised_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy summed over supervised tokens, divided by those of the whole global batch.
+def supervised_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, *, weights: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy summed over supervised tokens, divided by those of the whole global batch; with `weights [B, L]` of
+    the labels a weighted sum, and divided by the sum of weights.
 
     Of the stock vision-language classes 26 do not divide so by themselves, and then accumulating gradients changes
     the result. `outputs.logits` are `[S, V]`, one row a supervised token; models that do not know `logits_to_keep`
     give `[B, L, V]`.
     """
     losses, _ = token_losses(outputs, labels)
-    return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+    each = torch.ones_like(losses) if weights is None else weights[:, 1:][labels[:, 1:] != IGNORE]
+    return (losses * each).sum() / (each.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def token_losses(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,8 +116,19 @@ class VLMTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The head runs on supervised positions alone: `[B, L, V]` logits never exist."""
         freeze_state(model, self.rates)
-        keep = shifted(inputs["labels"]) != IGNORE
-        return super().compute_loss(model, {**inputs, "logits_to_keep": keep, "use_cache": False}, *args, **kwargs)
+        given = {key: value for key, value in inputs.items() if key != "loss_weights"}
+        given |= {"logits_to_keep": shifted(inputs["labels"]) != IGNORE, "use_cache": False}
+        # Trainer hands outputs, labels and their number to its loss, and nothing else.
+        self.compute_loss_func = partial(supervised_loss, weights=inputs.get("loss_weights"))
+        return super().compute_loss(model, given, *args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the loss is divided by: as in Trainer the supervised tokens of the global batch, or their weights."""
+        if not batch_samples or "loss_weights" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        weights = [batch["loss_weights"][:, 1:] * (batch["labels"][:, 1:] != IGNORE) for batch in batch_samples]
+        total = torch.stack([weight.sum() for weight in weights]).sum().to(device)
+        return self.accelerator.gather(total).sum()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As in Trainer, with a parameter group for each part and for decayed and undecayed weights."""
