@@ -23,6 +23,7 @@ from vlm.data.dataset import TreeCollator, TreeDataset, make_items, supervised_t
 from vlm.data.encoding import encode_images, hash_images, keep
 from vlm.data.example import Example
 from vlm.data.images import open_image
+from vlm.data.tree_masks import TreeMasks
 from vlm.training.features import cache_for, encoder_of
 from vlm.training.peak import peak_flops
 from vlm.training.step import flops_per_token
@@ -108,7 +109,7 @@ class Ours:
         )
         rows = TreeDataset(items, ROW_TOKENS)
         self.args.gradient_accumulation_steps = len(rows)
-        return rows, TreeCollator(self.processor, cache, tree_attention=True)
+        return rows, TreeCollator(self.processor, cache, TreeMasks(self.model))
 
     def run(self, number: int) -> dict[str, Any]:
         examples, trainer = self.shape.examples(number), self.trainer

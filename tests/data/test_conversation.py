@@ -4,8 +4,8 @@ import pytest
 from transformers import LlavaProcessor
 
 from tests.stock import stock
-from tests.tiny import byte_level_tokenizer, image, image_processor, metaspace_tokenizer
-from vlm.data.conversation import tokenize_branch
+from tests.tiny import byte_level_tokenizer, image, image_processor, metaspace_tokenizer, tiny
+from vlm.data.conversation import template_options, tokenize_branch
 from vlm.data.example import Branch, question_and_answer
 from vlm.processing import FLATTEN, IMAGE_TOKEN, VLMProcessor, chat_template_for
 

@@ -9,6 +9,7 @@ from tests.tiny import tiny
 from tests.training.helpers import examples, trainer_of, weights
 from vlm.data.conversation import IGNORE
 from vlm.data.dataset import TreeCollator
+from vlm.data.tree_masks import TreeMasks
 from vlm.training.peak import peak_flops
 from vlm.training.step import flops_per_token, seconds_per_step
 from vlm.tree_attention import tree_attention
@@ -68,7 +69,7 @@ def test_flops_by_hand(tmp_path, trained, by_trees, checkpointing):
     if checkpointing:
         made[0].activation_checkpointing_enable()
         made[0].disable_input_require_grads()  # with which a frozen encoder would get a backward pass too
-    trainer.data_collator = TreeCollator(made[1], tree_attention=by_trees)
+    trainer.data_collator = TreeCollator(made[1], masks=TreeMasks(made[0]) if by_trees else None)
     trees = [item.tree for row in trainer.train_dataset.rows for item in row]
     assert len({len(tree) for tree in trees}) > 1
     wanted = sum(encoder() + projector() + decoder(tree, trained=trained, by_trees=by_trees) for tree in trees)
