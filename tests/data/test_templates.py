@@ -54,9 +54,9 @@ def branches(draw, thoughts=False, system=False):
     images = draw(st.integers(0, 2))
     parts = [{"type": "image"}] * images + [{"type": "text", "text": draw(ANSWERS)}]
     opening = draw(st.permutations(parts)) if draw(st.booleans()) else parts
-    made = []
+    made, same = [], draw(ANSWERS)  # several answers to one question begin right where the branches part
     for _ in range(draw(st.integers(1, 3))):
-        question = [*opening, {"type": "text", "text": " " + draw(ANSWERS)}]
+        question = [*opening, {"type": "text", "text": " " + draw(st.just(same) | ANSWERS)}]
         messages = [{"role": "user", "content": question}]
         for turn in range(draw(st.integers(1, 3))):
             if turn:

@@ -87,7 +87,8 @@ def test_stock_models_take_trees(name, budget):
     wanted = one_conversation_at_a_time(model, processor, examples())
     found, batch = in_trees(model, processor, examples(), budget)
     assert_close(found, wanted)
-    assert ("tree_layout" in batch) == (name != "gemma3")
+    own = {"llava": {"tree_layout"}, "gemma3": {"token_type_ids"}}.get(name, {"tree_layout", "pixel_attention_mask"})
+    assert set(batch) == {"input_ids", "position_ids", "attention_mask", "pixel_values"} | own
     assert any("vision" in key for key in found[1]), "gradients reach the encoder"
 
 
@@ -109,6 +110,22 @@ def test_gemma_3_needs_both_parts_of_its_rule():
         for mask in (causal["attention_mask"], both_ways):
             loss = supervised_loss(model(**{**batch, "attention_mask": mask}, use_cache=False), labels)
             assert float(loss) != pytest.approx(wanted, rel=1e-4)
+
+
+def test_paths_of_one_length_have_the_masks_of_their_own_images():
+    """An image of four tokens early in the one conversation, late in the other, and none in the third."""
+    model, _ = stock("gemma3")
+    trees = []
+    for start in (1, 4, 10):
+        types = [int(start <= place < start + 4) for place in range(10)]
+        branch = TokenizedBranch(list(range(10)), [X] * 9 + [9], {"token_type_ids": types})
+        trees.append(make_tree([branch]))
+    seen = TreeMasks(model)([[tree] for tree in trees], lay_out([[tree] for tree in trees], 0)["attention_mask"])
+    causal = torch.ones(10, 10, dtype=torch.bool).tril()
+    for mask, start in zip(seen["attention_mask"][:, 0], (1, 4, 10), strict=True):
+        wanted = causal.clone()
+        wanted[start : start + 4, start : start + 4] = True
+        assert torch.equal(mask, wanted)
 
 
 # --- sliding windows
