@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -41,13 +41,13 @@ class Side:
 
 @dataclass
 class Claim:
-    """`name`: that `ours` is `target` times as good as `peer`, by answers a second or by `peak` memory."""
+    """`name`: that `ours` is `target` times `peer`, by answers a second or by `peak` memory; or that our `mfu` is."""
 
     name: str
     ours: str
     peer: str
     target: str
-    measure: str = "answers"
+    measure: Literal["answers", "peak", "mfu"] = "answers"
 
 
 @dataclass
@@ -65,17 +65,20 @@ class Group:
 def training(name: str, shape: Shape, trained: str, sizes: Sequence[int], claims: list[Claim]) -> Group:
     """A group of every way to train on `shape`; `sizes` are the batch sizes that peers try."""
     rows = [{"batch_size": size} for size in sizes]
-    conversations = [{"batch_size": size} for size in (1, 2, 4) if shape.images % size == 0]
+    conversations = [{"batch_size": size} for size in (1, 2, 4)]
     eager = {"attention": "eager"}
+    choices = [*rows, *(row | eager for row in rows[:2])]
     options = {"trained": trained}
     sides = [
         Side("first epoch", "ours", options | {"cached": False}),
         Side("later epochs", "ours", options | {"cached": True}),
-        Side("TRL SFTTrainer", "trl", options, [*rows, rows[0] | eager]),
-        Side("Trainer", "trainer", options, [*rows, rows[0] | eager]),
+        Side("TRL SFTTrainer", "trl", options, choices),
+        Side("Trainer", "trainer", options, choices),
     ]
     if shape.answers > 1:
-        sides.append(Side("Trainer, turns", "turns", options, [*conversations, conversations[0] | eager]))
+        sides.append(
+            Side("Trainer, turns", "turns", options, [*conversations, *(row | eager for row in conversations[:2])])
+        )
     return Group(name, shape, sides, claims, same_loss=("first epoch", "later epochs", "TRL SFTTrainer", "Trainer"))
 
 
@@ -91,6 +94,7 @@ GROUPS = [
             Claim("first epoch, against turns", "first epoch", "Trainer, turns", "1.4"),
             Claim("later epochs, against turns", "later epochs", "Trainer, turns", "1.7"),
             Claim("peak memory, against TRL", "later epochs", "TRL SFTTrainer", "0.6", "peak"),
+            Claim("MFU", "later epochs", "later epochs", "65 %", "mfu"),
         ],
     ),
     training(
@@ -112,7 +116,38 @@ GROUPS = [
         (2, 4, 12),
         [Claim("later epochs, against TRL", "later epochs", "TRL SFTTrainer", "2")],
     ),
+    Group(
+        "evaluation, 5 questions an image",
+        Shape("questions", 8, 5),
+        [
+            Side("ours", "our evaluation"),
+            Side("generate", "generate", choices=[{"batch_size": size} for size in (1, 5, 20)]),
+        ],
+        [
+            Claim("against `generate`, its best batch size", "ours", "generate", "4"),
+        ],
+    ),
+    Group(
+        "chat, first token of the second answer",
+        Shape("questions", 5, 2),
+        [Side("ours", "our chat"), Side("re-prefilling", "re-prefilling")],
+        [Claim("against re-prefilling", "ours", "re-prefilling", "5")],
+    ),
+    *(
+        training(
+            f"LLM frozen, {answers} answers an image, for the plot",
+            Shape("captions", 4, answers),
+            "projector",
+            (4,),
+            [],
+        )
+        for answers in (2, 10)
+    ),
 ]
+
+
+class WorkerDied(RuntimeError):  # noqa: N818 - named for what happened
+    """A side's process is gone without an answer."""
 
 
 class Worker:
@@ -133,7 +168,10 @@ class Worker:
         assert self.process.stdout
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        if not line:
+            raise WorkerDied(f"{self.side.name} {self.choice} was killed, perhaps for its memory")
+        answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(f"{self.side.name} {self.choice}:\n{answer['error']}")
         return answer
@@ -147,38 +185,40 @@ class Worker:
 
 
 @contextmanager
-def fastest(side: Side, shape: Shape, bf16: bool, tried: dict[str, list]) -> Iterator[Worker]:
+def fastest(side: Side, shape: Shape, bf16: bool, tried: list[dict[str, Any]]) -> Iterator[Worker]:
     """The worker of the fastest choice, warm. What was tried goes into `tried`, with its seconds."""
-    best: Worker | None = None
-    least = float("inf")
-    for choice in side.choices:
-        worker = Worker(side, choice, shape, bf16)
-        worker.run(0)
-        if len(side.choices) > 1:
-            seconds = worker.run(1)["seconds"]
-            tried.setdefault(side.name, []).append({**choice, "seconds": seconds})
-            console.print(f"  {side.name} {choice}: {seconds:.1f} s", highlight=False)
-        else:
-            seconds = 0.0
-        if seconds < least:
-            least, worker, best = seconds, best, worker  # type: ignore[assignment]
-        if worker is not None:
-            worker.close()
-    assert best is not None
+    best, least = None, float("inf")
     try:
+        for choice in side.choices:
+            worker = Worker(side, choice, shape, bf16)
+            try:
+                result = worker.run(0)  # warms it up, too
+                seconds, peak = result["seconds"], result["peak"]
+            except WorkerDied as death:
+                console.print(f"  {death}", highlight=False, style="yellow")
+                seconds, peak = float("inf"), 0
+            tried.append({"name": side.name, **choice, "seconds": seconds, "peak": peak})
+            console.print(f"  {side.name} {choice}: {seconds:.1f} s, {peak / 1e9:.1f} GB", highlight=False)
+            slower, best = (best, worker) if seconds < least else (worker, best)
+            least = min(least, seconds)
+            if slower is not None:
+                slower.close()
+        if best is None:
+            raise WorkerDied(f"{side.name}: no choice of {list(side.choices)} got through")
         yield best
     finally:
-        best.close()
+        if best is not None:
+            best.close()
 
 
 def run_group(group: Group, repeats: int, bf16: bool) -> dict[str, Any]:
     """Everything measured in a group: for each side the seconds and peaks of the repeats, and its best choice."""
     console.print(group.name, style="bold", highlight=False)
     found: dict[str, list[dict[str, Any]]] = {side.name: [] for side in group.sides}
-    tried: dict[str, list] = {}
+    tried: list[dict[str, Any]] = []
     with ExitStack() as stack:
         workers = [stack.enter_context(fastest(side, group.shape, bf16, tried)) for side in group.sides]
-        for repeat in range(2, 2 + repeats):
+        for repeat in range(1, 1 + repeats):
             for worker in workers:
                 result = worker.run(repeat)
                 found[worker.side.name].append(result)
@@ -195,6 +235,9 @@ def _require_same_work(group: Group, found: dict[str, list[dict[str, Any]]], bf1
         if len(set(counts.values())) > 1:
             raise RuntimeError(f"{group.name}: the supervised tokens differ: {counts}")
         losses = [result["loss"] for name, result in zip(found, results, strict=True) if name in group.same_loss]
+        answers = [result["answers"] for result in results if "answers" in result]
+        if not bf16 and any(found != answers[0] for found in answers):
+            raise RuntimeError(f"{group.name}: the answers differ: {answers}")
         if losses and max(losses) - min(losses) > (2e-2 if bf16 else 1e-4) * max(losses):
             raise RuntimeError(f"{group.name}: the losses differ: {losses}")
 
@@ -202,6 +245,10 @@ def _require_same_work(group: Group, found: dict[str, list[dict[str, Any]]], bf1
 def row_of(claim: Claim, measured: dict[str, Any]) -> str:
     """A line of the table: medians of both sides, the median of the ratios of neighbours, and their range."""
     ours, peer = (measured["results"][name] for name in (claim.ours, claim.peer))
+    if claim.measure == "mfu":
+        shares = [result["mfu"] for result in ours]
+        spread = f"{min(shares):.0%} to {max(shares):.0%}"
+        return f"| {claim.name} | {statistics.median(shares):.0%} ({spread}) | | | {claim.target} |"
     answers = measured["shape"]["images"] * measured["shape"]["answers"]
     if claim.measure == "peak":
         sides = [[result["peak"] / 1e9 for result in results] for results in (ours, peer)]
