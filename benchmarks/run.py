@@ -3,7 +3,8 @@
 Each group of comparisons runs its sides in alternation, each in a process of its own that waits while another works,
 and takes medians. Peers try several batch sizes and attention implementations first, and the fastest goes on. Whatever
 works on the same rows must report the same number of supervised tokens and the same loss. Tables and a plot are written
-into `runs/benchmarks/`, with the figures of the machine. Needs what `vlm quickstart` fetches, and `pip install trl`.
+into `runs/benchmarks/`, with the figures of the machine. Needs what `vlm quickstart` fetches, and
+`pip install -e '.[benchmarks]'`.
 """
 
 from __future__ import annotations
@@ -265,19 +266,46 @@ def row_of(claim: Claim, measured: dict[str, Any]) -> str:
 def table(groups: Sequence[Group], measured: dict[str, Any]) -> str:
     lines = []
     for group in groups:
-        if group.name not in measured:
+        if group.name not in measured or not group.claims:
             continue
         lines += [f"**{group.name}** ({group.shape.images} images a step)", ""]
         lines += ["| comparison | ours | peer | ratio (range) | target |", "| --- | --- | --- | --- | --- |"]
         lines += [row_of(claim, measured[group.name]) for claim in group.claims]
         chosen = {name: choice for name, choice in measured[group.name]["chosen"].items() if choice}
         best = "; ".join(f"{name} {_words(choice)}" for name, choice in chosen.items())
-        lines += ["", f"The fastest settings of the peers: {best}.", ""]
+        lines += ["", *([f"The fastest settings of the peers: {best}.", ""] if best else [])]
     return "\n".join(lines)
 
 
 def _words(choice: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in choice.items())
+
+
+def plot(measured: dict[str, Any], path: Path) -> None:
+    """Answers a second against answers an image, for each side of the groups with a frozen language model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines: dict[str, dict[int, float]] = {}
+    for name, group in measured.items():
+        if name.startswith("LLM frozen"):
+            answers = group["shape"]["answers"]
+            for side, results in group["results"].items():
+                seconds = statistics.median(result["seconds"] for result in results)
+                lines.setdefault(side, {})[answers] = group["shape"]["images"] * answers / seconds
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for side, points in lines.items():
+        counts = sorted(points)
+        label = f"vlm, {side}" if side.endswith(("epoch", "epochs")) else side
+        axes.plot(counts, [points[count] for count in counts], marker="o", label=label)
+    axes.set(xlabel="answers an image", ylabel="answers a second", xticks=[1, 2, 5, 10], ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -297,6 +325,7 @@ def main() -> None:
         path.write_text(json.dumps(measured, indent=1))
     text = table(GROUPS, measured)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
+    plot(measured, path.with_suffix(".png"))
     console.print(text, markup=False, highlight=False)
 
 

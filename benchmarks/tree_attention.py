@@ -18,7 +18,7 @@ from vlm.build import build
 from vlm.data.dataset import TreeCollator, TreeDataset, make_items
 from vlm.data.readers import read
 from vlm.data.tree_masks import TreeMasks
-from vlm.precision import autocast, default_device
+from vlm.precision import default_device, fast_bfloat16
 from vlm.training.parts import add_lora, set_trainable
 from vlm.training.trainer import supervised_loss
 from vlm.tree_attention import tree_attention
@@ -57,7 +57,7 @@ def steps_of(name: str) -> tuple[Callable[[], float], Callable[[], float]]:
     set_trainable(trained, stage.learning_rates)
 
     def step(**more: object) -> float:
-        with autocast(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device.type)):
             outputs = trained(
                 **inputs, **more, vision_features=features, vision_grid=grid, logits_to_keep=keep, use_cache=False
             )

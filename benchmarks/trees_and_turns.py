@@ -22,7 +22,7 @@ from vlm import generation, recipe
 from vlm.data.example import Example
 from vlm.data.readers import read
 from vlm.eval import evaluate
-from vlm.precision import autocast
+from vlm.precision import generation_in_bfloat16
 from vlm.quickstart import write_stamp_splits
 from vlm.recipe_paths import home
 from vlm.training.run import train
@@ -112,12 +112,10 @@ def run(name: str, seed: int, way: str, console: Console) -> np.ndarray:
         model, processor = generation.load(str(folder))
 
         def predict(requests: list) -> list[str]:
-            with autocast(model.device):
-                return generation.generate(
-                    model, processor, requests, max_new_tokens=task.max_new_tokens, batch_size=64
-                )
+            return generation.generate(model, processor, requests, max_new_tokens=task.max_new_tokens)
 
-        evaluate(score_on, predict, [task.metric], output_dir=folder / "scores", seed=seed, blind=False)
+        with generation_in_bfloat16(model):
+            evaluate(score_on, predict, [task.metric], output_dir=folder / "scores", seed=seed, blind=False)
     lines = (folder / "scores" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in lines]
     numbers = {image: i for i, image in enumerate(dict.fromkeys(row["image_id"] for row in found))}

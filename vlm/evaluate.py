@@ -59,24 +59,19 @@ def run(
         console.print(f"left out: {len(problems) - 5} more; `vlm data check` lists them")
 
     from vlm import generation
-    from vlm.precision import autocast
+    from vlm.precision import generation_in_bfloat16
 
     with console.status("loading the model"):
         network, processor = generation.load(model)
     folder = output or (Path(model) if Path(model).is_dir() else Path()) / f"evaluation-{label}"
 
     def predict(requests: list[Any]) -> list[str]:
-        with autocast(network.device):  # as at the end of training, so that the scores are the same
-            return generation.generate(
-                network, processor, requests, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens
-            )
+        return generation.generate(
+            network, processor, requests, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens
+        )
 
-    summary = score(
-        examples,
-        predict,
-        list(metrics),
-        output_dir=folder,
-    )
+    with generation_in_bfloat16(network):  # as at the end of training, so that the scores are the same
+        summary = score(examples, predict, list(metrics), output_dir=folder)
     show(summary, console)
     console.print(f"every answer: {folder / 'samples.html'}", markup=False, highlight=False, soft_wrap=True)
     return summary

@@ -39,7 +39,7 @@ def checkpoint_of(name_or_path: str) -> str:
 def load(
     name_or_path: str, *, device: str | None = None, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Any]:
-    """Model, in evaluation mode, and processor of a run folder, a checkpoint folder or a Hub name."""
+    """Model, frozen and in evaluation mode, and processor of a run folder, a checkpoint folder or a Hub name."""
     source = checkpoint_of(name_or_path)
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -49,7 +49,8 @@ def load(
             )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {name_or_path!r} as a run, a checkpoint folder or a Hub name: {error}") from None
-    return model.to(device or default_device()).eval(), processor  # type: ignore[arg-type]  # a string is a device
+    model = model.to(device or default_device()).eval()  # type: ignore[arg-type]  # a string is a device
+    return model.requires_grad_(False), processor
 
 
 def fixed_image_tokens(model: Any, processor: Any) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,11 +20,6 @@ def fast_bfloat16(device: str) -> bool:
     if device == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
-
-
-def autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Computing as training on `device` does unless its recipe says otherwise: in bfloat16 where that is fast."""
-    return torch.autocast(device.type, torch.bfloat16) if fast_bfloat16(device.type) else nullcontext()
 
 
 @contextmanager
@@ -49,6 +45,17 @@ def frozen_layers_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, weights in before:
             parameter.data = weights
+
+
+@contextmanager
+def generation_in_bfloat16(model: Any, enabled: bool | None = None) -> Iterator[None]:
+    """Within it `model`, whose weights are frozen, answers in bfloat16 under autocast, as it was trained; by default
+    where that is fast."""
+    if fast_bfloat16(model.device.type) if enabled is None else enabled:
+        with torch.autocast(model.device.type, torch.bfloat16), frozen_layers_in(torch.bfloat16, model):
+            yield
+    else:
+        yield
 
 
 def default_device() -> str:

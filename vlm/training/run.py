@@ -12,11 +12,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import PartialState
 from rich.console import Console
@@ -34,7 +32,7 @@ from vlm.errors import UserError
 from vlm.eval import evaluate
 from vlm.eval.summary import show
 from vlm.loading import no_loading_bar
-from vlm.precision import default_device
+from vlm.precision import default_device, generation_in_bfloat16
 from vlm.recipe import Recipe, require_models
 from vlm.training.features import Keys, kept_features
 from vlm.training.report import environment, plot_losses
@@ -254,16 +252,16 @@ def _evaluate(
 ) -> None:
     """Score by generation, sighted and blind, in the precision that was trained in."""
     network: Any = model.to(args.device).eval()  # type: ignore[arg-type]  # a device is a device
-    precision = torch.autocast(args.device.type, torch.bfloat16) if args.bf16 else nullcontext()
 
     def predict(requests: list[Any]) -> list[str]:
-        with precision:
-            return generation.generate(
-                network,
-                processor,
-                requests,
-                max_new_tokens=recipe.evaluation.max_new_tokens,
-                max_batch_tokens=recipe.evaluation.max_batch_tokens,
-            )
+        return generation.generate(
+            network,
+            processor,
+            requests,
+            max_new_tokens=recipe.evaluation.max_new_tokens,
+            max_batch_tokens=recipe.evaluation.max_batch_tokens,
+        )
 
-    show(evaluate(examples, predict, recipe.evaluation.metrics, output_dir=folder, seed=recipe.seed), console)
+    with generation_in_bfloat16(network, args.bf16):
+        summary = evaluate(examples, predict, recipe.evaluation.metrics, output_dir=folder, seed=recipe.seed)
+    show(summary, console)
