@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.tiny import encode, image, tiny, user
-from vlm.precision import frozen_layers_in
+from vlm.precision import frozen_layers_in, generation_in_bfloat16
 from vlm.training.parts import add_lora, set_trainable
 
 LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "use_rslora": False, "target_modules": "all-linear"}
@@ -55,3 +55,15 @@ def test_an_embedding_stays_as_it_is():
     with frozen_layers_in(torch.bfloat16, model):
         assert model.get_input_embeddings().weight.dtype == torch.float32
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_generation_computes_as_autocast_does():
+    model, processor = tiny()
+    model.requires_grad_(False)
+    inputs = encode(processor, [[user(image(), "what is in the image ?")]])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**inputs).logits
+    with generation_in_bfloat16(model, True):
+        assert torch.equal(model(**inputs).logits, expected)
+    with generation_in_bfloat16(model, False):
+        assert not torch.equal(model(**inputs).logits, expected)
