@@ -84,9 +84,7 @@ def timed(trainer: Trainer) -> dict[str, Any]:
 class Ours:
     """Trees, tree attention and kept features. With `cached`, images were encoded and words tokenized before."""
 
-    def __init__(
-        self, shape: Shape, trained: str, bf16: bool, *, cached: bool, max_tokens_per_row: int = 4096
-    ) -> None:
+    def __init__(self, shape: Shape, trained: str, bf16: bool, *, cached: bool, max_tokens_per_row: int = 4096) -> None:
         self.shape, self.cached, self.max_tokens_per_row = shape, cached, max_tokens_per_row
         self.model, self.processor = workload.ours()
         set_trained(self.model, trained)
