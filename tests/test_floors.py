@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
         "",
     },
     {"data"},
-    {"batches"},
+    {"batches", "shared_prefix"},
     {"generation"},
     {"session"},
     {"eval"},

@@ -18,6 +18,7 @@ from vlm.data.example import Message
 from vlm.errors import UserError
 from vlm.loading import no_loading_bar
 from vlm.precision import default_device
+from vlm.shared_prefix import SharedPrefixLayer, can_share_prefix, shared_prefix
 
 Request = tuple[list[Image.Image], list[Message]]
 """Images, and messages that end with the user's. Image parts take the images in order."""
@@ -146,7 +147,11 @@ def share_trunk(model: Any, inputs: Any, requests: Sequence[Request], max_new_to
     outputs = model(input_ids=trunk.expand(len(first), -1), use_cache=True, logits_to_keep=1, **images)
     order = {key: position for position, key in enumerate(first)}
     chosen = torch.tensor([order[key] for key in keys], device=trunk.device)
-    outputs.cache.batch_select_indices(chosen)
+    cache = outputs.cache
+    if can_share_prefix(model, cache):
+        cache.layers = [SharedPrefixLayer(layer, chosen) for layer in cache.layers]
+    else:
+        cache.batch_select_indices(chosen)
     rest = [ids[length:] for ids in rows]
     padding = model.generation_config.pad_token_id or 0
     ids = pad_sequence(rest, batch_first=True, padding_value=padding, padding_side="left")
@@ -155,7 +160,7 @@ def share_trunk(model: Any, inputs: Any, requests: Sequence[Request], max_new_to
     return {
         "input_ids": torch.cat([shared, ids], dim=1),
         "attention_mask": torch.cat([torch.ones_like(shared), mask], dim=1),
-        "cache": outputs.cache,
+        "cache": cache,
         "vision_states": outputs.vision_states and outputs.vision_states.select(chosen),
     }
 
@@ -223,6 +228,7 @@ def _answers(model: Any, processor: Any, batch: Sequence[Request], options: dict
     inputs = encode_requests(model, processor, batch)
     if _one_continuation(model, options):
         inputs = share_trunk(model, inputs, batch, options["max_new_tokens"])
-    output = model.generate(**inputs, **options)
+    with shared_prefix(model, inputs.get("cache")):
+        output = model.generate(**inputs, **options)
     new = output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
