@@ -37,6 +37,13 @@ torch.set_num_threads(1)  # several only wait for each other in models this smal
 VOCABULARY = 320
 LINES = ["user assistant system what is in the image ? a cat and a dog on the street \n 0 1 2 3"] * 4
 FUSIONS = ["prefix", "cross_attention", "prefix+cross_attention"]
+PROJECTOR_OPTIONS: dict[str, dict[str, Any]] = {
+    "average_pool": {"num_image_tokens": 4},
+    "c_abstractor": {"num_image_tokens": 4, "hidden_size": 16, "depth": 2},
+    "resampler": {"num_image_tokens": 5},
+    "qformer": {"num_image_tokens": 5, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4},
+}
+"""What makes each projector small, and fit for a grid of 4 x 4."""
 CONFIGS: dict[str, Any] = {
     "cohere": CohereConfig,
     "gemma2": Gemma2Config,

@@ -23,6 +23,7 @@ import vlm  # noqa: F401 - registers the Auto classes
 from tests.tiny import (
     DECODERS,
     FUSIONS,
+    PROJECTOR_OPTIONS,
     clip_config,
     encode,
     image,
@@ -36,8 +37,6 @@ from vlm.adapters import PROJECTORS
 from vlm.configuration import VLMConfig
 from vlm.encoder import vision_config_of
 from vlm.modeling import VLMForConditionalGeneration
-
-OPTIONS = {"average_pool": {"num_image_tokens": 4}, "resampler": {"num_image_tokens": 5}}
 
 
 def batch(processor, *conversations):
@@ -329,7 +328,7 @@ def test_decoders_and_fusions_are_the_same_when_loaded(decoder, fusion, tmp_path
 
 @pytest.mark.parametrize("projector", PROJECTORS)
 def test_projectors_are_the_same_when_loaded(projector, tmp_path):
-    spec = {"type": projector, **OPTIONS.get(projector, {})}
+    spec = {"type": projector, **PROJECTOR_OPTIONS.get(projector, {})}
     model, processor = tiny(fusion="prefix+cross_attention", projector=spec)
     again, _ = same_after_saving(model, processor, tmp_path)
     assert again.config.projector == spec
