@@ -36,7 +36,8 @@ torch.set_num_threads(1)  # several only wait for each other in models this smal
 
 VOCABULARY = 320
 LINES = ["user assistant system what is in the image ? a cat and a dog on the street \n 0 1 2 3"] * 4
-FUSIONS = ["prefix", "cross_attention", "prefix+cross_attention"]
+FUSIONS = ["prefix", "cross_attention", "cross_attention_layers", "prefix+cross_attention"]
+"""What `tiny` takes: `cross_attention` has Flamingo's blocks, `cross_attention_layers` is the same with Mllama's."""
 PROJECTOR_OPTIONS: dict[str, dict[str, Any]] = {
     "average_pool": {"num_image_tokens": 4},
     "c_abstractor": {"num_image_tokens": 4, "hidden_size": 16, "depth": 2},
@@ -168,6 +169,8 @@ def tiny(
     """A model and its processor. `gates` opens the cross-attention gates, so that images matter. `text` configures the
     decoder in place of its name."""
     torch.manual_seed(seed)
+    if fusion == "cross_attention_layers":
+        fusion, options = "cross_attention", {"cross_attention_layers": [1, 4], **options}
     model, processor = assemble(
         AutoModel.from_config(vision_config or clip_config()),
         AutoModelForCausalLM.from_config(text or text_config(decoder, tie_word_embeddings=tie_word_embeddings)),

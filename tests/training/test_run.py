@@ -467,9 +467,15 @@ def test_the_projector_can_start_at_random(values, tmp_path):
     assert not model.multi_modal_projector.standardize.mean.any()
 
 
-@pytest.mark.parametrize("fusion", ["cross_attention", "prefix+cross_attention"])
-def test_cross_attention_trains(values, fusion):
-    model = values["model"] | {"adapter": {"fusion": fusion, "cross_attention_every": 2}}
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"fusion": "cross_attention", "cross_attention_every": 2},
+        {"fusion": "prefix+cross_attention", "cross_attention_layers": [1]},
+    ],
+)
+def test_cross_attention_trains(values, adapter):
+    model = values["model"] | {"adapter": adapter}
     trainable = {"projector": 1e-2, "fusion": 1e-2}
     train(values | {"model": model, "trainable": trainable, "lora": None, "evaluation": {}})
 

@@ -264,7 +264,7 @@ def _some_logits(model, processor):
 
 
 @pytest.mark.parametrize("decoder", ["llama", "gpt2"])
-@pytest.mark.parametrize("fusion", ["prefix", "prefix+cross_attention"])
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention_layers", "prefix+cross_attention"])
 def test_lora_merged_equals_adapted_and_its_folder_loads_again(tmp_path, decoder, fusion):
     from peft import PeftModel
 
