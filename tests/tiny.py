@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from vlm.adapters import PROJECTORS
 from vlm.build import assemble
 from vlm.modeling import VLMForConditionalGeneration
 from vlm.processing import VLMProcessor
@@ -38,13 +40,10 @@ VOCABULARY = 320
 LINES = ["user assistant system what is in the image ? a cat and a dog on the street \n 0 1 2 3"] * 4
 FUSIONS = ["prefix", "cross_attention", "cross_attention_layers", "prefix+cross_attention"]
 """What `tiny` takes: `cross_attention` has Flamingo's blocks, `cross_attention_layers` is the same with Mllama's."""
-PROJECTOR_OPTIONS: dict[str, dict[str, Any]] = {
-    "average_pool": {"num_image_tokens": 4},
-    "c_abstractor": {"num_image_tokens": 4, "hidden_size": 16, "depth": 2},
-    "resampler": {"num_image_tokens": 5},
-    "qformer": {"num_image_tokens": 5, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4},
+SMALL: dict[str, dict[str, Any]] = {
+    "c_abstractor": {"hidden_size": 16, "depth": 2},
+    "qformer": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4},
 }
-"""What makes each projector small, and fit for a grid of 4 x 4."""
 CONFIGS: dict[str, Any] = {
     "cohere": CohereConfig,
     "gemma2": Gemma2Config,
@@ -151,6 +150,12 @@ def clip_config(**changes: Any) -> CLIPVisionConfig:
 
 def image_processor(size: int = 32) -> CLIPImageProcessor:
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def small_projector(name: str) -> dict[str, Any]:
+    """The projector `name` with few weights, and with 4 tokens if it can be told how many."""
+    fixed = "num_image_tokens" in inspect.signature(PROJECTORS[name]).parameters
+    return {"type": name, **({"num_image_tokens": 4} if fixed else {}), **SMALL.get(name, {})}
 
 
 def tiny(

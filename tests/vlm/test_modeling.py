@@ -23,12 +23,12 @@ import vlm  # noqa: F401 - registers the Auto classes
 from tests.tiny import (
     DECODERS,
     FUSIONS,
-    PROJECTOR_OPTIONS,
     clip_config,
     encode,
     image,
     logits,
     open_gates,
+    small_projector,
     text_config,
     tiny,
     user,
@@ -246,7 +246,7 @@ def test_features_kept_from_an_earlier_run_are_as_good_as_pixels(strategy):
 @pytest.mark.parametrize("projector", ["average_pool", "c_abstractor", "resampler", "qformer"])
 @pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
 def test_projectors_with_a_fixed_number_of_tokens_take_images_of_any_size(projector, fusion):
-    model, processor = tiny(fusion=fusion, projector={"type": projector, **PROJECTOR_OPTIONS[projector]})
+    model, processor = tiny(fusion=fusion, projector=small_projector(projector))
     inputs = dict(batch(processor, (image(0), "what", image(1))))
     pixels = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -374,7 +374,7 @@ def test_decoders_and_fusions_are_the_same_when_loaded(decoder, fusion, tmp_path
 
 @pytest.mark.parametrize("projector", PROJECTORS)
 def test_projectors_are_the_same_when_loaded(projector, tmp_path):
-    spec = {"type": projector, **PROJECTOR_OPTIONS.get(projector, {})}
+    spec = small_projector(projector)
     model, processor = tiny(fusion="prefix+cross_attention", projector=spec)
     again, _ = same_after_saving(model, processor, tmp_path)
     assert again.config.projector == spec
