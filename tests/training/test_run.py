@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from typer.testing import CliRunner
 
-from tests.tiny import image
+from tests.tiny import image, small_projector
 from tests.training.helpers import TRAIN, recipe_values, save_images, save_parts
 from vlm import generation, recipe
 from vlm.cli import app
@@ -465,6 +465,13 @@ def test_the_projector_can_start_at_random(values, tmp_path):
     train(values | {"evaluation": {}})
     model, _ = generation.load(str(tmp_path / "run"), device="cpu")
     assert not model.multi_modal_projector.standardize.mean.any()
+
+
+@pytest.mark.parametrize("projector", ["c_abstractor", "resampler", "qformer"])
+def test_projectors_with_layers_of_their_own_train(values, projector):
+    """The part check of a run stops it if they do not."""
+    model = values["model"] | {"adapter": {"projector": small_projector(projector)}}
+    train(values | {"model": model, "trainable": {"projector": 1e-2}, "lora": None, "evaluation": {}})
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,10 @@ def test_without_any_rate_it_is_the_trainers_default(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("text", [GOOD, STAGES])
+MLLAMA = GOOD.replace("data:\n", "  adapter: {fusion: cross_attention, cross_attention_layers: [1]}\ndata:\n")
+
+
+@pytest.mark.parametrize("text", [GOOD, STAGES, MLLAMA])
 def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -> None:
     first = load(tmp_path, text)
     again = load(tmp_path, yaml.safe_dump(first.resolved(), sort_keys=False))
