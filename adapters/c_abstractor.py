@@ -18,24 +18,24 @@ class ConvBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
         squeezed = round(in_channels / 4)
-        self.linear_1 = nn.Linear(in_channels, channels, bias=False)
-        self.norm_1 = nn.LayerNorm(channels)
+        self.linear_in = nn.Linear(in_channels, channels, bias=False)
+        self.norm_in = nn.LayerNorm(channels)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
-        self.norm_2 = nn.LayerNorm(channels)
+        self.norm_conv = nn.LayerNorm(channels)
         self.squeeze = nn.Linear(channels, squeezed)
         self.excite = nn.Linear(squeezed, channels)
-        self.linear_3 = nn.Linear(channels, channels, bias=False)
-        self.norm_3 = nn.LayerNorm(channels)
+        self.linear_out = nn.Linear(channels, channels, bias=False)
+        self.norm_out = nn.LayerNorm(channels)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != channels:
             self.shortcut = nn.Sequential(nn.Linear(in_channels, channels, bias=False), nn.LayerNorm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        found = F.silu(self.norm_1(self.linear_1(x)))
+        found = F.silu(self.norm_in(self.linear_in(x)))
         found = self.conv(found.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        found = F.silu(self.norm_2(found))
+        found = F.silu(self.norm_conv(found))
         weights = self.excite(F.silu(self.squeeze(found.mean(dim=(1, 2), keepdim=True)))).sigmoid()
-        return F.silu(self.norm_3(self.linear_3(found * weights)) + self.shortcut(x))
+        return F.silu(self.norm_out(self.linear_out(found * weights)) + self.shortcut(x))
 
 
 class CAbstractorProjector(Projector):

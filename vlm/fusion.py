@@ -1,7 +1,7 @@
 """Cross-attention fusion: gated blocks put between the layers of any decoder that forwards keyword arguments.
 
-Flamingo's blocks stand before every so-manieth layer, Llama 3.2 Vision's at given positions. What is put in changes
-nothing in the decoder's own list of layers, so that caches and masks, which count them, need not know.
+Flamingo's blocks come at regular distances, Llama 3.2 Vision's at given positions. Each is put in with the decoder
+layer that follows it, so that caches and masks, which count the decoder's own layers, need not know.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ def insert_cross_attention(
         if cross_attention_layers is None:
             block = FlamingoBlock(hidden_size, heads, index, eps)
         else:
-            groups = math.gcd(heads, getattr(config, "num_key_value_heads", None) or heads)
+            key_value_heads = math.gcd(heads, getattr(config, "num_key_value_heads", None) or heads)
             intermediate_size = getattr(config, "intermediate_size", None) or 4 * hidden_size
-            block = MllamaBlock(hidden_size, heads, groups, intermediate_size, index, eps)
+            block = MllamaBlock(hidden_size, heads, key_value_heads, intermediate_size, index, eps)
         layers[index] = FusedDecoderLayer(layers[index], block)
 
 

@@ -19,9 +19,9 @@ def take_weights(ours, theirs):
 
 
 def take_block(ours, theirs):
-    for mine, other in ((ours.linear_1, theirs.conv1), (ours.conv, theirs.conv2), (ours.linear_3, theirs.conv3)):
+    for mine, other in ((ours.linear_in, theirs.conv1), (ours.conv, theirs.conv2), (ours.linear_out, theirs.conv3)):
         take_weights(mine, other.conv)
-    for mine, other in ((ours.norm_1, theirs.conv1), (ours.norm_2, theirs.conv2), (ours.norm_3, theirs.conv3)):
+    for mine, other in ((ours.norm_in, theirs.conv1), (ours.norm_conv, theirs.conv2), (ours.norm_out, theirs.conv3)):
         take_weights(mine, other.bn)
     take_weights(ours.squeeze, theirs.se.fc1)
     take_weights(ours.excite, theirs.se.fc2)

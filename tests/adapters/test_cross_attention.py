@@ -204,6 +204,16 @@ def test_gradients_reach_gates_first_then_everything(block):
     assert all(parameter.grad.abs().sum() > 0 for parameter in block.parameters())
 
 
+def test_blocks_work_in_bfloat16(block):
+    opened(block)
+    images, hidden, index = torch.randn(2, 4, 8), torch.randn(2, 3, 8), torch.tensor([[-1, 0, 0], [1, 1, 1]])
+    with torch.no_grad():
+        expected = block(hidden, VisionStates.of(images, index))
+        found = block.bfloat16()(hidden.bfloat16(), VisionStates.of(images.bfloat16(), index))
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.float(), expected, atol=0.1)
+
+
 def test_keys_and_values_are_kept_for_the_next_tokens_only_without_gradients(block):
     calls = []
     block.k_proj.register_forward_hook(lambda *_: calls.append(1))
