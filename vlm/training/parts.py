@@ -32,10 +32,10 @@ def part_of(name: str) -> str:
     names = name.split(".")
     if any(n.startswith("lora_") for n in names):
         return "lora"
+    if any(n in _PROJECTOR for n in names):  # whatever is in it, cross-attention too
+        return "projector"
     if "cross_attention" in names:
         return "fusion"
-    if any(n in _PROJECTOR for n in names):
-        return "projector"
     if any(n in _VISION for n in names):
         return "vision"
     return "language"
