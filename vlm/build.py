@@ -26,7 +26,7 @@ def build(
     projector: dict[str, Any] | str = "mlp",
     fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix",
     cross_attention_every: int = 4,
-    vision_feature_layer: int | None = None,
+    vision_feature_layer: int | list[int] | None = None,
     vision_feature_select_strategy: Literal["default", "full"] = "default",
     image_size: int | None = None,
     chat_template: Literal["auto", "chatml"] = "auto",
@@ -69,7 +69,7 @@ def assemble(
     projector: dict[str, Any] | str = "mlp",
     fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix",
     cross_attention_every: int = 4,
-    vision_feature_layer: int | None = None,
+    vision_feature_layer: int | list[int] | None = None,
     vision_feature_select_strategy: Literal["default", "full"] = "default",
     chat_template: Literal["auto", "chatml"] = "auto",
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
@@ -149,7 +149,7 @@ def probe_encoder(
     image_processor: Any,
     projector: dict[str, Any],
     *,
-    vision_feature_layer: int | None,
+    vision_feature_layer: int | list[int] | None,
     keep_prefix: bool,
 ) -> tuple[int, int]:
     """How many visual tokens an image becomes, and how wide the encoder's features are.

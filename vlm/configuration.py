@@ -24,8 +24,9 @@ class VLMConfig(PreTrainedConfig):
         cross_attention_every: with cross-attention, every how many decoder layers a gated block is inserted.
         image_token_id: the token that holds an image's place in `input_ids`.
         image_seq_length: how many such tokens an image takes: the projector's tokens with `prefix`, else 1.
-        vision_feature_layer: which hidden state of the encoder is used, as in LLaVA (-2 there). `None` is the encoder's
-            own `last_hidden_state`, after its final norm; for SigLIP that is not the same as -1.
+        vision_feature_layer: which hidden state of the encoder is used, as in LLaVA (-2 there), or a list of them,
+            concatenated on channels. `None` is the encoder's own `last_hidden_state`, after its final norm; for SigLIP
+            that is not the same as -1.
         vision_feature_select_strategy: `default` leaves the class and register tokens out, `full` keeps them.
         vision_hidden_size: the width of the features that the projector reads; `None` asks the encoder.
     """
@@ -44,7 +45,7 @@ class VLMConfig(PreTrainedConfig):
     cross_attention_every: int = 4
     image_token_id: int = 0
     image_seq_length: int = 1
-    vision_feature_layer: int | None = None
+    vision_feature_layer: int | list[int] | None = None
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     vision_hidden_size: int | None = None
     tie_word_embeddings: bool = False

@@ -93,8 +93,9 @@ class Model(_Section):
     language: str | None = None
     """The language model: Hub name or folder."""
     adapter: Adapter = Adapter()
-    vision_feature_layer: int | None = None
-    """Which hidden state of the encoder is read, -2 in LLaVA; null is its output, after its final norm."""
+    vision_feature_layer: int | Annotated[list[int], Field(min_length=1)] | None = None
+    """Which hidden state of the encoder is read, -2 in LLaVA; null is its output, after its final norm. Several,
+    such as `[-2, -8]`, are concatenated on channels."""
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     """`default` drops the class and register tokens, `full` keeps them (the names of LLaVA's config)."""
     image_size: int | None = Field(default=None, ge=1)
