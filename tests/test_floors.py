@@ -15,6 +15,8 @@ FLOORS: list[set[str]] = [
     {
         "configuration",
         "encoder",
+        "image_processors",
+        "vision_towers",
         "fusion",
         "loading",
         "modeling",

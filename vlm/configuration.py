@@ -26,8 +26,9 @@ class VLMConfig(PreTrainedConfig):
             the list of all layers, these among them.
         image_token_id: the token that holds an image's place in `input_ids`.
         image_seq_length: how many such tokens an image takes: the projector's tokens with `prefix`, else 1.
-        vision_feature_layer: which hidden state of the encoder is used, as in LLaVA (-2 there). `None` is the encoder's
-            own `last_hidden_state`, after its final norm; for SigLIP that is not the same as -1.
+        vision_feature_layer: which hidden state of the encoder is used, as in LLaVA (-2 there), or a list of them,
+            concatenated on channels. `None` is the encoder's own `last_hidden_state`, after its final norm; for SigLIP
+            that is not the same as -1.
         vision_feature_select_strategy: `default` leaves the class and register tokens out, `full` keeps them.
         vision_hidden_size: the width of the features that the projector reads; `None` asks the encoder.
     """
@@ -47,7 +48,7 @@ class VLMConfig(PreTrainedConfig):
     cross_attention_layers: list[int] | None = None
     image_token_id: int = 0
     image_seq_length: int = 1
-    vision_feature_layer: int | None = None
+    vision_feature_layer: int | list[int] | None = None
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     vision_hidden_size: int | None = None
     tie_word_embeddings: bool = False

@@ -105,7 +105,8 @@ def model_card(run_dir: str | Path, repo_id: str, *, merge_lora: bool = True) ->
     recipe = _read_yaml(run_dir / "recipe.yaml")
     metrics = _read_json(run_dir / "evaluation" / "summary.json").get("metrics", {})
     parts = _section(recipe, "model")
-    bases = [parts[key] for key in ("pretrained", "vision", "language") if isinstance(parts.get(key), str)]
+    named = [parts.get(key) for key in ("pretrained", "vision", "language")]
+    bases = [name for names in named for name in (names if isinstance(names, list) else [names]) if name]
     base_ids = [hub_id for base in bases if (hub_id := _hub_id(base))]
     data = _section(recipe, "data")
     train, test = (data[key] if isinstance(data.get(key), dict) else {} for key in ("train", "validation"))
@@ -145,7 +146,8 @@ def model_card(run_dir: str | Path, repo_id: str, *, merge_lora: bool = True) ->
 
 
 def _introduction(bases: Sequence[str]) -> str:
-    made_of = " and ".join(f"`{_hub_id(base) or Path(base).name}`" for base in bases)
+    *others, last = [f"`{_hub_id(base) or Path(base).name}`" for base in bases] or [""]
+    made_of = f"{', '.join(others)} and {last}" if others else last
     return (
         "A vision-language model that answers in text about images"
         + (f", made from {made_of}" if made_of else "")

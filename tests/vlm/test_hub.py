@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tests import fake_hub, tiny
 from tests.fake_hub import TOKEN, FakeHub
 from vlm.errors import UserError
-from vlm.hub import push
+from vlm.hub import model_card, push
 from vlm.training.parts import add_lora
 
 hub = fake_hub.hub
@@ -247,3 +247,16 @@ def test_processor_loads_from_what_was_pushed(hub, run_dir, tmp_path, made):
     processor = AutoProcessor.from_pretrained(tmp_path / "back")
     assert processor.tokenizer.get_vocab() == made[1].tokenizer.get_vocab()
     assert processor.chat_template == made[1].chat_template
+
+
+def test_several_encoders_are_named(run_dir):
+    text = (run_dir / "recipe.yaml").read_text()
+    recipe = yaml.safe_load(text)
+    recipe["model"]["vision"] = ["facebook/dinov2-base", "google/siglip2-base-patch16-224"]
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    card = model_card(run_dir, REPO)
+    assert card.data.base_model == [*recipe["model"]["vision"], "HuggingFaceTB/SmolLM2-135M-Instruct"]
+    said = (
+        "made from `facebook/dinov2-base`, `google/siglip2-base-patch16-224` and `HuggingFaceTB/SmolLM2-135M-Instruct`"
+    )
+    assert said in card.text

@@ -46,15 +46,15 @@ def batch(processor, *conversations):
 # --- against stock LLaVA
 
 
-@pytest.fixture(scope="module")
-def llava_and_ours():
+@pytest.fixture(scope="module", params=[-2, [-2, -3]], ids=str)
+def llava_and_ours(request):
     """Stock LLaVA, and ours with its weights."""
-    ours, processor = tiny(vision_feature_layer=-2)
+    ours, processor = tiny(vision_feature_layer=request.param)
     config = LlavaConfig(
         vision_config=clip_config(),
         text_config=ours.config.text_config,
         image_token_id=ours.config.image_token_id,
-        vision_feature_layer=-2,
+        vision_feature_layer=request.param,
         image_seq_length=16,
     )
     llava = LlavaForConditionalGeneration(config).eval()
@@ -383,7 +383,7 @@ def test_projectors_are_the_same_when_loaded(projector, tmp_path):
 VIT_IN_TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4}
 
 
-@pytest.mark.parametrize("feature_layer", [None, -2])
+@pytest.mark.parametrize("feature_layer", [None, -2, [-2, -2]])
 @pytest.mark.parametrize(
     "vision_config",
     [
@@ -397,6 +397,13 @@ VIT_IN_TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "nu
 def test_encoders_are_the_same_when_loaded(vision_config, feature_layer, tmp_path):
     model, processor = tiny(vision_config=vision_config, vision_feature_layer=feature_layer)
     same_after_saving(model, processor, tmp_path)
+
+
+def test_a_configuration_without_a_width_asks_the_encoder():
+    config = tiny(vision_feature_layer=[-2, -3])[0].config
+    assert config.vision_hidden_size == 48
+    config.vision_hidden_size = None
+    assert VLMForConditionalGeneration(config).multi_modal_projector.standardize.mean.shape[-1] == 48
 
 
 @pytest.mark.parametrize("decoder", ["gemma3", "gpt2", "llama"])
