@@ -197,6 +197,7 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
     trust = spec.trust_remote_code
     with no_loading_bar():
         model = AutoModelForImageTextToText.from_pretrained(source, dtype="float32", trust_remote_code=trust)
+    generation.require_decoder(model)
     return model, AutoProcessor.from_pretrained(source, trust_remote_code=trust)
 
 
