@@ -51,19 +51,20 @@ def load(
             )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {name_or_path!r} as a run, a checkpoint folder or a Hub name: {error}") from None
-    require_decoder(model)
-    require_prompt(processor)
+    require_supported(model, processor)
     model = model.to(device or default_device()).eval()  # type: ignore[arg-type]  # a string is a device
     return model.requires_grad_(False), processor
 
 
-def require_decoder(model: Any) -> None:
-    """Raise UserError for a model whose answers are not the continuation of its prompt."""
+def require_supported(model: Any, processor: Any) -> None:
+    """Raise UserError, naming what is missing, for a model whose answers are not the continuation of its prompt, or a
+    processor that does not say what a prompt looks like."""
     if model.config.is_encoder_decoder or model.config.get_text_config(decoder=True).is_encoder_decoder:
         raise UserError(
             f"{type(model).__name__} has an encoder that reads the prompt and a decoder that writes the answer, as T5 "
             "does; a model is needed whose decoder does both, as OPT in BLIP-2"
         )
+    require_prompt(processor)
 
 
 def fixed_image_tokens(model: Any, processor: Any) -> bool:

@@ -155,11 +155,21 @@ def _introduction(bases: Sequence[str]) -> str:
 
 
 def _usage(repo_id: str, model_dir: Path, merge_lora: bool) -> str:
-    ours = _read_json(model_dir / "config.json").get("model_type") == "vlm"
     lora = "" if merge_lora else f'model = PeftModel.from_pretrained(model, "{repo_id}", subfolder="adapter")\n'
+    peft = "from peft import PeftModel\n" if lora else ""
+    if not (model_dir / "chat_template.jinja").is_file():  # the prompt is its own: vlm.data.prompts
+        return f"""```python
+{peft}from PIL import Image
+from vlm.generation import generate, load  # pip install vlm-bridge
+
+model, processor = load("{repo_id}")
+{lora}messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "Describe the image."}}]}}]
+print(generate(model, processor, [([Image.open("photo.jpg")], messages)], max_new_tokens=64)[0])
+```"""
+    ours = _read_json(model_dir / "config.json").get("model_type") == "vlm"
     first = "import vlm  # pip install vlm-bridge: makes the Auto classes know this model\n" if ours else ""
     return f"""```python
-{first}{"from peft import PeftModel" + chr(10) if lora else ""}from PIL import Image
+{first}{peft}from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("{repo_id}")

@@ -18,7 +18,6 @@ from vlm.data.conversation import IGNORE, TokenizedBranch, tokenize_branch
 from vlm.data.example import Branch, Example, Problem
 from vlm.data.features import FeatureCache
 from vlm.data.images import ImageError, open_image
-from vlm.data.prompts import require_prompt
 from vlm.data.tree_masks import TreeMasks, require_trees
 from vlm.data.trees import Tree, lay_out, lay_out_plain, make_tree, pack, paths, trunk_length
 from vlm.errors import UserError
@@ -74,10 +73,8 @@ def make_items(
     reported now and does not stop the training later. What is longer than `max_length` tokens is handled as `too_long`
     says and counted; an image is never cut, and neither is an answer. Where text stands before an image and differs
     between the branches, they do not share the image, and each becomes a tree of its own.
-    Raises ValueError for `too_long="error"`, and UserError for a processor that does not say what a prompt looks like,
-    or a model that needs as many images in each example.
+    Raises ValueError for `too_long="error"`, and UserError for a model that needs as many images in each example.
     """
-    require_prompt(processor)
     _require_one_count(examples, processor)
     items: list[TreeItem] = []
     left_out = LeftOut()

@@ -86,6 +86,7 @@ def encode_prompt(processor: Any, messages: Sequence[Message], images: Sequence[
     A space parts the answer from a question that does not end with white space. Raises UserError for a conversation of
     several turns, and for a number of images that the model cannot take.
     """
+    require_prompt(processor)
     question, answer = _question_and_answer(processor, messages)
     name = type(processor).__name__
     if (name in ONE_IMAGE and len(images) != 1) or not images:
