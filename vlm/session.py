@@ -13,7 +13,11 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, T
 from vlm.adapters import VisionStates
 from vlm.generation import Request, encode_images, fixed_image_tokens, has_plain_generate, to_generate, tokenize
 
-CAUSAL_INPUTS = {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"} | {
+CAUSAL_INPUTS = {
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "pixel_attention_mask",
     "image_sizes",
     "batch_num_images",
 }

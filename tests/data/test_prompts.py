@@ -7,11 +7,11 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, ViltProcess
 from tests.data.test_tree_masks import conversation
 from tests.stock import stock
 from tests.stock_prompted import PROMPTED, QFORMER, SIGLIP, wordpiece_tokenizer
-from tests.tiny import image, image_processor
+from tests.tiny import image, image_processor, metaspace_tokenizer
 from vlm.data.conversation import IGNORE, tokenize_branch
 from vlm.data.dataset import TreeCollator, make_items
 from vlm.data.example import Example
-from vlm.data.prompts import encode_prompt, require_prompt
+from vlm.data.prompts import _answer_ids, encode_prompt, require_prompt
 from vlm.errors import UserError
 from vlm.generation import generate, require_supported
 from vlm.training.inputs import training_inputs
@@ -77,6 +77,14 @@ def test_a_question_and_its_answer_are_one_text(name):
     assert supervised(processor, found) == f" {ANSWER}<|endoftext|>"
     assert tokenized(name, question="")[1].input_ids[-1] == end
     assert supervised(processor, tokenized(name, question="")[1]) == f"{ANSWER}<|endoftext|>"
+
+
+@pytest.mark.parametrize("answer", [" a cat", "a cat", " 2", "?"])
+def test_an_answer_has_the_tokens_that_it_has_behind_a_text(answer):
+    """With a tokenizer as Llama's, which begins a text with a space of its own."""
+    tokenizer = metaspace_tokenizer()
+    before, both = (tokenizer(text)["input_ids"] for text in ("what:", f"what:{answer}"))
+    assert _answer_ids(tokenizer, answer) == [*both[len(before) :], tokenizer.eos_token_id]
 
 
 def test_a_q_former_reads_the_question_and_not_the_answer():

@@ -124,7 +124,8 @@ def _closing_id(tokenizer: Any) -> int | None:
 def _answer_ids(tokenizer: Any, answer: str) -> list[int]:
     """The tokens of an answer as they are behind a text, and the end token."""
     # Behind something, since some tokenizers begin a text with a space of their own.
-    before, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", f"\n{answer}"))
+    question = ":" if answer.startswith(" ") else "\n"
+    before, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (question, question + answer))
     if both[: len(before)] != before:
         raise ValueError(f"the tokenizer joins the end of a question and the beginning of its answer {answer!r}")
     return [*both[len(before) :], end_token_id(tokenizer)]
