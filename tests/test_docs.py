@@ -233,6 +233,7 @@ def test_code_to_load_a_pushed_model_is_that_of_the_model_card(tmp_path: Path) -
 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "vlm"}))
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
     assert blocks(TEXTS["README.md"], "python") == blocks(model_card(tmp_path, "me/my-vlm").text, "python")
 
 
