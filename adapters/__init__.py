@@ -2,5 +2,14 @@
 
 from vlm.adapters.cross_attention import GatedCrossAttention, VisionStates
 from vlm.adapters.projectors import PROJECTORS, build_projector, unknown_name
+from vlm.adapters.tiles import AnyresMerger, TilePositions
 
-__all__ = ["PROJECTORS", "GatedCrossAttention", "VisionStates", "build_projector", "unknown_name"]
+__all__ = [
+    "PROJECTORS",
+    "AnyresMerger",
+    "GatedCrossAttention",
+    "TilePositions",
+    "VisionStates",
+    "build_projector",
+    "unknown_name",
+]

@@ -70,6 +70,10 @@ class Projector(nn.Module):
         """What M is. Raises ValueError for a number of prefix tokens or a grid that the projector cannot take."""
         return num_prefix + grid[0] * grid[1]
 
+    def token_grid(self, grid: Grid) -> Grid | None:
+        """The grid on which the visual tokens of patches lie, row by row; None if they lie on none."""
+        return grid
+
     def forward(self, features: Tensor, grid: Grid) -> Tensor:
         return self.project(self.standardize(features, grid), grid)
 
@@ -144,6 +148,9 @@ class PixelShuffleProjector(Projector):
             )
         return (h // self.scale_factor) * (w // self.scale_factor)
 
+    def token_grid(self, grid: Grid) -> Grid:
+        return grid[0] // self.scale_factor, grid[1] // self.scale_factor
+
     def project(self, features: Tensor, grid: Grid) -> Tensor:
         (h, w), s = grid, self.scale_factor
         batch, _, dim = features.shape
@@ -172,6 +179,9 @@ class AveragePoolProjector(Projector):
                 f"this encoder's grid is {grid[0]} x {grid[1]}"
             )
         return num_prefix + self.side**2
+
+    def token_grid(self, grid: Grid) -> Grid:
+        return self.side, self.side
 
     def project(self, features: Tensor, grid: Grid) -> Tensor:
         prefix, patches = split_prefix(features, grid)
@@ -224,6 +234,9 @@ class ResamplerProjector(Projector):
 
     def num_tokens(self, num_prefix: int, grid: Grid) -> int:
         return len(self.latents)
+
+    def token_grid(self, grid: Grid) -> None:
+        return None
 
     def project(self, features: Tensor, grid: Grid) -> Tensor:
         features = self.proj_in(features)

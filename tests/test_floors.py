@@ -22,6 +22,7 @@ FLOORS: list[set[str]] = [
         "build",
         "registration",
         "precision",
+        "tiling",
         "tree_attention",
         "",
     },

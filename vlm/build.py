@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from vlm.encoder import encode, load_vision_tower
 from vlm.loading import load_quietly
 from vlm.modeling import VLMForConditionalGeneration
 from vlm.processing import CHATML, IMAGE_TOKEN, PLAIN_TURNS, VLMProcessor, chat_template_for
+from vlm.tiling import Tiler
 
 
 def build(
@@ -29,16 +31,19 @@ def build(
     vision_feature_layer: int | None = None,
     vision_feature_select_strategy: Literal["default", "full"] = "default",
     image_size: int | None = None,
+    tiling: dict[str, Any] | None = None,
     chat_template: Literal["auto", "chatml"] = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """Join the encoder `vision` and the decoder `language`, each a folder or a Hub name.
 
-    `image_size` is the side in pixels that images are brought to, the encoder's own by default. `chat_template` is
-    `auto`, the language model's own, or `chatml`, plain ChatML turns without a system prompt. Weights are float32.
+    `image_size` is the side in pixels that images, or tiles, are brought to, the encoder's own by default. `tiling` is
+    `{"type": "tiles" | "anyres", "max_tiles": ...}`, see [`vlm.tiling.Tiler`]. `chat_template` is `auto`, the language
+    model's own, or `chatml`, plain ChatML turns without a system prompt. Weights are float32.
 
     Raises ValueError for an unknown projector or option, a decoder that has no place for cross-attention, a tokenizer
-    without the tokens of the chat template, and an image processor whose images differ in size.
+    without the tokens of the chat template, an image processor whose images differ in size, and tiling that does not go
+    with the projector or the fusion.
     """
     vision_tower = load_vision_tower(vision, trust_remote_code=trust_remote_code)
     language_model = load_quietly(AutoModelForCausalLM, language, dtype="float32", trust_remote_code=trust_remote_code)
@@ -56,6 +61,7 @@ def build(
         cross_attention_every=cross_attention_every,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
+        tiling=tiling,
         chat_template=chat_template,
     )
 
@@ -71,19 +77,33 @@ def assemble(
     cross_attention_every: int = 4,
     vision_feature_layer: int | None = None,
     vision_feature_select_strategy: Literal["default", "full"] = "default",
+    tiling: dict[str, Any] | None = None,
     chat_template: Literal["auto", "chatml"] = "auto",
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """As [`build`], from loaded parts. The image token is added to the tokenizer and to the embeddings if need be."""
     spec = {"type": projector} if isinstance(projector, str) else dict(projector)
     template = chat_template_for(tokenizer, chatml=chat_template == "chatml")
     add_image_token(tokenizer, language_model)
-    num_tokens, width = probe_encoder(
+    if tiling is not None:
+        image_processor = keep_tiles_whole(image_processor)
+    num_tokens, width, token_grid = probe_encoder(
         vision_tower,
         image_processor,
         spec,
         vision_feature_layer=vision_feature_layer,
         keep_prefix=vision_feature_select_strategy == "full",
     )
+    if tiling is not None:
+        tiling = {**tiling, "tile_size": image_size_of(image_processor)}
+        if tiling["type"] == "anyres":
+            if token_grid is None:
+                raise ValueError(
+                    "tiling of type anyres lays tokens out on a grid, and those of this projector "
+                    f"({spec['type']}) lie on none, or class tokens are among them: choose another projector, "
+                    "vision_feature_select_strategy: default, or tiling of type tiles"
+                )
+            tiling["token_grid"] = token_grid
+        add_markers(tokenizer, language_model, Tiler(**tiling).markers())
     attention = [part.config._attn_implementation for part in (vision_tower, language_model)]
     vlm_config = VLMConfig(
         vision_config=vision_tower.config,
@@ -93,6 +113,7 @@ def assemble(
         cross_attention_every=cross_attention_every,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
+        tiling=tiling,
         vision_hidden_size=width,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=num_tokens if "prefix" in fusion else 1,
@@ -102,7 +123,9 @@ def assemble(
         part.config._attn_implementation = implementation
     model = VLMForConditionalGeneration(vlm_config, vision_tower, language_model)
     model.generation_config = generation_config_for(language_model, tokenizer, template)
-    processor = VLMProcessor(image_processor, tokenizer, template, vlm_config.image_seq_length)
+    if model.tiler is not None:
+        model.generation_config.suppress_tokens += tokenizer.convert_tokens_to_ids(model.tiler.markers())
+    processor = VLMProcessor(image_processor, tokenizer, template, vlm_config.image_seq_length, tiling=tiling)
     return model, processor
 
 
@@ -118,6 +141,24 @@ def add_image_token(tokenizer: Any, language_model: PreTrainedModel) -> None:
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has neither a padding token nor an end-of-sequence token; set one of them")
         tokenizer.pad_token = tokenizer.eos_token
+    embed_all_tokens(tokenizer, language_model)
+
+
+@torch.no_grad()
+def add_markers(tokenizer: Any, language_model: PreTrainedModel, markers: list[str]) -> None:
+    """Give the tokenizer the markers of tiles, and the language model an embedding for each: the mean of those of its
+    words, "row 1 col 2", so that a language model that stays frozen can tell one from another too."""
+    new = [marker for marker in markers if marker not in tokenizer.get_added_vocab()]
+    tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
+    embed_all_tokens(tokenizer, language_model)
+    weight: Any = language_model.get_input_embeddings().weight
+    for marker in new:
+        words = tokenizer(re.sub(r"[<>_-]", " ", marker).strip(), add_special_tokens=False)["input_ids"]
+        weight[tokenizer.convert_tokens_to_ids(marker)] = weight[words].mean(dim=0)
+
+
+def embed_all_tokens(tokenizer: Any, language_model: PreTrainedModel) -> None:
+    """Make room for tokens that were added to the tokenizer."""
     embeddings: Any = language_model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
         verbosity = logging.get_verbosity()
@@ -151,8 +192,9 @@ def probe_encoder(
     *,
     vision_feature_layer: int | None,
     keep_prefix: bool,
-) -> tuple[int, int]:
-    """How many visual tokens an image becomes, and how wide the encoder's features are.
+) -> tuple[int, int, tuple[int, int] | None]:
+    """How many visual tokens an image becomes, how wide the encoder's features are, and the grid that the tokens lie on
+    (None if they lie on none).
 
     Found by running the encoder on a blank image: no configuration says it for every encoder.
     """
@@ -163,8 +205,9 @@ def probe_encoder(
     width = features.patches.shape[-1]
     num_prefix = features.prefix.shape[1] if keep_prefix else 0
     with torch.device("meta"):
-        num_tokens: int = build_projector(projector, width, width).num_tokens(num_prefix, features.grid)
-    return num_tokens, width
+        made = build_projector(projector, width, width)
+    num_tokens: int = made.num_tokens(num_prefix, features.grid)
+    return num_tokens, width, None if num_prefix else made.token_grid(features.grid)
 
 
 def image_size_of(image_processor: Any) -> tuple[int, int]:
@@ -183,6 +226,33 @@ def image_size_of(image_processor: Any) -> tuple[int, int]:
     return height, width
 
 
+def keep_tiles_whole(image_processor: Any) -> Any:
+    """An image processor that leaves an image of its own size as it is, but for its colours.
+
+    Many scale an image up and cut its edges off (DINOv2's to 256, of which 224 are left), which would leave gaps
+    between tiles. Raises ValueError for one that cannot be kept from it.
+    """
+    height, width = size = image_size_of(image_processor)
+    if (pretrained_cfg := getattr(image_processor, "data_config", None)) is not None:  # timm's
+        image_processor = type(image_processor)({**pretrained_cfg, "crop_pct": 1.0}, image_processor.architecture)
+    else:
+        image_processor = copy.deepcopy(image_processor)
+        if hasattr(image_processor, "crop_pct"):  # ConvNeXt's
+            image_processor.crop_pct = 1.0
+        _set_size(image_processor, height, width)
+    black, white, framed = (Image.new("RGB", (width, height), colour) for colour in ("black", "white", "white"))
+    framed.paste("black", (1, 1, width - 1, height - 1))
+    dark, light, seen = image_processor([black, white, framed], return_tensors="pt")["pixel_values"]
+    expected = light.clone()
+    expected[:, 1:-1, 1:-1] = dark[:, 1:-1, 1:-1]
+    if tuple(seen.shape[-2:]) != size or not torch.allclose(seen, expected):
+        raise ValueError(
+            f"{type(image_processor).__name__} scales or cuts images that have its size already, so that tiles would "
+            "lose their edges: leave tiling out, or use another encoder"
+        )
+    return image_processor
+
+
 def set_image_size(image_processor: Any, side: int) -> None:
     """Make an image processor bring images to `side` x `side` pixels, by its own rule (resize, then crop if it does).
 
@@ -190,9 +260,13 @@ def set_image_size(image_processor: Any, side: int) -> None:
     """
     if getattr(image_processor, "size", None) is None:
         raise ValueError(f"image_size cannot be set: {type(image_processor).__name__} has a size of its own")
-    square = SizeDict(height=side, width=side)
+    _set_size(image_processor, side, side)
+
+
+def _set_size(image_processor: Any, height: int, width: int) -> None:
+    size = SizeDict(height=height, width=width)
     crops = getattr(image_processor, "do_center_crop", False) and getattr(image_processor, "crop_size", None)
-    keeps_proportions = crops and "shortest_edge" in image_processor.size
-    image_processor.size = SizeDict(shortest_edge=side) if keeps_proportions else square
+    keeps_proportions = "shortest_edge" in image_processor.size and (crops or hasattr(image_processor, "crop_pct"))
+    image_processor.size = SizeDict(shortest_edge=min(height, width)) if keeps_proportions else size
     if crops:
-        image_processor.crop_size = square
+        image_processor.crop_size = size

@@ -83,6 +83,16 @@ class Adapter(_Section):
         return value
 
 
+class Tiling(_Section):
+    """Images in more detail than the encoder's input has room for: cut into tiles, with a thumbnail of the whole."""
+
+    type: Literal["tiles", "anyres"] = "tiles"
+    """`tiles` keeps tiles apart, a marker before each (Idefics3, SmolVLM); `anyres` puts their tokens together to one
+    grid again, without the padding (LLaVA-NeXT)."""
+    max_tiles: int = Field(default=6, ge=2)
+    """The most tiles an image is cut into, beside the thumbnail. Each takes the tokens of an image without tiling."""
+
+
 class Model(_Section):
     """Either `pretrained`, a vision-language model as it is, or `vision` and `language`, joined by `adapter`."""
 
@@ -99,6 +109,8 @@ class Model(_Section):
     """`default` drops the class and register tokens, `full` keeps them (the names of LLaVA's config)."""
     image_size: int | None = Field(default=None, ge=1)
     """Side of the square given to the encoder, in pixels; null is the encoder's own."""
+    tiling: Tiling | None = None
+    """Cut large images into tiles of that size; null gives the encoder each image as one."""
     chat_template: Literal["auto", "chatml"] = "auto"
     """`auto` is the language model's own; `chatml` is plain ChatML turns without a system prompt, which is shorter."""
     trust_remote_code: bool = False
