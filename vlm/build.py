@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any, Literal
 
 import torch
@@ -124,7 +123,7 @@ def assemble(
     model = VLMForConditionalGeneration(vlm_config, vision_tower, language_model)
     model.generation_config = generation_config_for(language_model, tokenizer, template)
     if model.tiler is not None:
-        model.generation_config.suppress_tokens += tokenizer.convert_tokens_to_ids(model.tiler.markers())
+        model.generation_config.suppress_tokens += tokenizer.convert_tokens_to_ids(list(model.tiler.markers()))
     processor = VLMProcessor(image_processor, tokenizer, template, vlm_config.image_seq_length, tiling=tiling)
     return model, processor
 
@@ -145,15 +144,15 @@ def add_image_token(tokenizer: Any, language_model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def add_markers(tokenizer: Any, language_model: PreTrainedModel, markers: list[str]) -> None:
+def add_markers(tokenizer: Any, language_model: PreTrainedModel, markers: dict[str, str]) -> None:
     """Give the tokenizer the markers of tiles, and the language model an embedding for each: the mean of those of its
-    words, "row 1 col 2", so that a language model that stays frozen can tell one from another too."""
+    words, so that a language model that stays frozen can tell one from another too. Those it knows stay as they are."""
     new = [marker for marker in markers if marker not in tokenizer.get_added_vocab()]
     tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
     embed_all_tokens(tokenizer, language_model)
     weight: Any = language_model.get_input_embeddings().weight
     for marker in new:
-        words = tokenizer(re.sub(r"[<>_-]", " ", marker).strip(), add_special_tokens=False)["input_ids"]
+        words = tokenizer(markers[marker], add_special_tokens=False)["input_ids"]
         weight[tokenizer.convert_tokens_to_ids(marker)] = weight[words].mean(dim=0)
 
 

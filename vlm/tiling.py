@@ -121,12 +121,13 @@ class Tiler:
         lines = ["".join(marker(r, c) + tile for c in range(1, columns + 1)) for r in range(1, rows + 1)]
         return "".join(line + "\n" for line in lines) + "\n" + whole
 
-    def markers(self) -> list[str]:
-        """All tokens that [`text`][Tiler.text] puts before tiles."""
+    def markers(self) -> dict[str, str]:
+        """All tokens that [`text`][Tiler.text] puts before tiles, and words for each. The row is named twice, so that
+        the words of two differ in whatever order."""
         if self.type == "anyres":
-            return []
+            return {}
         # The last tile of a grid is where the grid's numbers say: there are as many places as grids.
-        return [GLOBAL_TOKEN, *(marker(*place) for place in self.grids())]
+        return {GLOBAL_TOKEN: "whole image"} | {marker(r, c): f"row {r} row {r} column {c}" for r, c in self.grids()}
 
 
 def size_of(image: Image.Image) -> Size:
