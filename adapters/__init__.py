@@ -1,13 +1,20 @@
 """The bridge: projectors make visual tokens of patch embeddings, cross-attention lets a decoder look at them."""
 
-from vlm.adapters.cross_attention import GatedCrossAttention, VisionStates
+from vlm.adapters.cross_attention import (
+    FlamingoCrossAttention,
+    GatedCrossAttention,
+    MllamaCrossAttention,
+    VisionStates,
+)
 from vlm.adapters.projectors import PROJECTORS, build_projector, unknown_name
 from vlm.adapters.tiles import AnyresMerger, TilePositions
 
 __all__ = [
     "PROJECTORS",
     "AnyresMerger",
+    "FlamingoCrossAttention",
     "GatedCrossAttention",
+    "MllamaCrossAttention",
     "TilePositions",
     "VisionStates",
     "build_projector",

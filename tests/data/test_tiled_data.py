@@ -80,9 +80,8 @@ def test_ids_from_sizes_are_those_of_the_processor(made):
     """What is laid out without a look at pixels is what the processor makes of the images."""
     _, processor = made
     for item in one_row_an_answer(items_of(processor)[0]):
-        branches = [branch for branch in item.example.branches]
         found = []
-        for branch in branches:
+        for branch in item.example.branches:
             rest = iter(item.example.images)
             messages = [
                 {**m, "content": [{**p, "image": next(rest)} if p["type"] == "image" else p for p in m["content"]]}
