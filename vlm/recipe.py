@@ -173,9 +173,24 @@ class Model(_Section):
         if encoders > 1 and self.vision_feature_select_strategy == "full":
             why = "full is for one encoder: several have no class token in common"
             found.append((("vision_feature_select_strategy",), why))
+        if self.tiling:
+            found += self._beside_tiling(self.tiling)
         if found:
             raise FoundError(found)
         return self
+
+    def _beside_tiling(self, tiling: Tiling) -> list[tuple[KeyPath, str]]:
+        found: list[tuple[KeyPath, str]] = []
+        if self.image_aspect_ratio == "pad":
+            why = "pad does not go with `tiling`, whose tiles are square already; anyres pads the whole image itself"
+            found.append((("image_aspect_ratio",), why))
+        if tiling.type == "anyres" and self.adapter.fusion == "cross_attention":
+            why = "anyres puts tokens in reading order, which `fusion: cross_attention` does not see; choose tiles"
+            found.append((("tiling", "type"), why))
+        if tiling.type == "anyres" and self.vision_feature_select_strategy == "full":
+            why = "full keeps class tokens, which have no place on the grid of `tiling` anyres; choose default"
+            found.append((("vision_feature_select_strategy",), why))
+        return found
 
     @property
     def encoders(self) -> list[str]:
