@@ -24,6 +24,7 @@ FLOORS: list[set[str]] = [
         "build",
         "registration",
         "precision",
+        "tiling",
         "tree_attention",
         "",
     },

@@ -14,10 +14,11 @@ from transformers.utils import logging
 from vlm.adapters import build_projector
 from vlm.configuration import VLMConfig
 from vlm.encoder import encode, load_vision_tower, resize_positions
-from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, load_image_processor
+from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, keep_tiles_whole, load_image_processor
 from vlm.loading import load_quietly
 from vlm.modeling import VLMForConditionalGeneration
 from vlm.processing import CHATML, IMAGE_TOKEN, PLAIN_TURNS, VLMProcessor, chat_template_for
+from vlm.tiling import Tiler
 from vlm.vision_towers import VisionTowers, side_by_side
 
 
@@ -33,18 +34,20 @@ def build(
     vision_feature_select_strategy: Literal["default", "full"] = "default",
     image_size: ImageSize | Sequence[ImageSize] | None = None,
     image_aspect_ratio: ImageAspectRatio = "square",
+    tiling: dict[str, Any] | None = None,
     chat_template: Literal["auto", "chatml"] = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """Join the encoder `vision` and the decoder `language`, each a folder or a Hub name; several encoders of a list see
     an image side by side ([`vlm.vision_towers`]).
 
-    `image_size` and `image_aspect_ratio` are those of [`load_vision`]. `chat_template` is `auto`, the language model's
-    own, or `chatml`, plain ChatML turns without a system prompt. Weights are float32.
+    `image_size` and `image_aspect_ratio` are those of [`load_vision`]. `tiling` is `{"type": "tiles" | "anyres",
+    "max_tiles": ...}`, see [`vlm.tiling.Tiler`]. `chat_template` is `auto`, the language model's own, or `chatml`,
+    plain ChatML turns without a system prompt. Weights are float32.
 
     Raises ValueError for an unknown projector or option, a decoder that has no place for cross-attention, a tokenizer
-    without the tokens of the chat template, an image processor whose images differ in size, and encoders whose grids
-    differ.
+    without the tokens of the chat template, an image processor whose images differ in size, encoders whose grids
+    differ, and tiling that does not go with the projector or the fusion.
     """
     vision_tower, image_processor = load_vision(
         vision, image_size=image_size, image_aspect_ratio=image_aspect_ratio, trust_remote_code=trust_remote_code
@@ -62,6 +65,7 @@ def build(
         cross_attention_layers=cross_attention_layers,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
+        tiling=tiling,
         chat_template=chat_template,
     )
 
@@ -107,6 +111,7 @@ def assemble(
     cross_attention_layers: list[int] | None = None,
     vision_feature_layer: int | list[int] | None = None,
     vision_feature_select_strategy: Literal["default", "full"] = "default",
+    tiling: dict[str, Any] | None = None,
     chat_template: Literal["auto", "chatml"] = "auto",
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """As [`build`], from loaded parts. The image token is added to the tokenizer and to the embeddings if need be."""
@@ -117,13 +122,26 @@ def assemble(
         )
     template = chat_template_for(tokenizer, chatml=chat_template == "chatml")
     add_image_token(tokenizer, language_model)
-    num_tokens, width = probe_encoder(
+    if tiling is not None:
+        image_processor = keep_tiles_whole(image_processor)
+    num_tokens, width, token_grid = probe_encoder(
         vision_tower,
         image_processor,
         spec,
         vision_feature_layer=vision_feature_layer,
         keep_prefix=vision_feature_select_strategy == "full",
     )
+    if tiling is not None:
+        tiling = {**tiling, "tile_size": image_size_of(image_processor)}
+        if tiling["type"] == "anyres":
+            if token_grid is None:
+                raise ValueError(
+                    "tiling of type anyres lays tokens out on a grid, and those of this projector "
+                    f"({spec['type']}) lie on none, or class tokens are among them: choose another projector, "
+                    "vision_feature_select_strategy: default, or tiling of type tiles"
+                )
+            tiling["token_grid"] = token_grid
+        add_markers(tokenizer, language_model, Tiler(**tiling).markers())
     attention = [part.config._attn_implementation for part in (vision_tower, language_model)]
     vlm_config = VLMConfig(
         vision_config=vision_tower.config,
@@ -134,6 +152,7 @@ def assemble(
         cross_attention_layers=cross_attention_layers,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
+        tiling=tiling,
         vision_hidden_size=width,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=num_tokens if "prefix" in fusion else 1,
@@ -143,7 +162,9 @@ def assemble(
         part.config._attn_implementation = implementation
     model = VLMForConditionalGeneration(vlm_config, vision_tower, language_model)
     model.generation_config = generation_config_for(language_model, tokenizer, template)
-    processor = VLMProcessor(image_processor, tokenizer, template, vlm_config.image_seq_length)
+    if model.tiler is not None:
+        model.generation_config.suppress_tokens += tokenizer.convert_tokens_to_ids(list(model.tiler.markers()))
+    processor = VLMProcessor(image_processor, tokenizer, template, vlm_config.image_seq_length, tiling=tiling)
     return model, processor
 
 
@@ -159,6 +180,24 @@ def add_image_token(tokenizer: Any, language_model: PreTrainedModel) -> None:
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has neither a padding token nor an end-of-sequence token; set one of them")
         tokenizer.pad_token = tokenizer.eos_token
+    embed_all_tokens(tokenizer, language_model)
+
+
+@torch.no_grad()
+def add_markers(tokenizer: Any, language_model: PreTrainedModel, markers: dict[str, str]) -> None:
+    """Give the tokenizer the markers of tiles, and the language model an embedding for each: the mean of those of its
+    words, so that a language model that stays frozen can tell one from another too. Those it knows stay as they are."""
+    new = [marker for marker in markers if marker not in tokenizer.get_added_vocab()]
+    tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
+    embed_all_tokens(tokenizer, language_model)
+    weight: Any = language_model.get_input_embeddings().weight
+    for marker in new:
+        words = tokenizer(markers[marker], add_special_tokens=False)["input_ids"]
+        weight[tokenizer.convert_tokens_to_ids(marker)] = weight[words].mean(dim=0)
+
+
+def embed_all_tokens(tokenizer: Any, language_model: PreTrainedModel) -> None:
+    """Make room for tokens that were added to the tokenizer."""
     embeddings: Any = language_model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
         verbosity = logging.get_verbosity()
@@ -192,8 +231,9 @@ def probe_encoder(
     *,
     vision_feature_layer: int | list[int] | None,
     keep_prefix: bool,
-) -> tuple[int, int]:
-    """How many visual tokens an image becomes, and how wide the encoder's features are.
+) -> tuple[int, int, tuple[int, int] | None]:
+    """How many visual tokens an image becomes, how wide the encoder's features are, and the grid that the tokens lie on
+    (None if they lie on none).
 
     Found by running the encoder on a blank image: no configuration says it for every encoder.
     """
@@ -205,5 +245,6 @@ def probe_encoder(
     width = features.patches.shape[-1]
     num_prefix = features.prefix.shape[1] if keep_prefix else 0
     with torch.device("meta"):
-        num_tokens: int = build_projector(projector, width, width).num_tokens(num_prefix, features.grid)
-    return num_tokens, width
+        made = build_projector(projector, width, width)
+    num_tokens: int = made.num_tokens(num_prefix, features.grid)
+    return num_tokens, width, None if num_prefix else made.token_grid(features.grid)

@@ -106,6 +106,16 @@ class Adapter(_Section):
         raise FoundError([(("cross_attention_layers",), why)])
 
 
+class Tiling(_Section):
+    """Images in more detail than the encoder's input has room for: cut into tiles, with a thumbnail of the whole."""
+
+    type: Literal["tiles", "anyres"] = "tiles"
+    """`tiles` keeps tiles apart, a marker before each (Idefics3, SmolVLM); `anyres` puts their tokens together to one
+    grid again, without the padding (LLaVA-NeXT)."""
+    max_tiles: int = Field(default=6, ge=2)
+    """The most tiles an image is cut into, beside the thumbnail. Each takes the tokens of an image without tiling."""
+
+
 class Model(_Section):
     """Either `pretrained`, a vision-language model as it is, or `vision` and `language`, joined by `adapter`."""
 
@@ -128,6 +138,8 @@ class Model(_Section):
     image_aspect_ratio: Literal["square", "pad"] = "square"
     """In LLaVA's words: `square` is the encoder's own way, mostly a resize and a crop; `pad` pads to a square with the
     mean colour, so that nothing is lost at the edges."""
+    tiling: Tiling | None = None
+    """Cut large images into tiles of that size; null gives the encoder each image as one."""
     chat_template: Literal["auto", "chatml"] = "auto"
     """`auto` is the language model's own; `chatml` is plain ChatML turns without a system prompt, which is shorter."""
     trust_remote_code: bool = False
@@ -161,9 +173,24 @@ class Model(_Section):
         if encoders > 1 and self.vision_feature_select_strategy == "full":
             why = "full is for one encoder: several have no class token in common"
             found.append((("vision_feature_select_strategy",), why))
+        if self.tiling:
+            found += self._beside_tiling(self.tiling)
         if found:
             raise FoundError(found)
         return self
+
+    def _beside_tiling(self, tiling: Tiling) -> list[tuple[KeyPath, str]]:
+        found: list[tuple[KeyPath, str]] = []
+        if self.image_aspect_ratio == "pad":
+            why = "pad does not go with `tiling`, whose tiles are square already; anyres pads the whole image itself"
+            found.append((("image_aspect_ratio",), why))
+        if tiling.type == "anyres" and self.adapter.fusion == "cross_attention":
+            why = "anyres puts tokens in reading order, which `fusion: cross_attention` does not see; choose tiles"
+            found.append((("tiling", "type"), why))
+        if tiling.type == "anyres" and self.vision_feature_select_strategy == "full":
+            why = "full keeps class tokens, which have no place on the grid of `tiling` anyres; choose default"
+            found.append((("vision_feature_select_strategy",), why))
+        return found
 
     @property
     def encoders(self) -> list[str]:

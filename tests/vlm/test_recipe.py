@@ -143,6 +143,19 @@ def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -
         (("data:\n", "  vision_feature_layer: []\ndata:\n"), 5, "vision_feature_layer: must be a whole number such"),
         (("data:\n", "  vision_feature_layer: [-2, x]\ndata:\n"), 5, "vision_feature_layer: must be a whole number"),
         (("some/encoder\n", "[a, b]\n  vision_feature_select_strategy: full\n"), 4, "full is for one encoder"),
+        (("data:\n", "  tiling: {type: tile}\ndata:\n"), 5, "model.tiling.type: "),
+        (("data:\n", "  tiling: {max_tiles: 1}\ndata:\n"), 5, "model.tiling.max_tiles: "),
+        (("data:\n", "  image_aspect_ratio: pad\n  tiling: {}\ndata:\n"), 5, "pad does not go with `tiling`"),
+        (
+            ("data:\n", "  adapter: {fusion: cross_attention}\n  tiling: {type: anyres}\ndata:\n"),
+            6,
+            "model.tiling.type: anyres puts tokens in reading order",
+        ),
+        (
+            ("data:\n", "  tiling: {type: anyres}\n  vision_feature_select_strategy: full\ndata:\n"),
+            6,
+            "full keeps class tokens",
+        ),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_line(tmp_path: Path, change: tuple[str, str], line: int, message: str) -> None:
