@@ -188,12 +188,14 @@ def test_tables_list_all_there_is_and_nothing_else() -> None:
     from vlm.adapters import PROJECTORS
     from vlm.data.readers import READERS
     from vlm.eval import METRICS
+    from vlm.presets import PRESETS
     from vlm.recipe import PARTS
 
     assert first_column(TEXTS["README.md"], "projector") == set(PROJECTORS)
     assert first_column(TEXTS["README.md"], "format") == set(READERS)
     assert first_column(TEXTS["docs/training.md"], "projector") == set(PROJECTORS)
     assert first_column(TEXTS["docs/training.md"], "part") == set(PARTS)
+    assert first_column(TEXTS["docs/bridges.md"], "preset") == set(PRESETS)
     assert first_column(TEXTS["docs/using.md"], "metric") == set(METRICS)
 
 

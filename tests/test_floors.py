@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"generation"},
     {"session"},
     {"eval"},
-    {"recipe", "recipe_source", "recipe_errors", "recipe_paths", "recipe_train", "recipes", "training"},
+    {"recipe", "presets", "recipe_source", "recipe_errors", "recipe_paths", "recipe_train", "recipes", "training"},
     {"cache", "chat", "predict", "evaluate", "data_check", "hub", "interop", "serve", "quickstart", "tour"},
     {"cli", "__main__"},
 ]

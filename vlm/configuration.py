@@ -24,7 +24,7 @@ class VLMConfig(PreTrainedConfig):
             to them (Flamingo), `prefix+cross_attention` does both (NVLM-H).
         cross_attention_every: with cross-attention, every how many decoder layers a block of Flamingo is inserted.
         cross_attention_layers: where layers as Llama 3.2 Vision's stand instead, as in `MllamaTextConfig`: positions in
-            the list of all layers, these among them.
+            the list of all layers, these among them; `mllama` is its own, 3, 8, 13 ... to the end of the decoder.
         image_token_id: the token that holds an image's place in `input_ids`.
         image_seq_length: how many such tokens an image, or with tiling each of its tiles, takes: the projector's tokens
             with `prefix`, else 1.
@@ -48,7 +48,7 @@ class VLMConfig(PreTrainedConfig):
     projector: Any = None
     fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix"
     cross_attention_every: int = 4
-    cross_attention_layers: list[int] | None = None
+    cross_attention_layers: list[int] | Literal["mllama"] | None = None
     image_token_id: int = 0
     image_seq_length: int = 1
     vision_feature_layer: int | list[int] | None = None

@@ -29,6 +29,7 @@ from pydantic import (
 from vlm import recipe_train
 from vlm.batches import MAX_BATCH_TOKENS
 from vlm.errors import nearest
+from vlm.presets import PRESETS, with_preset
 from vlm.recipe_errors import FoundError, findings, to_recipe_error
 from vlm.recipe_paths import expand, expand_source, home
 from vlm.recipe_source import COMMAND_LINE, KeyPath, Places, RecipeError, apply_overrides, read_yaml
@@ -62,8 +63,9 @@ class Adapter(_Section):
     """Visual tokens stand in the sequence, decoder layers attend to them, or both."""
     cross_attention_every: int = Field(default=4, ge=1)
     """With cross-attention: one block of Flamingo for every so many decoder layers."""
-    cross_attention_layers: list[int] | None = None
-    """With cross-attention: layers as Llama 3.2 Vision's instead, at these positions among all layers, from 0."""
+    cross_attention_layers: list[int] | Literal["mllama"] | None = None
+    """With cross-attention: layers as Llama 3.2 Vision's instead, at these positions among all layers, from 0; `mllama`
+    is its own 3, 8, 13 ... to the end of the language model."""
     data_dependent_init: bool = True
     """Before training, fit the projector to the features of some training images and to the size of word embeddings."""
 
@@ -119,6 +121,8 @@ class Tiling(_Section):
 class Model(_Section):
     """Either `pretrained`, a vision-language model as it is, or `vision` and `language`, joined by `adapter`."""
 
+    preset: str | None = None
+    """A published model whose bridge is the default of the keys below: `llava`, `flamingo` ... (vlm/presets.py)."""
     pretrained: str | None = None
     """A whole vision-language model to fine-tune: Hub name or folder."""
     vision: str | list[str] | None = None
@@ -144,6 +148,15 @@ class Model(_Section):
     """`auto` is the language model's own; `chatml` is plain ChatML turns without a system prompt, which is shorter."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model from the Hub. Only for a model whose code you have read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(name := raw.get("preset"), str) or raw.get("pretrained"):
+            return raw
+        if name not in PRESETS:
+            raise FoundError([(("preset",), f"there is none called '{name}'; {nearest(name, PRESETS)}")])
+        return with_preset(raw, name)
 
     @field_validator("vision", "vision_feature_layer", "image_size", mode="before")
     @classmethod

@@ -207,7 +207,7 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
         source = generation.checkpoint_of(spec.pretrained)
     else:
         return build(
-            **spec.model_dump(exclude={"pretrained", "adapter"}),
+            **spec.model_dump(exclude={"preset", "pretrained", "adapter"}),
             **spec.adapter.model_dump(exclude={"data_dependent_init"}),
         )
     trust = spec.trust_remote_code
