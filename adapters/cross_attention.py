@@ -41,12 +41,11 @@ class VisionStates:
         """From `visual_tokens`, `[M, D]` of each image, all rows' in order, and `image_index [B, L]`, which of them
         (-1: none) each text token sees."""
         per_row = [row[row >= 0].unique().tolist() for row in image_index]
-        rows = [torch.cat([visual_tokens[i] for i in images or [0]]) for images in per_row]
+        rows = [torch.cat([visual_tokens[i] for i in images]) if images else visual_tokens[0][:1] for images in per_row]
         numbers = [[i for i in images for _ in range(len(visual_tokens[i]))] or [NOBODY] for images in per_row]
         owner = pad_sequence([torch.tensor(n) for n in numbers], batch_first=True, padding_value=NOBODY)
-        states = pad_sequence(rows, batch_first=True)
-        owner = F.pad(owner, (0, states.shape[1] - owner.shape[1]), value=NOBODY).to(image_index.device)
-        return cls(states, image_index[:, :, None] == owner[:, None, :])
+        owner = owner.to(image_index.device)
+        return cls(pad_sequence(rows, batch_first=True), image_index[:, :, None] == owner[:, None, :])
 
     def for_next_tokens(self, length: int) -> VisionStates:
         """For `length` tokens generated after these: they see what the last token saw."""

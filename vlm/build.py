@@ -247,4 +247,6 @@ def probe_encoder(
     with torch.device("meta"):
         made = build_projector(projector, width, width)
     num_tokens: int = made.num_tokens(num_prefix, features.grid)
-    return num_tokens, width, None if num_prefix else made.token_grid(features.grid)
+    token_grid = made.token_grid(features.grid)
+    on_grid = token_grid is not None and token_grid[0] * token_grid[1] == num_tokens  # no class tokens among them
+    return num_tokens, width, token_grid if on_grid else None

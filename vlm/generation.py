@@ -153,8 +153,12 @@ def prompt_lengths(model: Any, processor: Any, requests: Sequence[Request]) -> l
 
 def prompt_shapes(processor: Any, requests: Sequence[Request]) -> list[Any]:
     """What requests that stand in one batch have in common. With a chat template nothing, since they are padded; in
-    Mllama the number of images, of which the padding would be seen. Without one the shape of all their inputs, since
-    the models of that age count padding as positions (BLIP, GIT)."""
+    Mllama the number of images, of which the padding would be seen; with tiling what images are cut into, so that rows
+    begin alike and [share][`share_trunk`] that. Without one the shape of all their inputs, since the models of that age
+    count padding as positions (BLIP, GIT)."""
+    if (tiler := getattr(processor, "tiler", None)) is not None:
+        sizes = [[size_of(image) for image in images] for images, _ in requests]
+        return [tuple((tiler.grid(size), tiler.num_image_tokens(size, 1)) for size in row) for row in sizes]
     if has_chat_template(processor):
         counts = "cross_attention_mask" in processor.model_input_names
         return [len(images) if counts else 0 for images, _ in requests]

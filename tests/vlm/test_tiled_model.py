@@ -21,6 +21,7 @@ from tests.vlm.test_session import user as asked
 from vlm import generation
 from vlm.image_processors import image_size_of, keep_tiles_whole
 from vlm.session import Session
+from vlm.shared_prefix import SharedPrefixLayer
 
 KINDS = [
     ("prefix", "tiles"),
@@ -209,8 +210,10 @@ def test_many_questions_equal_one_by_one(made):
     assert generation.prompt_lengths(model, processor, requests) == lengths
 
 
-def test_questions_about_images_of_one_size_share_them(made):
+def test_questions_about_images_of_one_size_share_them(made, monkeypatch):
     model, processor = unending(*made)
+    layers = []
+    monkeypatch.setattr(generation, "SharedPrefixLayer", lambda *a: layers.append(a) or SharedPrefixLayer(*a))
     pictures = [image(n, (80, 64)) for n in range(3)]
     requests = [request(text, picture) for picture in pictures for text in ("what is it", "what", "what a cat")]
     rows = []
@@ -218,9 +221,14 @@ def test_questions_about_images_of_one_size_share_them(made):
         lambda m, a, kw, out: rows.append(kw["inputs_embeds"].shape[0]), with_kwargs=True
     )
     together = generation.generate(model, processor, requests, max_new_tokens=5)
-    hook.remove()
     assert rows[0] == 3, "the images were not shared"
+    assert len(layers) == 4, "each layer's keys and values of what is shared are kept once"
     assert together == [generation.generate(model, processor, [r], max_new_tokens=5)[0] for r in requests]
+    rows.clear()
+    other = [request(text, HIGH) for text in ("what is it", "what")]
+    assert generation.generate(model, processor, requests[:2] + other, max_new_tokens=5)[:2] == together[:2]
+    hook.remove()
+    assert rows.count(1) == 2, "images of other sizes keep them from being shared"
 
 
 # --- a conversation
