@@ -31,7 +31,7 @@ from vlm.training.step import flops_per_token
 from vlm.training.trainer import VLMTrainer
 from vlm.tree_attention import tree_attention
 
-ROW_TOKENS = 4096
+MAX_LENGTH = 4096
 RATE = 1e-6  # as good as none: each repeat starts from the weights of the first
 
 
@@ -84,8 +84,8 @@ def timed(trainer: Trainer) -> dict[str, Any]:
 class Ours:
     """Trees, tree attention and kept features. With `cached`, images were encoded and words tokenized before."""
 
-    def __init__(self, shape: Shape, trained: str, bf16: bool, *, cached: bool) -> None:
-        self.shape, self.cached = shape, cached
+    def __init__(self, shape: Shape, trained: str, bf16: bool, *, cached: bool, max_tokens_per_row: int = 4096) -> None:
+        self.shape, self.cached, self.max_tokens_per_row = shape, cached, max_tokens_per_row
         self.model, self.processor = workload.ours()
         set_trained(self.model, trained)
         self.args = TrainingArguments(remove_unused_columns=False, **arguments(bf16, 1, 1))
@@ -113,13 +113,13 @@ class Ours:
         items, _ = make_items(
             examples,
             self.processor,
-            max_length=ROW_TOKENS,
+            max_length=MAX_LENGTH,
             too_long="error",
             report=print,
             features={index: (key,) for index, key in enumerate(keys)},
             progress=lambda steps, total: steps,
         )
-        rows = TreeDataset(items, ROW_TOKENS)
+        rows = TreeDataset(items, self.max_tokens_per_row)
         self.args.gradient_accumulation_steps = len(rows)
         return rows, TreeCollator(self.processor, cache, TreeMasks(self.model))
 

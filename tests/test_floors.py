@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
         "",
     },
     {"data"},
-    {"batches"},
+    {"batches", "shared_prefix"},
     {"generation"},
     {"session"},
     {"eval"},

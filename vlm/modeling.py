@@ -60,7 +60,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         hidden_size = config.vision_hidden_size or vision_hidden_size(self.vision_tower) * layers
         self.multi_modal_projector = build_projector(config.projector, hidden_size, config.text_config.hidden_size)
         if config.uses_cross_attention:
-            insert_cross_attention(self.language_model, config.cross_attention_every)
+            insert_cross_attention(self.language_model, config.cross_attention_every, config.cross_attention_layers)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -61,7 +61,9 @@ class Adapter(_Section):
     fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix"
     """Visual tokens stand in the sequence, decoder layers attend to them, or both."""
     cross_attention_every: int = Field(default=4, ge=1)
-    """With cross-attention: one block for every so many decoder layers."""
+    """With cross-attention: one block of Flamingo for every so many decoder layers."""
+    cross_attention_layers: list[int] | None = None
+    """With cross-attention: layers as Llama 3.2 Vision's instead, at these positions among all layers, from 0."""
     data_dependent_init: bool = True
     """Before training, fit the projector to the features of some training images and to the size of word embeddings."""
 
@@ -90,6 +92,18 @@ class Adapter(_Section):
             ]
             raise FoundError([((key,), why) for key, why in zip(unknown, known, strict=True)])
         return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Adapter":
+        if self.cross_attention_layers is None:
+            return self
+        if self.fusion == "prefix":
+            why = "does not go with `fusion: prefix`; choose cross_attention, or remove it"
+        elif "cross_attention_every" not in _at_default(self):
+            why = "does not go with `cross_attention_every`, which places blocks of another kind; remove one of them"
+        else:
+            return self
+        raise FoundError([(("cross_attention_layers",), why)])
 
 
 class Model(_Section):

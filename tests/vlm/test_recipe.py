@@ -71,7 +71,10 @@ def test_without_any_rate_it_is_the_trainers_default(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("text", [GOOD, STAGES])
+MLLAMA = GOOD.replace("data:\n", "  adapter: {fusion: cross_attention, cross_attention_layers: [1]}\ndata:\n")
+
+
+@pytest.mark.parametrize("text", [GOOD, STAGES, MLLAMA])
 def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -> None:
     first = load(tmp_path, text)
     again = load(tmp_path, yaml.safe_dump(first.resolved(), sort_keys=False))
@@ -116,6 +119,19 @@ def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -
         (("train:\n  max", "lora: {r: 0}\ntrain:\n  max"), 9, "lora.r: must be at least 1, not 0"),
         (("train:\n  max", "stages: []\ntrain:\n  max"), 10, "train: this recipe has `stages`"),
         (("data:\n", "  adapter: {projector: mlpp}\ndata:\n"), 5, "there is no projector 'mlpp'; did you mean 'mlp'?"),
+        (
+            ("data:\n", "  adapter: {cross_attention_layers: [1]}\ndata:\n"),
+            5,
+            "cross_attention_layers: does not go with `fusion: prefix`",
+        ),
+        (
+            (
+                "data:\n",
+                "  adapter: {fusion: cross_attention, cross_attention_every: 2, cross_attention_layers: [1]}\ndata:\n",
+            ),
+            5,
+            "cross_attention_layers: does not go with `cross_attention_every`",
+        ),
         (("data:\n", "  adapter: {projector: {num: 1}}\ndata:\n"), 5, "projector.type: is missing"),
         (("data:\n", "  adapter: {projector: {type: average_pool, num_tokens: 9}}\ndata:\n"), 5, "num_image_tokens"),
         (("data:\n", "  pretrained: some/vlm\ndata:\n"), 3, "model.vision: does not go with `pretrained`"),
