@@ -34,7 +34,7 @@ def build(
     """Join the encoder `vision` and the decoder `language`, each a folder or a Hub name; several encoders of a list see
     an image side by side ([`vlm.vision_towers`]).
 
-    `bridge` are arguments of [`VLMConfig`], under their names: `projector`, `fusion`, `vision_feature_layer` and others.
+    `bridge` are arguments of [`VLMConfig`], such as `projector`, `fusion` and `vision_feature_layer`.
     `image_size` and `image_aspect_ratio` are those of [`load_vision`]. `chat_template` is `auto`, the language model's
     own, or `chatml`, plain ChatML turns without a system prompt. Weights are float32.
 
@@ -112,7 +112,7 @@ def assemble(
 
 
 def require_arguments(bridge: Mapping[str, Any]) -> None:
-    """Raise ValueError for a name that [`VLMConfig`] does not take; as any configuration it would keep it in silence."""
+    """Raise ValueError for an argument that [`VLMConfig`] does not know: it would keep it in silence."""
     for name in bridge.keys() - VLMConfig.__annotations__.keys():
         raise unknown_name("option", name, VLMConfig.__annotations__)
 

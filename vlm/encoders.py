@@ -2,115 +2,95 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, TimmWrapperConfig
 
-from vlm.encoder import encode
+if TYPE_CHECKING:  # heavy
+    from transformers import PreTrainedConfig
 
-TRANSFORMERS = {
-    "ResNet": "resnet",
-    "EfficientNet": "efficientnet",
-    "MobileNetV2": "mobilenet_v2",
-    "ConvNeXt": "convnext",
-    "ViT": "vit",
-    "DeiT": "deit",
-    "BEiT": "beit",
-    "Swin": "swin",
-    "Swin V2": "swinv2",
-    "CLIP": "clip_vision_model",
-    "SigLIP, SigLIP 2": "siglip_vision_model",
-    "SigLIP 2 NaFlex": "siglip2_vision_model",
-    "DINOv2": "dinov2",
-    "DINOv2 with registers": "dinov2_with_registers",
-    "DINOv3": "dinov3_vit",
-    "DINOv3 ConvNeXt": "dinov3_convnext",
-}
-"""Family to the model type of transformers, whose default configuration is taken."""
+# SigLIP 2's NaFlex variant (siglip2_vision_model) has as many tokens as `image_size` gives it, and is not among them.
+TRANSFORMERS = (
+    "resnet", "efficientnet", "mobilenet_v2", "convnext",
+    "vit", "deit", "beit", "swin", "swinv2",
+    "clip_vision_model", "siglip_vision_model",
+    "dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext",
+)  # fmt: skip
+"""Model types of transformers. SigLIP 2's checkpoints of one size are `siglip_vision_model` too."""
 
-TIMM = {
-    "ResNet": "resnet50",
-    "EfficientNet": "efficientnet_b0",
-    "MobileNetV3": "mobilenetv3_large_100",
-    "ConvNeXt": "convnext_tiny",
-    "ViT": "vit_base_patch16_224",
-    "DeiT": "deit_base_patch16_224",
-    "BEiT": "beit_base_patch16_224",
-    "Swin": "swin_tiny_patch4_window7_224",
-    "Swin V2": "swinv2_tiny_window8_256",
-    "CLIP": "vit_base_patch16_clip_224",
-    "SigLIP, SigLIP 2": "vit_base_patch16_siglip_224",
-    "DINOv2": "vit_base_patch14_dinov2",
-    "DINOv2 with registers": "vit_base_patch14_reg4_dinov2",
-    "DINOv3": "vit_base_patch16_dinov3",
-    "EVA-02": "eva02_base_patch14_224",
-}
-"""Family to one of timm's architectures."""
+TIMM = (
+    "resnet50.a1_in1k",
+    "efficientnet_b0.ra_in1k",
+    "mobilenetv3_large_100.ra_in1k",
+    "convnext_tiny.fb_in1k",
+    "vit_base_patch16_224.augreg_in21k",
+    "deit_base_patch16_224.fb_in1k",
+    "beit_base_patch16_224.in22k_ft_in22k",
+    "swin_tiny_patch4_window7_224.ms_in1k",
+    "swinv2_tiny_window8_256.ms_in1k",
+    "eva02_base_patch14_224.mim_in22k",
+    "vit_base_patch16_clip_224.openai",
+    "vit_base_patch16_siglip_224.v2_webli",
+    "vit_base_patch14_dinov2.lvd142m",
+    "vit_base_patch14_reg4_dinov2.lvd142m",
+    "vit_base_patch16_dinov3.lvd1689m",
+)
+"""timm's pretrained models, each on the Hub as `timm/NAME`."""
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """What a configuration comes to: `tokens` patch embeddings an image, `hidden_size` wide, and `parameters`."""
+class Size:
+    """What a configuration comes to: for a square of `image_size` pixels `tokens` patch embeddings, `hidden_size` wide."""
 
-    family: str
-    name: str
     image_size: int
     tokens: int
     hidden_size: int
     parameters: int
 
 
-@torch.no_grad()
-def measure(family: str, config: PreTrainedConfig) -> Encoder:
-    """Build the encoder of `config` and run it, both without weights (on PyTorch's meta device)."""
-    with torch.device("meta"):
+def measure(config: PreTrainedConfig) -> Size:
+    """Build the encoder of `config` and run it, both without memory for weights (on PyTorch's meta device), at its own
+    image size, or 224 if it has none."""
+    import torch
+    from transformers import AutoModel
+
+    from vlm.encoder import encode
+
+    with torch.device("meta"), torch.no_grad():
         tower = AutoModel.from_config(config).eval()
-        side = _image_size(tower)
-        features = encode(tower, torch.zeros(1, 3, side, side))
-    return Encoder(
-        family=family,
-        name=getattr(config, "architecture", config.model_type),
-        image_size=side,
-        tokens=features.patches.shape[1],
-        hidden_size=features.patches.shape[2],
-        parameters=sum(parameter.numel() for parameter in tower.parameters()),
-    )
+        timm_model = getattr(tower, "timm_model", None)
+        own = timm_model.pretrained_cfg["input_size"][-1] if timm_model else getattr(config, "image_size", 224)
+        patches = encode(tower, torch.zeros(1, 3, own, own)).patches
+    return Size(own, *patches.shape[1:], sum(parameter.numel() for parameter in tower.parameters()))
 
 
-def _image_size(tower: torch.nn.Module) -> int:
-    if (timm_model := getattr(tower, "timm_model", None)) is not None:
-        return int(timm_model.pretrained_cfg["input_size"][-1])
-    if patches := getattr(tower.config, "num_patches", None):  # NaFlex: as many patches, in a square
-        return math.isqrt(patches) * int(tower.config.patch_size)  # type: ignore[union-attr, arg-type]
-    return int(getattr(tower.config, "image_size", 224))
+def _architecture(name: str) -> str:
+    """timm's `resnet50.a1_in1k` is the architecture `resnet50` with the weights `a1_in1k`."""
+    return name.partition(".")[0]
 
 
 def run(console: Console) -> None:
     """Print a table of all families."""
-    configs = [(family, AutoConfig.for_model(kind)) for family, kind in TRANSFORMERS.items()]
-    configs += [(family, TimmWrapperConfig(architecture=name)) for family, name in TIMM.items()]
-    table = Table(box=None, header_style="bold")
-    table.add_column("family")
-    table.add_column("model type, or timm's architecture")
+    with console.status("building encoders without weights"):
+        from transformers import AutoConfig, TimmWrapperConfig
+
+        of_transformers = {name: measure(AutoConfig.for_model(name)) for name in TRANSFORMERS}
+        of_timm = {f"timm/{name}": measure(TimmWrapperConfig(architecture=_architecture(name))) for name in TIMM}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("transformers' model type, or Hub name", no_wrap=True)
     for column in ("pixels", "tokens", "width", "parameters"):
-        table.add_column(column, justify="right")
-    for family, config in configs:
-        found = measure(family, config)
-        table.add_row(
-            family,
-            found.name,
-            str(found.image_size),
-            str(found.tokens),
-            str(found.hidden_size),
-            f"{found.parameters / 1e6:.1f} M",
-        )
-    console.print(table)
+        table.add_column(column, justify="right", no_wrap=True)
+    for sizes in (of_transformers, of_timm):
+        for name, size in sizes.items():
+            numbers = (size.image_size, size.tokens, size.hidden_size)
+            table.add_row(name, *map(str, numbers), f"{size.parameters / 1e6:.1f} M")
+        table.add_row()
+    console.print(table, highlight=False)
     console.print(
-        "Checkpoints of a family come in other sizes too. Any other encoder of timm, and any of transformers that gives "
-        "image features, can be tried in the same way.",
+        "A model type stands for all checkpoints of that type, which come in other sizes than this, its default one. "
+        "More encoders of transformers and of timm work in the same way.",
         highlight=False,
+        soft_wrap=True,
     )

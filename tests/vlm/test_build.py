@@ -205,8 +205,8 @@ def test_what_does_not_fit_is_refused(folders, options, message):
 
 
 def test_an_unknown_option_is_refused_before_anything_is_loaded():
-    with pytest.raises(ValueError, match=r"unknown option 'vision_feature_layers'\. Did you mean 'vision_feature_layer'"):
-        build("/nowhere", "/nowhere", vision_feature_layers=-2)
+    with pytest.raises(ValueError, match=r"unknown option 'feature_layer'\. Did you mean 'vision_feature_layer'"):
+        build("/nowhere", "/nowhere", feature_layer=-2)
 
 
 def test_a_projector_is_its_name_or_its_options(folders):
