@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from vlm.adapters import build_projector
+from vlm.adapters import build_projector, unknown_name
 from vlm.configuration import VLMConfig
 from vlm.encoder import encode, load_vision_tower, resize_positions
 from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, keep_tiles_whole, load_image_processor
@@ -26,48 +26,31 @@ def build(
     vision: str | Sequence[str],
     language: str,
     *,
-    projector: dict[str, Any] | str = "mlp",
-    fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix",
-    cross_attention_every: int = 4,
-    cross_attention_layers: list[int] | None = None,
-    vision_feature_layer: int | list[int] | None = None,
-    vision_feature_select_strategy: Literal["default", "full"] = "default",
     image_size: ImageSize | Sequence[ImageSize] | None = None,
     image_aspect_ratio: ImageAspectRatio = "square",
-    tiling: dict[str, Any] | None = None,
     chat_template: Literal["auto", "chatml"] = "auto",
     trust_remote_code: bool = False,
+    **bridge: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """Join the encoder `vision` and the decoder `language`, each a folder or a Hub name; several encoders of a list see
     an image side by side ([`vlm.vision_towers`]).
 
-    `image_size` and `image_aspect_ratio` are those of [`load_vision`]. `tiling` is `{"type": "tiles" | "anyres",
-    "max_tiles": ...}`, see [`vlm.tiling.Tiler`]. `chat_template` is `auto`, the language model's own, or `chatml`,
+    `bridge` are arguments of [`VLMConfig`], such as `projector`, `fusion` and `vision_feature_layer`, and `tiling`,
+    which is `{"type": "tiles" | "anyres", "max_tiles": ...}` (see [`vlm.tiling.Tiler`]). `image_size` and
+    `image_aspect_ratio` are those of [`load_vision`]. `chat_template` is `auto`, the language model's own, or `chatml`,
     plain ChatML turns without a system prompt. Weights are float32.
 
     Raises ValueError for an unknown projector or option, a decoder that has no place for cross-attention, a tokenizer
     without the tokens of the chat template, an image processor whose images differ in size, encoders whose grids
     differ, and tiling that does not go with the projector or the fusion.
     """
+    require_arguments(bridge)  # before the weights are read
     vision_tower, image_processor = load_vision(
         vision, image_size=image_size, image_aspect_ratio=image_aspect_ratio, trust_remote_code=trust_remote_code
     )
     language_model = load_quietly(AutoModelForCausalLM, language, dtype="float32", trust_remote_code=trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(language, trust_remote_code=trust_remote_code)
-    return assemble(
-        vision_tower,
-        language_model,
-        image_processor,
-        tokenizer,
-        projector=projector,
-        fusion=fusion,
-        cross_attention_every=cross_attention_every,
-        cross_attention_layers=cross_attention_layers,
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=vision_feature_select_strategy,
-        tiling=tiling,
-        chat_template=chat_template,
-    )
+    return assemble(vision_tower, language_model, image_processor, tokenizer, chat_template=chat_template, **bridge)
 
 
 def load_vision(
@@ -105,67 +88,55 @@ def assemble(
     image_processor: Any,
     tokenizer: Any,
     *,
-    projector: dict[str, Any] | str = "mlp",
-    fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix",
-    cross_attention_every: int = 4,
-    cross_attention_layers: list[int] | None = None,
-    vision_feature_layer: int | list[int] | None = None,
-    vision_feature_select_strategy: Literal["default", "full"] = "default",
     tiling: dict[str, Any] | None = None,
     chat_template: Literal["auto", "chatml"] = "auto",
+    **bridge: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """As [`build`], from loaded parts. The image token is added to the tokenizer and to the embeddings if need be."""
-    spec = {"type": projector} if isinstance(projector, str) else dict(projector)
-    if vision_feature_select_strategy == "full" and isinstance(vision_tower, VisionTowers):
-        raise ValueError(
-            "vision_feature_select_strategy full is for one encoder: several have no class token in common"
-        )
+    require_arguments(bridge)
     template = chat_template_for(tokenizer, chatml=chat_template == "chatml")
     add_image_token(tokenizer, language_model)
     if tiling is not None:
         image_processor = keep_tiles_whole(image_processor)
-    num_tokens, width, token_grid = probe_encoder(
-        vision_tower,
-        image_processor,
-        spec,
-        vision_feature_layer=vision_feature_layer,
-        keep_prefix=vision_feature_select_strategy == "full",
-    )
+    parts = copy.deepcopy({"vision_config": vision_tower.config, "text_config": language_model.config})
+    untiled = VLMConfig(**parts, **bridge)
+    num_tokens, width, token_grid = probe_encoder(vision_tower, image_processor, untiled)
     if tiling is not None:
         tiling = {**tiling, "tile_size": image_size_of(image_processor)}
         if tiling["type"] == "anyres":
             if token_grid is None:
                 raise ValueError(
                     "tiling of type anyres lays tokens out on a grid, and those of this projector "
-                    f"({spec['type']}) lie on none, or class tokens are among them: choose another projector, "
-                    "vision_feature_select_strategy: default, or tiling of type tiles"
+                    f"({untiled.projector['type']}) lie on none, or class tokens are among them: choose another "
+                    "projector, vision_feature_select_strategy: default, or tiling of type tiles"
                 )
             tiling["token_grid"] = token_grid
         add_markers(tokenizer, language_model, Tiler(**tiling).markers())
     attention = [part.config._attn_implementation for part in (vision_tower, language_model)]
-    vlm_config = VLMConfig(
+    config = VLMConfig(
         vision_config=vision_tower.config,
         text_config=language_model.config,
-        projector=spec,
-        fusion=fusion,
-        cross_attention_every=cross_attention_every,
-        cross_attention_layers=cross_attention_layers,
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=vision_feature_select_strategy,
         tiling=tiling,
         vision_hidden_size=width,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=num_tokens if "prefix" in fusion else 1,
+        image_seq_length=num_tokens if untiled.uses_prefix else 1,
+        **bridge,
     )
     # A nesting configuration resets the attention implementation that each part was loaded with.
     for part, implementation in zip((vision_tower, language_model), attention, strict=True):
         part.config._attn_implementation = implementation
-    model = VLMForConditionalGeneration(vlm_config, vision_tower, language_model)
+    model = VLMForConditionalGeneration(config, vision_tower, language_model)
     model.generation_config = generation_config_for(language_model, tokenizer, template)
     if model.tiler is not None:
         model.generation_config.suppress_tokens += tokenizer.convert_tokens_to_ids(list(model.tiler.markers()))
-    processor = VLMProcessor(image_processor, tokenizer, template, vlm_config.image_seq_length, tiling=tiling)
+    processor = VLMProcessor(image_processor, tokenizer, template, config.image_seq_length, tiling=tiling)
     return model, processor
+
+
+def require_arguments(bridge: Mapping[str, Any]) -> None:
+    """Raise ValueError for an argument that [`VLMConfig`] does not know: it would keep it in silence."""
+    for name in bridge.keys() - VLMConfig.__annotations__.keys():
+        raise unknown_name("option", name, VLMConfig.__annotations__)
 
 
 def add_image_token(tokenizer: Any, language_model: PreTrainedModel) -> None:
@@ -225,28 +196,30 @@ def generation_config_for(language_model: PreTrainedModel, tokenizer: Any, templ
 
 @torch.no_grad()
 def probe_encoder(
-    vision_tower: PreTrainedModel,
-    image_processor: Any,
-    projector: dict[str, Any],
-    *,
-    vision_feature_layer: int | list[int] | None,
-    keep_prefix: bool,
+    vision_tower: PreTrainedModel, image_processor: Any, config: VLMConfig
 ) -> tuple[int, int, tuple[int, int] | None]:
     """How many visual tokens an image becomes, how wide the encoder's features are, and the grid that the tokens lie on
     (None if they lie on none).
 
-    Found by running the encoder on a blank image: no configuration says it for every encoder.
+    Found by running the encoder on a blank image: no configuration says it for every encoder. Raises ValueError for
+    class tokens of several encoders.
     """
+    keep_prefix = config.vision_feature_select_strategy == "full"
+    if keep_prefix and isinstance(vision_tower, VisionTowers):
+        raise ValueError(
+            "vision_feature_select_strategy full is for one encoder: several have no class token in common"
+        )
     image_size_of(image_processor)  # one for all images, or an error
     blank = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
     training = vision_tower.training
-    features = encode(vision_tower.eval(), blank.to(vision_tower.device, vision_tower.dtype), vision_feature_layer)
+    pixels = blank.to(vision_tower.device, vision_tower.dtype)
+    features = encode(vision_tower.eval(), pixels, config.vision_feature_layer)
     vision_tower.train(training)
     width = features.patches.shape[-1]
     num_prefix = features.prefix.shape[1] if keep_prefix else 0
     with torch.device("meta"):
-        made = build_projector(projector, width, width)
-    num_tokens: int = made.num_tokens(num_prefix, features.grid)
-    token_grid = made.token_grid(features.grid)
+        projector = build_projector(config.projector, width, width)
+    num_tokens: int = projector.num_tokens(num_prefix, features.grid)
+    token_grid = projector.token_grid(features.grid)
     on_grid = token_grid is not None and token_grid[0] * token_grid[1] == num_tokens  # no class tokens among them
     return num_tokens, width, token_grid if on_grid else None

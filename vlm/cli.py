@@ -116,6 +116,14 @@ def clear_cache(
     cache.clear(keys or [], yes=yes, console=console)
 
 
+@app.command()
+def encoders() -> None:
+    """List families of vision encoders, with their tokens an image and their sizes."""
+    from vlm import encoders as families
+
+    families.run(console)
+
+
 @app.command("eval")
 def evaluate(
     model: ModelArgument,

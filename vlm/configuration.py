@@ -19,7 +19,8 @@ class VLMConfig(PreTrainedConfig):
     Args:
         vision_config: any configuration `AutoModel` knows, timm's through `TimmWrapperConfig`.
         text_config: any configuration `AutoModelForCausalLM` knows.
-        projector: `{"type": NAME, **options}` with a name of [`vlm.adapters.PROJECTORS`] and that projector's options.
+        projector: `{"type": NAME, **options}` with a name of [`vlm.adapters.PROJECTORS`] and that projector's options,
+            or the name alone.
         fusion: `prefix` puts the visual tokens into the sequence (LLaVA), `cross_attention` lets decoder layers attend
             to them (Flamingo), `prefix+cross_attention` does both (NVLM-H).
         cross_attention_every: with cross-attention, every how many decoder layers a block of Flamingo is inserted.
@@ -58,7 +59,8 @@ class VLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.projector = dict(self.projector or {"type": "mlp"})
+        projector = self.projector or "mlp"
+        self.projector = {"type": projector} if isinstance(projector, str) else dict(projector)
         if self.projector.get("type") not in PROJECTORS:
             raise unknown_name("projector", str(self.projector.get("type")), PROJECTORS)
         if self.fusion not in FUSIONS:

@@ -216,3 +216,13 @@ def test_encoders_whose_image_processor_is_of_another_kind(folders, vision, imag
 def test_what_does_not_fit_is_refused(folders, options, message):
     with pytest.raises(ValueError, match=message):
         build(str(folders / "clip"), str(folders / "byte_level"), **options)
+
+
+def test_an_unknown_option_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match=r"unknown option 'feature_layer'\. Did you mean 'vision_feature_layer'"):
+        build("/nowhere", "/nowhere", feature_layer=-2)
+
+
+def test_a_projector_is_its_name_or_its_options(folders):
+    named, _ = build(str(folders / "clip"), str(folders / "byte_level"), projector="linear")
+    assert named.config.projector == {"type": "linear"}
