@@ -25,7 +25,7 @@ Encode = Callable[[Tensor], tuple[Tensor, tuple[int, int]]]
 
 @dataclass
 class EncodedBatch:
-    """The SHA-256 of `images`, and their `features [B, N, D]` on the encoder's device."""
+    """The names of `images`, mostly their SHA-256, and their `features [B, N, D]` on the encoder's device."""
 
     images: list[str]
     features: Tensor
@@ -57,7 +57,7 @@ def encode_images(
     broken: dict[str, ImageError],
     num_workers: int = 0,
 ) -> Iterator[EncodedBatch]:
-    """Run `images`, by their SHA-256, through `encode` in batches, in order; those that do not open go to `broken`.
+    """Run `images`, by their names, through `encode` in batches, in order; those that do not open go to `broken`.
 
     `num_workers` processes open images and run `image_processor` on them (0: this process). They hold neither the
     model nor anything on its device.
