@@ -34,7 +34,20 @@ FLOORS: list[set[str]] = [
     {"session"},
     {"eval"},
     {"recipe", "presets", "recipe_source", "recipe_errors", "recipe_paths", "recipe_train", "recipes", "training"},
-    {"cache", "chat", "predict", "evaluate", "data_check", "encoders", "hub", "interop", "serve", "quickstart", "tour"},
+    {
+        "cache",
+        "chat",
+        "predict",
+        "evaluate",
+        "data_check",
+        "encode",
+        "encoders",
+        "hub",
+        "interop",
+        "serve",
+        "quickstart",
+        "tour",
+    },
     {"cli", "__main__"},
 ]
 """The names are modules and packages inside `vlm`; the empty one is `vlm/__init__.py`."""

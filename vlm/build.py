@@ -58,19 +58,21 @@ def load_vision(
     *,
     image_size: ImageSize | Sequence[ImageSize] | None = None,
     image_aspect_ratio: ImageAspectRatio = "square",
+    pooled: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """A vision encoder and its image processor, or several as one.
 
     `image_size` is the side in pixels that images are brought to, `{"height": ..., "width": ...}`, or a list with one
     for each encoder; None is the encoder's own. `image_aspect_ratio` is `square`, the encoder's own resize and crop, or
-    `pad`, which pads to a square with the mean colour. Raises ValueError as [`load_image_processor`].
+    `pad`, which pads to a square with the mean colour. Raises ValueError as [`load_image_processor`] and
+    [`load_vision_tower`], whose `pooled` this is.
     """
     names = [names] if isinstance(names, str) else names
     sizes = image_size if isinstance(image_size, list | tuple) else [image_size] * len(names)
     if len(sizes) != len(names):
         raise ValueError(f"image_size has {len(sizes)} sizes for {len(names)} encoders; give each one, or one for all")
-    towers = [load_vision_tower(name, trust_remote_code=trust_remote_code) for name in names]
+    towers = [load_vision_tower(name, pooled=pooled, trust_remote_code=trust_remote_code) for name in names]
     image_processors = [
         load_image_processor(
             name, image_size=size, image_aspect_ratio=image_aspect_ratio, trust_remote_code=trust_remote_code
@@ -98,8 +100,8 @@ def assemble(
     add_image_token(tokenizer, language_model)
     if tiling is not None:
         image_processor = keep_tiles_whole(image_processor)
-    parts = copy.deepcopy({"vision_config": vision_tower.config, "text_config": language_model.config})
-    untiled = VLMConfig(**parts, **bridge)
+    vision_config, text_config = copy.deepcopy((vision_tower.config, language_model.config))
+    untiled = VLMConfig(vision_config=vision_config, text_config=text_config, **bridge)
     num_tokens, width, token_grid = probe_encoder(vision_tower, image_processor, untiled)
     if tiling is not None:
         tiling = {**tiling, "tile_size": image_size_of(image_processor)}

@@ -42,7 +42,7 @@ TIMM = (
 
 @dataclass(frozen=True)
 class Size:
-    """What a configuration comes to: for a square of `image_size` pixels `tokens` patch embeddings, `hidden_size` wide."""
+    """What a configuration comes to: `tokens` patch embeddings of an image, `hidden_size` wide."""
 
     image_size: int
     tokens: int
@@ -63,7 +63,8 @@ def measure(config: PreTrainedConfig) -> Size:
         timm_model = getattr(tower, "timm_model", None)
         own = timm_model.pretrained_cfg["input_size"][-1] if timm_model else getattr(config, "image_size", 224)
         patches = encode(tower, torch.zeros(1, 3, own, own)).patches
-    return Size(own, *patches.shape[1:], sum(parameter.numel() for parameter in tower.parameters()))
+    tokens, hidden_size = patches.shape[1:]
+    return Size(own, tokens, hidden_size, tower.num_parameters())
 
 
 def _architecture(name: str) -> str:

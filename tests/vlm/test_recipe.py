@@ -367,12 +367,16 @@ def test_several_encoders_layers_and_sizes(tmp_path: Path) -> None:
 
 def test_every_option_of_build_is_a_key_of_the_model_section() -> None:
     from vlm.build import build
+    from vlm.configuration import VLMConfig
 
     defaults = recipe.Model(vision="v", language="l")
     keys = {**dict(defaults), **dict(defaults.adapter)}
-    for name, parameter in inspect.signature(build).parameters.items():
+    named = {name: p.default for name, p in inspect.signature(build).parameters.items() if name != "bridge"}
+    for name, default in named.items():
         assert name in keys
-        if parameter.default is not inspect.Parameter.empty and name != "projector":
-            assert keys[name] == parameter.default
-    assert keys["projector"] == {"type": inspect.signature(build).parameters["projector"].default}
-    assert keys.keys() - inspect.signature(build).parameters.keys() == {"pretrained", "adapter", "data_dependent_init"}
+        if default is not inspect.Parameter.empty:
+            assert keys[name] == default
+    bridge = keys.keys() - named.keys() - {"preset", "pretrained", "adapter", "data_dependent_init"}
+    assert {name: keys[name] for name in bridge} == {name: getattr(VLMConfig(), name) for name in bridge}
+    made_of_models = {"vision_config", "text_config", "vision_hidden_size", "image_token_id", "image_seq_length"}
+    assert VLMConfig.__annotations__.keys() - bridge - made_of_models == {"tie_word_embeddings"}

@@ -26,7 +26,8 @@ Encode = Callable[[Tensor], tuple[Tensor, tuple[int, int]]]
 
 @dataclass
 class EncodedBatch:
-    """The keys of images, or of tiles, and their `features [B, N, D]` on the encoder's device."""
+    """The names of `images`, mostly their SHA-256 or the keys of their tiles, and their `features [B, N, D]` on the
+    encoder's device."""
 
     images: list[str]
     features: Tensor
@@ -62,7 +63,7 @@ def encode_images(
     broken: dict[str, ImageError],
     num_workers: int = 0,
 ) -> Iterator[EncodedBatch]:
-    """Run `images`, by their SHA-256, through `encode` in batches, in order; those that do not open go to `broken`.
+    """Run `images`, by their names, through `encode` in batches, in order; those that do not open go to `broken`.
 
     `num_workers` processes open images and prepare them (0: this process). They hold neither the model nor anything on
     its device. With tiling each tile counts as an image, under a [key of its own][`tile_keys`].

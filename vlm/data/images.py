@@ -1,10 +1,11 @@
-"""Opening images from anywhere as plain RGB, within bounds, or saying what is wrong with them."""
+"""Finding images, and opening them from anywhere as plain RGB, within bounds, or saying what is wrong with them."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +35,9 @@ _UPRIGHT = {
 _ON_ITS_SIDE = (5, 6, 7, 8)
 
 
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2"}
+"""What a file in a folder is called if it is an image."""
+
 CHUNK = 64
 CHUNK_PIXELS = 2**26  # 192 MB of RGB
 
@@ -49,6 +53,27 @@ class ImageError(UserError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.why}; {self.fix}"
+
+
+def find_images(patterns: Sequence[str]) -> list[str]:
+    """Return the files that `patterns` name, each once: files, folders (with what is in their folders), and globs.
+
+    Raises UserError for a pattern that finds nothing.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            files = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        elif path.exists():  # before the glob: `photo[1].jpg` may be a file of that name
+            files = [str(path)]
+        else:
+            files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+        if not files:
+            what = "has no images in it" if path.is_dir() else "is no file or folder, and no file matches it"
+            raise UserError(f"{pattern} {what}")
+        found |= dict.fromkeys(files)
+    return list(found)
 
 
 def open_image(
