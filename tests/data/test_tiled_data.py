@@ -7,6 +7,7 @@ from tests.data.test_dataset import straight
 from tests.data.test_trees import assert_close, gradients
 from tests.tiny import image
 from tests.vlm.test_tiled_model import KINDS, tiled
+from vlm.cache import kept as listed
 from vlm.data.check import check
 from vlm.data.dataset import TreeCollator, TreeDataset, make_items, one_row_an_answer
 from vlm.data.example import Branch, Example, question_and_answer
@@ -138,6 +139,10 @@ def test_features_found_are_not_encoded_again_and_another_tiling_finds_none(tmp_
     kept(tmp_path, model, processor, examples())
     other = tiled(kind="anyres")
     assert "0 of 8 images found" in kept(tmp_path, *other, examples())[2]
+    assert {(entry.images, entry.about["image_size"]) for entry in listed()} == {
+        (8, "32x32 tiles 4"),
+        (8, "32x32 anyres 4"),
+    }
     monkeypatch.setattr(model, "get_vision_features", None)
     assert "8 of 8 images found on disk; none to encode" in kept(tmp_path, model, processor, examples())[2]
 

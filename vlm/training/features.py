@@ -234,10 +234,11 @@ def _precision(args: TrainingArguments) -> str:
 
 def about(recipe: Recipe, model: Any, processor: Any, args: TrainingArguments) -> dict[str, Any]:
     """What `vlm cache ls` says of the features."""
-    layer = model.config.vision_feature_layer
+    layer, tiler = model.config.vision_feature_layer, processor.tiler
+    image_size = "x".join(map(str, image_size_of(processor.image_processor)))
     return {
         "encoder": " + ".join(recipe.model.encoders) or recipe.model.pretrained,
-        "image_size": "x".join(map(str, image_size_of(processor.image_processor))),
+        "image_size": image_size if tiler is None else f"{image_size} {tiler.type} {tiler.max_tiles}",
         "layer": "last" if layer is None else str(layer),
         "precision": _precision(args),
     }
