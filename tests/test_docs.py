@@ -16,11 +16,18 @@ from PIL import Image, ImageChops, ImageStat
 
 from vlm import recipe
 from vlm.cli import app
+from vlm.data import augmentation
 from vlm.recipe_source import read_yaml
 
 ROOT = Path(__file__).parents[1]
 GUIDES = {path.relative_to(ROOT).as_posix(): path for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in GUIDES.items()}
+
+
+SECTIONS = (
+    recipe.Model, recipe.Adapter, recipe.Data, recipe.Lora, recipe.Evaluation,
+    augmentation.Augmentation, augmentation.RandomResizedCrop, augmentation.ColorJitter,
+)  # fmt: skip
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -172,7 +179,7 @@ def test_a_shown_bridge_is_valid(snippet: str) -> None:
     assert bridge.fusion in ("prefix", "cross_attention", "prefix+cross_attention")
 
 
-@pytest.mark.parametrize("section", [recipe.Model, recipe.Adapter, recipe.Data, recipe.Lora, recipe.Evaluation])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_every_key_of_a_recipe_is_explained(section: Any) -> None:
     text = TEXTS["docs/training.md"]
     missing = [key for key in section.model_fields if f"`{key}`" not in text and f" {key}:" not in text]

@@ -28,6 +28,7 @@ from pydantic import (
 
 from vlm import recipe_train
 from vlm.batches import MAX_BATCH_TOKENS
+from vlm.data.augmentation import Augmentation
 from vlm.errors import nearest
 from vlm.presets import PRESETS, with_preset
 from vlm.recipe_errors import FoundError, findings, to_recipe_error
@@ -264,6 +265,8 @@ class Data(_Section):
     faster than encoding anew, and there is room."""
     max_cache_size: float = Field(default=50, gt=0, allow_inf_nan=False)
     """How large the folder of kept features may become, in GB. 90 % of the free disk is a limit too."""
+    augmentation: Augmentation | None = None
+    """Random changes to the images of training, others in each epoch; an encoder's features are then not kept."""
 
     @field_validator("cache_features", mode="before")
     @classmethod
@@ -271,6 +274,13 @@ class Data(_Section):
         if value != "auto" and not isinstance(value, bool):
             raise ValueError(f"must be auto, true or false, not {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _kept(self) -> "Data":
+        if self.augmentation and self.cache_features is True:
+            why = "does not go with `augmentation`, which changes the images in each epoch; remove one of them"
+            raise FoundError([(("cache_features",), why)])
+        return self
 
     @field_validator("train", "validation")
     @classmethod

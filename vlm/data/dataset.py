@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from vlm.data.augmentation import Augmentation
 from vlm.data.check import image_problem
 from vlm.data.conversation import IGNORE, TokenizedBranch, tokenize_branch
 from vlm.data.example import Branch, Example, Problem
@@ -32,7 +33,8 @@ class TreeItem:
     """One example, ready: its tree, and where its images come from (kept features, or the images themselves).
 
     `answers` counts the branches in the tree, `answers_of_example` those of all trees about its images. `features` are
-    the keys of all tiles of its images, and `image_sizes` are known, where there is tiling.
+    the keys of all tiles of its images, and `image_sizes` are known, where there is tiling. `augmentation` is what is
+    done to the images, and the seed that it follows.
     """
 
     tree: Tree
@@ -40,10 +42,18 @@ class TreeItem:
     features: tuple[str, ...] = ()
     answers_of_example: int = 1
     image_sizes: tuple[Size, ...] = ()
+    augmentation: tuple[Augmentation, str] | None = None
 
     @property
     def answers(self) -> int:
         return max(self.tree.branch_ids)
+
+    def open_images(self) -> list[Image.Image]:
+        images = [open_image(source, where=self.example.where) for source in self.example.images]
+        if self.augmentation is None:
+            return images
+        augment, seed = self.augmentation
+        return [augment(image, f"{seed}, {number}") for number, image in enumerate(images)]
 
 
 Row = list[TreeItem]
@@ -164,11 +174,16 @@ class TreeDataset(Dataset[Row]):
     Neighbours in the data are often alike, so rows are packed from the items in a random order, another one in each
     epoch. What is expensive, opening images or reading features, is left to the collator. The longest row is the first:
     neighbours make batches with little padding. `row_lengths` are their tokens, the same in each epoch.
+
+    `augmentation` changes the images, of an example alike wherever it stands, and in each epoch in another way.
     """
 
-    def __init__(self, items: Sequence[TreeItem], max_tokens: int, seed: int = 0) -> None:
+    def __init__(
+        self, items: Sequence[TreeItem], max_tokens: int, seed: int = 0, augmentation: Augmentation | None = None
+    ) -> None:
         self.items = random.Random(seed).sample(items, len(items))
         self.seed = seed
+        self.augmentation = augmentation
         lengths = [len(item.tree) for item in self.items]
         self._packed = sorted(pack(lengths, max_tokens), key=lambda row: -sum(lengths[i] for i in row))
         self.row_lengths = [sum(lengths[i] for i in row) for row in self._packed]
@@ -192,7 +207,12 @@ class TreeDataset(Dataset[Row]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        return self.rows[index]
+        row = self.rows[index]
+        if self.augmentation is None:
+            return row
+        # By a seed and not in turn, so that a resumed run and any number of workers see the same.
+        seeds = [f"{self.seed}, {self.epoch}, {item.example.where}" for item in row]
+        return [replace(item, augmentation=(self.augmentation, seed)) for item, seed in zip(row, seeds, strict=True)]
 
 
 @dataclass
@@ -242,7 +262,7 @@ class TreeCollator:
             sizes = [size for item in items for size in item.image_sizes]
             tiled = {"image_sizes": torch.tensor(sizes)} if sizes else {}
             return {"vision_features": torch.stack(kept), "vision_grid": self.features.grid, **tiled}
-        rows = [[open_image(source, where=item.example.where) for source in item.example.images] for item in items]
+        rows = [item.open_images() for item in items]
         return image_inputs(self.processor, rows) if any(rows) else {}
 
 

@@ -81,7 +81,13 @@ def train(
         trained_on = _to_learn_from(train_examples, stage, console)
         held_out = validation_examples if wants_loss else []
         cache, keys, held_out_keys = None, None, None
-        if frozen and recipe.data.cache_features:
+        if frozen and recipe.data.augmentation:
+            console.print(
+                "features: not kept on disk, since data.augmentation shows the encoder other images in each epoch",
+                highlight=False,
+                soft_wrap=True,
+            )
+        elif frozen and recipe.data.cache_features:
             cache, (keys, held_out_keys) = kept_features(
                 recipe, (trained_on, held_out), model, processor, args, log, console
             )

@@ -99,7 +99,7 @@ def run_stage(
             highlight=False,
         )
         batches = batches.one_row_an_answer()
-    rows = TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed)
+    rows = TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed, recipe.data.augmentation)
     trainer = VLMTrainer(
         model=trained,
         args=args,
