@@ -1,6 +1,7 @@
 """Gated cross-attention: text tokens look at visual tokens from inside the decoder.
 
-Shapes: B rows, L text tokens, I images a row (padded), M visual tokens an image, S = I * M, D hidden size.
+Shapes: B rows, L text tokens, I images a row (padded), M visual tokens an image, S = I * M, D hidden size, H heads, K
+heads of keys and values, d width of a head.
 Follows Flamingo (arXiv 2204.14198, section 3.2): tanh gates that start at zero, so that an untouched language model's
 output is unchanged, and each text token sees the latest image before it.
 """
@@ -71,34 +72,37 @@ class VisionStates:
 
 
 class GatedCrossAttention(nn.Module):
-    """`hidden [B, L, D]` plus tanh-gated attention to the visual tokens and a tanh-gated feed-forward."""
+    """`hidden [B, L, D]` plus tanh-gated attention to the visual tokens and a tanh-gated feed-forward.
 
-    def __init__(self, hidden_size: int, num_heads: int, index: int, norm_eps: float = 1e-6) -> None:
+    A token that sees no image stays as it is, in every row and whatever the other tokens see.
+    """
+
+    states_norm: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    feed_forward: nn.Module
+
+    def __init__(self, hidden_size: int, num_heads: int, num_key_value_heads: int, index: int, norm_eps: float) -> None:
         super().__init__()
-        self.num_heads, self.index = num_heads, index
+        self.head_dim, self.groups, self.index = hidden_size // num_heads, num_heads // num_key_value_heads, index
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.states_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.states_norm = self.q_norm = self.k_norm = nn.Identity()
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.attention_gate = nn.Parameter(torch.zeros(1))
-        self.feed_forward = nn.Sequential(
-            nn.RMSNorm(hidden_size, eps=norm_eps),
-            nn.Linear(hidden_size, 4 * hidden_size, bias=False),
-            nn.GELU(),
-            nn.Linear(4 * hidden_size, hidden_size, bias=False),
-        )
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
     def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _keys_values(self, vision: VisionStates) -> tuple[Tensor, Tensor]:
+        """`[B, K, S, d]` each."""
         if self.index in vision.keys_values:
             return vision.keys_values[self.index]
         states = self.states_norm(vision.states)
-        keys_values = self._heads(self.k_proj(states)), self._heads(self.v_proj(states))
+        keys_values = self.k_norm(self._heads(self.k_proj(states))), self._heads(self.v_proj(states))
         # Not while training: checkpointing may run this without gradients first, to run it again with them.
         if not (self.training or torch.is_grad_enabled()):
             vision.keys_values[self.index] = keys_values
@@ -106,12 +110,58 @@ class GatedCrossAttention(nn.Module):
 
     def forward(self, hidden: Tensor, vision: VisionStates) -> Tensor:
         vision.read_by.add(self.index)
-        keys, values = self._keys_values(vision)
+        keys, values = (states.repeat_interleave(self.groups, dim=1) for states in self._keys_values(vision))
         # A softmax over nothing is NaN: tokens before the first image attend to anything and the result is dropped.
         sees_any = vision.mask.any(dim=-1, keepdim=True)
         mask = (vision.mask | ~sees_any).unsqueeze(1)
-        query = self._heads(self.q_proj(self.norm(hidden)))
+        query = self.q_norm(self._heads(self.q_proj(self.norm(hidden))))
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         attended = self.o_proj(attended.transpose(1, 2).flatten(2))
         hidden = hidden + self.attention_gate.tanh() * attended * sees_any
         return hidden + self.feed_forward_gate.tanh() * self.feed_forward(hidden) * sees_any
+
+
+class FlamingoCrossAttention(GatedCrossAttention):
+    """Flamingo's: the visual tokens are normalised too, and the feed-forward is GELU between two linear layers."""
+
+    def __init__(self, hidden_size: int, num_heads: int, index: int, norm_eps: float = 1e-6) -> None:
+        super().__init__(hidden_size, num_heads, num_heads, index, norm_eps)
+        self.states_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.feed_forward = nn.Sequential(
+            nn.RMSNorm(hidden_size, eps=norm_eps),
+            nn.Linear(hidden_size, 4 * hidden_size, bias=False),
+            nn.GELU(),
+            nn.Linear(4 * hidden_size, hidden_size, bias=False),
+        )
+
+
+class SwiGLU(nn.Module):
+    """A feed-forward with a gate (arXiv 2002.05202), as in Llama."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class MllamaCrossAttention(GatedCrossAttention):
+    """Llama 3.2 Vision's (`MllamaCrossAttentionDecoderLayer` of transformers): a decoder layer of Llama that attends to
+    the image in place of the text, with norms on queries and keys and with heads in groups."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        intermediate_size: int,
+        index: int,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_key_value_heads, index, norm_eps)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
+        self.feed_forward = nn.Sequential(nn.RMSNorm(hidden_size, eps=norm_eps), SwiGLU(hidden_size, intermediate_size))

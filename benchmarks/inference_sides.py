@@ -16,7 +16,7 @@ from vlm.data.images import open_image
 from vlm.session import Session
 
 NEW_TOKENS = 8  # of every answer, so that both sides write equally much
-LENGTH = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+NO_END = {"eos_token_id": -1}
 
 
 def in_precision(model: Any, bf16: bool) -> Any:
@@ -37,7 +37,7 @@ class OurEvaluation:
         for example in self.shape.examples(number):
             images = [open_image(image) for image in example.images]
             requests += [(images, list(branch.messages[:-1])) for branch in example.branches]
-        answers = generation.generate(self.model, self.processor, requests, **LENGTH)
+        answers = generation.generate(self.model, self.processor, requests, max_new_tokens=NEW_TOKENS, **NO_END)
         return {"seconds": time.perf_counter() - start, "answers": answers}
 
 
@@ -60,7 +60,7 @@ class StockEvaluation:
         answers = []
         for first in range(0, len(asked), self.batch_size):
             inputs = _prepared(self.processor, asked[first : first + self.batch_size], self.model.dtype)
-            output = self.model.generate(**inputs, do_sample=False, **LENGTH)
+            output = self.model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS, **NO_END)
             answers += self.processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return {"seconds": time.perf_counter() - start, "answers": [answer.strip() for answer in answers]}
 
@@ -89,7 +89,7 @@ class OurChat:
         session = Session(self.model, self.processor)
 
         def answer(images: list[Any], messages: list[Any], tokens: int) -> str:
-            return "".join(session.stream((images, messages), min_new_tokens=tokens, max_new_tokens=tokens))
+            return "".join(session.stream((images, messages), max_new_tokens=tokens, **NO_END))
 
         return second_question(self.shape, number, answer)
 
@@ -106,7 +106,7 @@ class StockChat:
         @torch.no_grad()
         def answer(images: list[Any], messages: list[Any], tokens: int) -> str:
             inputs = _prepared(self.processor, [with_images(messages, images)], self.model.dtype)
-            output = self.model.generate(**inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+            output = self.model.generate(**inputs, do_sample=False, max_new_tokens=tokens, **NO_END)
             new = output[0, inputs["input_ids"].shape[1] :]
             return self.processor.decode(new, skip_special_tokens=True)
 

@@ -311,7 +311,8 @@ def plot(measured: dict[str, Any], path: Path) -> None:
         axes.plot(counts, [points[count] for count in counts], marker="o", label=label)
     axes.set(xlabel="answers an image", ylabel="answers a second", xticks=[1, 2, 5, 10], ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -5,6 +5,7 @@ docs/data.md has more tests of its own in tests/data/test_docs.py.
 
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,14 @@ def test_a_shown_recipe_is_valid(name: str, snippet: str) -> None:
     recipe.from_dict(whole, places=places, file=name)
 
 
+@pytest.mark.parametrize("snippet", blocks(TEXTS["docs/bridges.md"], "yaml"))
+def test_a_shown_bridge_is_valid(snippet: str) -> None:
+    changed, _ = read_yaml(snippet, "docs/bridges.md")
+    whole = the_recipe()
+    bridge = recipe.from_dict(whole | {"model": whole["model"] | changed}).model.adapter
+    assert bridge.fusion in ("prefix", "cross_attention", "prefix+cross_attention")
+
+
 @pytest.mark.parametrize("section", [recipe.Model, recipe.Adapter, recipe.Data, recipe.Lora, recipe.Evaluation])
 def test_every_key_of_a_recipe_is_explained(section: Any) -> None:
     text = TEXTS["docs/training.md"]
@@ -188,12 +197,43 @@ def test_tables_list_all_there_is_and_nothing_else() -> None:
     assert first_column(TEXTS["docs/using.md"], "metric") == set(METRICS)
 
 
+def test_the_guide_to_bridges_has_them_all_and_their_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    from vlm.adapters import PROJECTORS
+    from vlm.configuration import FUSIONS
+
+    text = TEXTS["docs/bridges.md"]
+    assert set(re.findall(r"^### (.*)$", text, flags=re.MULTILINE)) == {*PROJECTORS, *FUSIONS}
+    exec(compile(blocks(text, "python")[0], "docs/bridges.md", "exec"), {})
+    assert blocks(text, "text") == [capsys.readouterr().out]
+
+
+def test_the_projector_to_add_works() -> None:
+    import torch
+
+    names: dict[str, Any] = {}
+    exec(compile(blocks(TEXTS["docs/bridges.md"], "python")[1], "docs/bridges.md", "exec"), names)
+    projector = names["LDPv2Projector"](12, 20, num_image_tokens=4)
+    features = torch.randn(9, 24, 12)
+    projector.initialize(features, (4, 6), 0.5)
+    tokens = projector(features, (4, 6))
+    assert tokens.shape == (9, projector.num_tokens(0, (4, 6)), 20)
+    assert tokens.square().mean().sqrt().item() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_pictures_of_bridges_are_as_drawn() -> None:
+    pictures = runpy.run_path(str(ROOT / "docs" / "images" / "bridges.py"))["PICTURES"]
+    for name, draw in pictures.items():
+        assert (ROOT / "docs" / "images" / f"bridge_{name}.svg").read_text(encoding="utf-8") == draw().svg(), name
+        assert f"images/bridge_{name}.svg" in TEXTS["docs/bridges.md"]
+
+
 def test_code_to_load_a_pushed_model_is_that_of_the_model_card(tmp_path: Path) -> None:
     """tests/vlm/test_hub.py runs the card's code."""
     from vlm.hub import model_card
 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "vlm"}))
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
     assert blocks(TEXTS["README.md"], "python") == blocks(model_card(tmp_path, "me/my-vlm").text, "python")
 
 

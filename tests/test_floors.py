@@ -15,6 +15,8 @@ FLOORS: list[set[str]] = [
     {
         "configuration",
         "encoder",
+        "image_processors",
+        "vision_towers",
         "fusion",
         "loading",
         "modeling",
@@ -27,7 +29,7 @@ FLOORS: list[set[str]] = [
     },
     {"data"},
     {"interop"},
-    {"batches"},
+    {"batches", "shared_prefix"},
     {"generation"},
     {"session"},
     {"eval"},

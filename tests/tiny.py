@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from vlm.adapters import PROJECTORS
 from vlm.build import assemble
 from vlm.modeling import VLMForConditionalGeneration
 from vlm.processing import VLMProcessor
@@ -36,7 +38,12 @@ torch.set_num_threads(1)  # several only wait for each other in models this smal
 
 VOCABULARY = 320
 LINES = ["user assistant system what is in the image ? a cat and a dog on the street \n 0 1 2 3"] * 4
-FUSIONS = ["prefix", "cross_attention", "prefix+cross_attention"]
+FUSIONS = ["prefix", "cross_attention", "cross_attention_layers", "prefix+cross_attention"]
+"""What `tiny` takes: `cross_attention` has Flamingo's blocks, `cross_attention_layers` is the same with Mllama's."""
+SMALL: dict[str, dict[str, Any]] = {
+    "c_abstractor": {"hidden_size": 16, "depth": 2},
+    "qformer": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4},
+}
 CONFIGS: dict[str, Any] = {
     "cohere": CohereConfig,
     "gemma2": Gemma2Config,
@@ -145,6 +152,12 @@ def image_processor(size: int = 32) -> CLIPImageProcessor:
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
+def small_projector(name: str) -> dict[str, Any]:
+    """The projector `name` with few weights, and with 4 tokens if it can be told how many."""
+    fixed = "num_image_tokens" in inspect.signature(PROJECTORS[name]).parameters
+    return {"type": name, **({"num_image_tokens": 4} if fixed else {}), **SMALL.get(name, {})}
+
+
 def tiny(
     decoder: str = "llama",
     fusion: str = "prefix",
@@ -161,6 +174,8 @@ def tiny(
     """A model and its processor. `gates` opens the cross-attention gates, so that images matter. `text` configures the
     decoder in place of its name."""
     torch.manual_seed(seed)
+    if fusion == "cross_attention_layers":
+        fusion, options = "cross_attention", {"cross_attention_layers": [1, 4], **options}
     model, processor = assemble(
         AutoModel.from_config(vision_config or clip_config()),
         AutoModelForCausalLM.from_config(text or text_config(decoder, tie_word_embeddings=tie_word_embeddings)),

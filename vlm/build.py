@@ -3,49 +3,54 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.image_utils import SizeDict
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from vlm.adapters import build_projector
 from vlm.configuration import VLMConfig
-from vlm.encoder import encode, load_vision_tower
+from vlm.encoder import encode, load_vision_tower, resize_positions
+from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, load_image_processor
 from vlm.loading import load_quietly
 from vlm.modeling import VLMForConditionalGeneration
 from vlm.processing import CHATML, IMAGE_TOKEN, PLAIN_TURNS, VLMProcessor, chat_template_for
+from vlm.vision_towers import VisionTowers, side_by_side
 
 
 def build(
-    vision: str,
+    vision: str | Sequence[str],
     language: str,
     *,
     projector: dict[str, Any] | str = "mlp",
     fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix",
     cross_attention_every: int = 4,
-    vision_feature_layer: int | None = None,
+    cross_attention_layers: list[int] | None = None,
+    vision_feature_layer: int | list[int] | None = None,
     vision_feature_select_strategy: Literal["default", "full"] = "default",
-    image_size: int | None = None,
+    image_size: ImageSize | Sequence[ImageSize] | None = None,
+    image_aspect_ratio: ImageAspectRatio = "square",
     chat_template: Literal["auto", "chatml"] = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
-    """Join the encoder `vision` and the decoder `language`, each a folder or a Hub name.
+    """Join the encoder `vision` and the decoder `language`, each a folder or a Hub name; several encoders of a list see
+    an image side by side ([`vlm.vision_towers`]).
 
-    `image_size` is the side in pixels that images are brought to, the encoder's own by default. `chat_template` is
-    `auto`, the language model's own, or `chatml`, plain ChatML turns without a system prompt. Weights are float32.
+    `image_size` and `image_aspect_ratio` are those of [`load_vision`]. `chat_template` is `auto`, the language model's
+    own, or `chatml`, plain ChatML turns without a system prompt. Weights are float32.
 
     Raises ValueError for an unknown projector or option, a decoder that has no place for cross-attention, a tokenizer
-    without the tokens of the chat template, and an image processor whose images differ in size.
+    without the tokens of the chat template, an image processor whose images differ in size, and encoders whose grids
+    differ.
     """
-    vision_tower = load_vision_tower(vision, trust_remote_code=trust_remote_code)
+    vision_tower, image_processor = load_vision(
+        vision, image_size=image_size, image_aspect_ratio=image_aspect_ratio, trust_remote_code=trust_remote_code
+    )
     language_model = load_quietly(AutoModelForCausalLM, language, dtype="float32", trust_remote_code=trust_remote_code)
-    image_processor = AutoImageProcessor.from_pretrained(vision, trust_remote_code=trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(language, trust_remote_code=trust_remote_code)
-    if image_size is not None:
-        set_image_size(image_processor, image_size)
     return assemble(
         vision_tower,
         language_model,
@@ -54,10 +59,40 @@ def build(
         projector=projector,
         fusion=fusion,
         cross_attention_every=cross_attention_every,
+        cross_attention_layers=cross_attention_layers,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
         chat_template=chat_template,
     )
+
+
+def load_vision(
+    names: str | Sequence[str],
+    *,
+    image_size: ImageSize | Sequence[ImageSize] | None = None,
+    image_aspect_ratio: ImageAspectRatio = "square",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, Any]:
+    """A vision encoder and its image processor, or several as one.
+
+    `image_size` is the side in pixels that images are brought to, `{"height": ..., "width": ...}`, or a list with one
+    for each encoder; None is the encoder's own. `image_aspect_ratio` is `square`, the encoder's own resize and crop, or
+    `pad`, which pads to a square with the mean colour. Raises ValueError as [`load_image_processor`].
+    """
+    names = [names] if isinstance(names, str) else names
+    sizes = image_size if isinstance(image_size, list | tuple) else [image_size] * len(names)
+    if len(sizes) != len(names):
+        raise ValueError(f"image_size has {len(sizes)} sizes for {len(names)} encoders; give each one, or one for all")
+    towers = [load_vision_tower(name, trust_remote_code=trust_remote_code) for name in names]
+    image_processors = [
+        load_image_processor(
+            name, image_size=size, image_aspect_ratio=image_aspect_ratio, trust_remote_code=trust_remote_code
+        )
+        for name, size in zip(names, sizes, strict=True)
+    ]
+    for tower, image_processor in zip(towers, image_processors, strict=True):
+        resize_positions(tower, *image_size_of(image_processor))
+    return (towers[0], image_processors[0]) if len(names) == 1 else side_by_side(towers, image_processors)
 
 
 def assemble(
@@ -69,12 +104,17 @@ def assemble(
     projector: dict[str, Any] | str = "mlp",
     fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix",
     cross_attention_every: int = 4,
-    vision_feature_layer: int | None = None,
+    cross_attention_layers: list[int] | None = None,
+    vision_feature_layer: int | list[int] | None = None,
     vision_feature_select_strategy: Literal["default", "full"] = "default",
     chat_template: Literal["auto", "chatml"] = "auto",
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """As [`build`], from loaded parts. The image token is added to the tokenizer and to the embeddings if need be."""
     spec = {"type": projector} if isinstance(projector, str) else dict(projector)
+    if vision_feature_select_strategy == "full" and isinstance(vision_tower, VisionTowers):
+        raise ValueError(
+            "vision_feature_select_strategy full is for one encoder: several have no class token in common"
+        )
     template = chat_template_for(tokenizer, chatml=chat_template == "chatml")
     add_image_token(tokenizer, language_model)
     num_tokens, width = probe_encoder(
@@ -91,6 +131,7 @@ def assemble(
         projector=spec,
         fusion=fusion,
         cross_attention_every=cross_attention_every,
+        cross_attention_layers=cross_attention_layers,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
         vision_hidden_size=width,
@@ -149,50 +190,20 @@ def probe_encoder(
     image_processor: Any,
     projector: dict[str, Any],
     *,
-    vision_feature_layer: int | None,
+    vision_feature_layer: int | list[int] | None,
     keep_prefix: bool,
 ) -> tuple[int, int]:
     """How many visual tokens an image becomes, and how wide the encoder's features are.
 
     Found by running the encoder on a blank image: no configuration says it for every encoder.
     """
-    blank = torch.zeros(1, 3, *image_size_of(image_processor), device=vision_tower.device, dtype=vision_tower.dtype)
+    image_size_of(image_processor)  # one for all images, or an error
+    blank = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
     training = vision_tower.training
-    features = encode(vision_tower.eval(), blank, vision_feature_layer)
+    features = encode(vision_tower.eval(), blank.to(vision_tower.device, vision_tower.dtype), vision_feature_layer)
     vision_tower.train(training)
     width = features.patches.shape[-1]
     num_prefix = features.prefix.shape[1] if keep_prefix else 0
     with torch.device("meta"):
         num_tokens: int = build_projector(projector, width, width).num_tokens(num_prefix, features.grid)
     return num_tokens, width
-
-
-def image_size_of(image_processor: Any) -> tuple[int, int]:
-    """`(height, width)` of the pixel values that an image processor makes of any image.
-
-    Raises ValueError if they differ between images, as where only the shortest edge is brought to a size.
-    """
-    wide, high = (Image.new("RGB", size) for size in ((640, 480), (480, 640)))
-    sizes = {tuple(image_processor(image, return_tensors="pt")["pixel_values"].shape[-2:]) for image in (wide, high)}
-    if len(sizes) > 1:
-        raise ValueError(
-            "this image processor keeps each image's proportions, and images of different sizes do not fit into one "
-            "batch: set image_size, to which all images are then brought"
-        )
-    height, width = sizes.pop()
-    return height, width
-
-
-def set_image_size(image_processor: Any, side: int) -> None:
-    """Make an image processor bring images to `side` x `side` pixels, by its own rule (resize, then crop if it does).
-
-    Raises ValueError for an image processor without a size to set (timm's).
-    """
-    if getattr(image_processor, "size", None) is None:
-        raise ValueError(f"image_size cannot be set: {type(image_processor).__name__} has a size of its own")
-    square = SizeDict(height=side, width=side)
-    crops = getattr(image_processor, "do_center_crop", False) and getattr(image_processor, "crop_size", None)
-    keeps_proportions = crops and "shortest_edge" in image_processor.size
-    image_processor.size = SizeDict(shortest_edge=side) if keeps_proportions else square
-    if crops:
-        image_processor.crop_size = square

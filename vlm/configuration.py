@@ -21,11 +21,14 @@ class VLMConfig(PreTrainedConfig):
         projector: `{"type": NAME, **options}` with a name of [`vlm.adapters.PROJECTORS`] and that projector's options.
         fusion: `prefix` puts the visual tokens into the sequence (LLaVA), `cross_attention` lets decoder layers attend
             to them (Flamingo), `prefix+cross_attention` does both (NVLM-H).
-        cross_attention_every: with cross-attention, every how many decoder layers a gated block is inserted.
+        cross_attention_every: with cross-attention, every how many decoder layers a block of Flamingo is inserted.
+        cross_attention_layers: where layers as Llama 3.2 Vision's stand instead, as in `MllamaTextConfig`: positions in
+            the list of all layers, these among them.
         image_token_id: the token that holds an image's place in `input_ids`.
         image_seq_length: how many such tokens an image takes: the projector's tokens with `prefix`, else 1.
-        vision_feature_layer: which hidden state of the encoder is used, as in LLaVA (-2 there). `None` is the encoder's
-            own `last_hidden_state`, after its final norm; for SigLIP that is not the same as -1.
+        vision_feature_layer: which hidden state of the encoder is used, as in LLaVA (-2 there), or a list of them,
+            concatenated on channels. `None` is the encoder's own `last_hidden_state`, after its final norm; for SigLIP
+            that is not the same as -1.
         vision_feature_select_strategy: `default` leaves the class and register tokens out, `full` keeps them.
         vision_hidden_size: the width of the features that the projector reads; `None` asks the encoder.
     """
@@ -42,9 +45,10 @@ class VLMConfig(PreTrainedConfig):
     projector: Any = None
     fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix"
     cross_attention_every: int = 4
+    cross_attention_layers: list[int] | None = None
     image_token_id: int = 0
     image_seq_length: int = 1
-    vision_feature_layer: int | None = None
+    vision_feature_layer: int | list[int] | None = None
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     vision_hidden_size: int | None = None
     tie_word_embeddings: bool = False

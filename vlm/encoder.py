@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
@@ -58,35 +61,85 @@ def vision_hidden_size(vision_tower: PreTrainedModel) -> int:
     raise ValueError(f"{type(vision_tower).__name__} does not say how wide its features are: set vision_hidden_size")
 
 
-def encode(vision_tower: PreTrainedModel, pixel_values: Tensor, feature_layer: int | None = None) -> VisionFeatures:
+def encode(
+    vision_tower: PreTrainedModel, pixel_values: Tensor, feature_layer: int | Sequence[int] | None = None
+) -> VisionFeatures:
     """Run `pixel_values [B, 3, H, W]` through any transformers or timm encoder.
 
-    `feature_layer` picks a hidden state as LLaVA does (before the final norm); None takes `last_hidden_state`.
-    Token encoders lose nothing here: their class and register tokens are in `prefix` (except that timm gives none with
-    a `feature_layer`). Feature maps of convolutional encoders are flattened row by row. Raises ValueError for a
-    `feature_layer` that the encoder does not have.
+    `feature_layer` picks a hidden state as LLaVA does (before the final norm), several of them concatenated on channels
+    if it is a list; None takes `last_hidden_state`. Token encoders lose nothing here: their class and register tokens
+    are in `prefix` (except that timm gives none with a `feature_layer`). Feature maps of convolutional encoders are
+    flattened row by row. Raises ValueError for a `feature_layer` that the encoder does not have, for several whose
+    grids differ, and for a size that the encoder does not take.
     """
-    kwargs: dict[str, bool] = {}
     parameters = inspect.signature(vision_tower.forward).parameters
+    if "feature_layer" in parameters:  # several encoders side by side, see `vlm.vision_towers`
+        features: VisionFeatures = vision_tower(pixel_values, feature_layer=feature_layer)
+        return features
+    inputs: dict[str, Any] = {"pixel_values": pixel_values}
+    if "spatial_shapes" in parameters:
+        inputs = _as_patches(pixel_values, vision_tower.config.patch_size)
+    elif "interpolate_pos_encoding" in parameters and _needs_interpolation(vision_tower.config, pixel_values):
+        inputs["interpolate_pos_encoding"] = True
     if feature_layer is not None:
-        kwargs["output_hidden_states"] = True
-    if "interpolate_pos_encoding" in parameters and _needs_interpolation(vision_tower.config, pixel_values):
-        kwargs["interpolate_pos_encoding"] = True
-    outputs = vision_tower(pixel_values=pixel_values, return_dict=True, **kwargs)
-    hidden = outputs.last_hidden_state if feature_layer is None else _layer(outputs.hidden_states, feature_layer)
+        inputs["output_hidden_states"] = True
+    try:
+        outputs = vision_tower(**inputs, return_dict=True)
+    except AssertionError as error:  # timm's
+        raise ValueError(f"{type(vision_tower).__name__} takes images of one size: {error}") from error
+    if feature_layer is None:
+        states = [_channels_first(vision_tower, outputs.last_hidden_state)]
+    else:
+        layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+        states = [_layer(outputs.hidden_states, layer) for layer in layers]
+    flat = [_flatten(vision_tower, state, pixel_values) for state in states]
+    grids = [grid for _, grid in flat]
+    if len(set(grids)) > 1:
+        sizes = ", ".join(f"{h} x {w}" for h, w in grids)
+        raise ValueError(f"vision_feature_layer {feature_layer}: the grids of these layers differ ({sizes})")
+    tokens = torch.cat([tokens for tokens, _ in flat], dim=-1)
+    num_patches = grids[0][0] * grids[0][1]
     pooled = getattr(outputs, "pooler_output", None)
-    # timm's Swin and its kin keep channels last in their final output; every other feature map is [B, D, h, w].
-    timm_model = getattr(vision_tower, "timm_model", None)
-    if hidden.ndim == 4 and feature_layer is None and getattr(timm_model, "output_fmt", "NCHW") == "NHWC":
-        hidden = hidden.permute(0, 3, 1, 2)
-    tokens, grid = _flatten(vision_tower, hidden, pixel_values)
-    num_patches = grid[0] * grid[1]
     return VisionFeatures(
         patches=tokens[:, -num_patches:],
         prefix=tokens[:, :-num_patches],
         pooled=pooled.flatten(1) if pooled is not None else None,
-        grid=grid,
+        grid=grids[0],
     )
+
+
+def resize_positions(vision_tower: PreTrainedModel, height: int, width: int) -> None:
+    """Let a timm encoder that is made for one size take images of `height` x `width`: timm interpolates its position
+    embeddings, and the configuration remembers. Encoders that take any size, and transformers', which interpolate as
+    they run, are left as they are."""
+    timm_model: Any = getattr(vision_tower, "timm_model", None)
+    if not hasattr(timm_model, "set_input_size") or tuple(timm_model.patch_embed.img_size) == (height, width):
+        return
+    timm_model.set_input_size(img_size=(height, width))
+    made_with = {"img_size": (height, width)}
+    if windows := getattr(timm_model, "_model_args", {}).get("window_size"):  # Swin's follow the size
+        made_with["window_size"] = windows
+    vision_tower.config.model_args = {**(vision_tower.config.model_args or {}), **made_with}
+
+
+def _as_patches(pixel_values: Tensor, patch: int) -> dict[str, Any]:
+    """`[B, 3, H, W]` as SigLIP 2's NaFlex variant takes images: patches `[B, h * w, patch * patch * 3]`, none of them
+    padding."""
+    batch, channels, height, width = pixel_values.shape
+    h, w = height // patch, width // patch
+    pixels = pixel_values[:, :, : h * patch, : w * patch].reshape(batch, channels, h, patch, w, patch)
+    device = pixel_values.device
+    return {
+        "pixel_values": pixels.permute(0, 2, 4, 3, 5, 1).reshape(batch, h * w, patch * patch * channels),
+        "pixel_attention_mask": torch.ones(batch, h * w, dtype=torch.long, device=device),
+        "spatial_shapes": torch.tensor([[h, w]] * batch, device=device),
+    }
+
+
+def _channels_first(vision_tower: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """timm's Swin and its kin keep channels last in their final output; every other feature map is `[B, D, h, w]`."""
+    channels_last = getattr(getattr(vision_tower, "timm_model", None), "output_fmt", "NCHW") == "NHWC"
+    return hidden.permute(0, 3, 1, 2) if hidden.ndim == 4 and channels_last else hidden
 
 
 def _layer(hidden_states: tuple[Tensor, ...], feature_layer: int) -> Tensor:
@@ -112,8 +165,9 @@ def _flatten(vision_tower: PreTrainedModel, hidden: Tensor, pixel_values: Tensor
     num_tokens, config = hidden.shape[1], vision_tower.config
     if (timm_model := getattr(vision_tower, "timm_model", None)) is not None:
         return hidden, _grid_of(num_tokens - getattr(timm_model, "num_prefix_tokens", 0), height, width)
-    if hasattr(config, "depths"):  # hierarchical (Swin): no class token, a stride that doubles at each stage
-        return hidden, _grid_of(num_tokens, height, width)
+    if hasattr(config, "depths"):  # hierarchical: a stride that doubles at each stage, and no class token,
+        num_prefix = 1 if config.model_type == "dinov3_convnext" else 0  # but for the mean that it puts in front
+        return hidden, _grid_of(num_tokens - num_prefix, height, width)
     patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
     return hidden, (height // patch, width // patch)
 

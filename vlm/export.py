@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from vlm import generation
 from vlm.errors import UserError
 from vlm.interop import FAMILIES, family_of, to_stock
+from vlm.modeling import VLMForConditionalGeneration
 
 
 def run(name: str, target: str, output: Path | None, *, console: Any) -> None:
@@ -25,7 +26,7 @@ def run(name: str, target: str, output: Path | None, *, console: Any) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name another folder with --output")
     model, processor = generation.load(name, device="cpu")
-    if model.config.model_type != "vlm":
+    if not isinstance(model, VLMForConditionalGeneration):
         raise UserError(f"{name} is a {model.config.model_type} model of transformers already")
     stock, stock_processor = to_stock(model, processor, target)
     save(stock, stock_processor, folder)

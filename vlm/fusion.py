@@ -1,9 +1,14 @@
-"""Cross-attention fusion: gated blocks put between the layers of any decoder that forwards keyword arguments."""
+"""Cross-attention fusion: gated blocks put between the layers of any decoder that forwards keyword arguments.
+
+Flamingo's blocks come at regular distances, Llama 3.2 Vision's at given positions. Each is put in with the decoder
+layer that follows it, so that caches and masks, which count the decoder's own layers, need not know.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,17 +16,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlm.adapters import GatedCrossAttention, VisionStates
+from vlm.adapters import FlamingoCrossAttention, GatedCrossAttention, MllamaCrossAttention, VisionStates
 
 
-class CrossAttentionBlock(GradientCheckpointingLayer, GatedCrossAttention):
-    """[`GatedCrossAttention`] that takes part in the model's gradient checkpointing."""
+class FlamingoBlock(GradientCheckpointingLayer, FlamingoCrossAttention):
+    """[`FlamingoCrossAttention`] that takes part in the model's gradient checkpointing."""
+
+
+class MllamaBlock(GradientCheckpointingLayer, MllamaCrossAttention):
+    """[`MllamaCrossAttention`] that takes part in the model's gradient checkpointing."""
 
 
 class FusedDecoderLayer(nn.Module):
     """A decoder layer with a gated cross-attention block before it (Flamingo's order)."""
 
-    def __init__(self, layer: nn.Module, cross_attention: CrossAttentionBlock) -> None:
+    def __init__(self, layer: nn.Module, cross_attention: GatedCrossAttention) -> None:
         super().__init__()
         self.layer = layer
         self.cross_attention = cross_attention
@@ -91,10 +100,15 @@ def _takes_kwargs(function: Any) -> bool:
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
-def insert_cross_attention(language_model: PreTrainedModel, every: int) -> None:
-    """Put a gated block before every `every`-th decoder layer, in place.
+def insert_cross_attention(
+    language_model: PreTrainedModel, every: int, cross_attention_layers: Sequence[int] | None = None
+) -> None:
+    """Put a block of Flamingo before every `every`-th decoder layer, or those of Mllama where `cross_attention_layers`
+    says, in place.
 
-    Raises ValueError for a decoder whose layers do not get the keyword arguments of its `forward` (Bloom, Falcon).
+    `cross_attention_layers` are positions as in `MllamaTextConfig`: in the list of all layers, those that attend to
+    images among them. Raises ValueError for places that there are not, and for a decoder whose layers do not get the
+    keyword arguments of its `forward` (Bloom, Falcon).
     """
     layers = decoder_layers(language_model)
     if not passes_kwargs_to_layers(language_model):
@@ -102,12 +116,32 @@ def insert_cross_attention(language_model: PreTrainedModel, every: int) -> None:
             f"{type(language_model).__name__} does not pass keyword arguments to its layers, which cross-attention "
             "needs. Use fusion: prefix, or another language model."
         )
-    if not 1 <= every <= len(layers):
-        raise ValueError(f"cross_attention_every is {every}; this language model has {len(layers)} layers")
     config = language_model.config
-    eps = getattr(config, "rms_norm_eps", 1e-6)
+    hidden_size, eps = config.hidden_size, getattr(config, "rms_norm_eps", 1e-6)
     # Where heads and width are independent (Qwen3, Gemma 3) the one need not divide the other.
-    heads = math.gcd(config.hidden_size, config.num_attention_heads)
-    for index in range(every - 1, len(layers), every):
-        block = CrossAttentionBlock(config.hidden_size, heads, index, eps)
+    heads = math.gcd(hidden_size, config.num_attention_heads)
+    block: GatedCrossAttention
+    for index in _places(len(layers), every, cross_attention_layers):
+        if cross_attention_layers is None:
+            block = FlamingoBlock(hidden_size, heads, index, eps)
+        else:
+            key_value_heads = math.gcd(heads, getattr(config, "num_key_value_heads", None) or heads)
+            intermediate_size = getattr(config, "intermediate_size", None) or 4 * hidden_size
+            block = MllamaBlock(hidden_size, heads, key_value_heads, intermediate_size, index, eps)
         layers[index] = FusedDecoderLayer(layers[index], block)
+
+
+def _places(depth: int, every: int, cross_attention_layers: Sequence[int] | None) -> Sequence[int]:
+    """The decoder's own layers, of which there are `depth`, that a block stands before."""
+    if cross_attention_layers is None:
+        if not 1 <= every <= depth:
+            raise ValueError(f"cross_attention_every is {every}; this language model has {depth} layers")
+        return range(every - 1, depth, every)
+    places = [layer - earlier for earlier, layer in enumerate(sorted(cross_attention_layers))]
+    if not places or min(places) < 0 or max(places) >= depth or places != sorted(set(places)):
+        raise ValueError(
+            f"cross_attention_layers is {list(cross_attention_layers)}; this language model has {depth} layers of its "
+            f"own, and one of them must follow each of these: positions from 0 to {depth + len(places) - 2}, no two of "
+            "them neighbours"
+        )
+    return places

@@ -8,16 +8,19 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, GenerationMixin, PreTrainedModel
 
 import vlm  # noqa: F401 - registers our classes with the Auto classes
 from vlm.batches import MAX_BATCH_TOKENS, batches_of
 from vlm.data.conversation import template_options, with_images
 from vlm.data.example import Message
+from vlm.data.prompts import encode_prompt, end_token_id, has_chat_template, require_prompt
 from vlm.errors import UserError
 from vlm.loading import no_loading_bar
 from vlm.precision import default_device
+from vlm.shared_prefix import SharedPrefixLayer, can_share_prefix, shared_prefix
 
 Request = tuple[list[Image.Image], list[Message]]
 """Images, and messages that end with the user's. Image parts take the images in order."""
@@ -49,8 +52,20 @@ def load(
             )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {name_or_path!r} as a run, a checkpoint folder or a Hub name: {error}") from None
+    require_supported(model, processor)
     model = model.to(device or default_device()).eval()  # type: ignore[arg-type]  # a string is a device
     return model.requires_grad_(False), processor
+
+
+def require_supported(model: Any, processor: Any) -> None:
+    """Raise UserError, naming what is missing, for a model whose answers are not the continuation of its prompt, or a
+    processor that does not say what a prompt looks like."""
+    if model.config.is_encoder_decoder or model.config.get_text_config(decoder=True).is_encoder_decoder:
+        raise UserError(
+            f"{type(model).__name__} has an encoder that reads the prompt and a decoder that writes the answer, as T5 "
+            "does; a model is needed whose decoder does both, as OPT in BLIP-2"
+        )
+    require_prompt(processor)
 
 
 def fixed_image_tokens(model: Any, processor: Any) -> bool:
@@ -60,7 +75,13 @@ def fixed_image_tokens(model: Any, processor: Any) -> bool:
 
 def tokenize(processor: Any, requests: Sequence[Request], *, pixels: bool = False) -> Any:
     """Requests as one left-padded batch: `input_ids`, `attention_mask` and, with `pixels`, what the processor makes of
-    the images. Ids without pixels are those of a processor with [fixed image tokens][`fixed_image_tokens`]."""
+    the images. Ids without pixels are those of a processor with [fixed image tokens][`fixed_image_tokens`].
+
+    Requests to a processor without a chat template must be [alike][`prompt_shapes`].
+    """
+    if not has_chat_template(processor):
+        rows = [encode_prompt(processor, messages, images) for images, messages in requests]
+        return BatchFeature({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -107,6 +128,8 @@ def prompt_lengths(model: Any, processor: Any, requests: Sequence[Request]) -> l
         return []
     if fixed_image_tokens(model, processor):
         return tokenize(processor, requests)["attention_mask"].sum(dim=1).tolist()
+    if not has_chat_template(processor):
+        return [dict(shape)["input_ids"][0] for shape in prompt_shapes(processor, requests)]
     conversations = [with_images(messages, images) for images, messages in requests]
     texts = processor.apply_chat_template(conversations, add_generation_prompt=True, **template_options(processor))
     lengths = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
@@ -117,6 +140,43 @@ def prompt_lengths(model: Any, processor: Any, requests: Sequence[Request]) -> l
             image_tokens[sizes] = tokenize(processor, [request], pixels=True)["input_ids"].shape[1] - length
         lengths[row] = length + image_tokens[sizes]
     return lengths
+
+
+def prompt_shapes(processor: Any, requests: Sequence[Request]) -> list[Any]:
+    """What requests that stand in one batch have in common. With a chat template nothing, since they are padded; in
+    Mllama the number of images, of which the padding would be seen. Without one the shape of all their inputs, since
+    the models of that age count padding as positions (BLIP, GIT)."""
+    if has_chat_template(processor):
+        counts = "cross_attention_mask" in processor.model_input_names
+        return [len(images) if counts else 0 for images, _ in requests]
+    blank = Image.new("RGB", (32, 32))  # an image takes the same number of tokens whatever it shows
+    known: dict[str, Any] = {}
+    for images, messages in requests:
+        if (key := repr((len(images), messages))) not in known:
+            made = encode_prompt(processor, messages, [blank] * len(images))
+            known[key] = tuple((name, tuple(value.shape[1:])) for name, value in made.items())
+    return [known[repr((len(images), messages))] for images, messages in requests]
+
+
+def to_generate(model: Any, processor: Any, inputs: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """`inputs` of [`tokenize`] and `options` as `model.generate` takes them: without a chat template it is told what
+    ends an answer, which the checkpoints of that age do not all say."""
+    if has_chat_template(processor):
+        return {**inputs, **options}
+    end = end_token_id(processor.tokenizer)
+    if model.config.model_type == "blip":  # it drops the last token of a prompt, and knows the end token
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        longer = {"input_ids": pad(ids, (0, 1), value=end), "attention_mask": pad(mask, (0, 1), value=1)}
+        return {**inputs, **longer, **options}
+    # BLIP-2's own `generate` hands over to that of its language model.
+    writer = model if has_plain_generate(model) else model.language_model
+    stops = writer.generation_config.eos_token_id
+    stops = [end, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])]
+    return {**inputs, "eos_token_id": list(dict.fromkeys(stops)), **options}
+
+
+def has_plain_generate(model: Any) -> bool:
+    return type(model).generate is GenerationMixin.generate
 
 
 @torch.no_grad()
@@ -146,7 +206,11 @@ def share_trunk(model: Any, inputs: Any, requests: Sequence[Request], max_new_to
     outputs = model(input_ids=trunk.expand(len(first), -1), use_cache=True, logits_to_keep=1, **images)
     order = {key: position for position, key in enumerate(first)}
     chosen = torch.tensor([order[key] for key in keys], device=trunk.device)
-    outputs.cache.batch_select_indices(chosen)
+    cache = outputs.cache
+    if can_share_prefix(model, cache):
+        cache.layers = [SharedPrefixLayer(layer, chosen) for layer in cache.layers]
+    else:
+        cache.batch_select_indices(chosen)
     rest = [ids[length:] for ids in rows]
     padding = model.generation_config.pad_token_id or 0
     ids = pad_sequence(rest, batch_first=True, padding_value=padding, padding_side="left")
@@ -155,7 +219,7 @@ def share_trunk(model: Any, inputs: Any, requests: Sequence[Request], max_new_to
     return {
         "input_ids": torch.cat([shared, ids], dim=1),
         "attention_mask": torch.cat([torch.ones_like(shared), mask], dim=1),
-        "cache": outputs.cache,
+        "cache": cache,
         "vision_states": outputs.vision_states and outputs.vision_states.select(chosen),
     }
 
@@ -203,7 +267,14 @@ def generate(
     lengths = [length + max_new_tokens for length in prompt_lengths(model, processor, requests)]
     keys = [tuple(id(image) for image in images) for images, _ in requests]
     answers = [""] * len(requests)
-    for rows in batches_of(lengths, keys, max_batch_tokens):
+    shapes = prompt_shapes(processor, requests)
+    alike = [[row for row in range(len(requests)) if shapes[row] == shape] for shape in dict.fromkeys(shapes)]
+    batches = (
+        [group[i] for i in batch]
+        for group in alike
+        for batch in batches_of([lengths[row] for row in group], [keys[row] for row in group], max_batch_tokens)
+    )
+    for rows in batches:
         try:
             texts = _answers(model, processor, [requests[row] for row in rows], options)
         except torch.OutOfMemoryError as error:
@@ -223,6 +294,7 @@ def _answers(model: Any, processor: Any, batch: Sequence[Request], options: dict
     inputs = encode_requests(model, processor, batch)
     if _one_continuation(model, options):
         inputs = share_trunk(model, inputs, batch, options["max_new_tokens"])
-    output = model.generate(**inputs, **options)
+    with shared_prefix(model, inputs.get("cache")):
+        output = model.generate(**to_generate(model, processor, inputs, options))
     new = output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

@@ -105,7 +105,8 @@ def model_card(run_dir: str | Path, repo_id: str, *, merge_lora: bool = True) ->
     recipe = _read_yaml(run_dir / "recipe.yaml")
     metrics = _read_json(run_dir / "evaluation" / "summary.json").get("metrics", {})
     parts = _section(recipe, "model")
-    bases = [parts[key] for key in ("pretrained", "vision", "language") if isinstance(parts.get(key), str)]
+    named = [parts.get(key) for key in ("pretrained", "vision", "language")]
+    bases = [name for names in named for name in (names if isinstance(names, list) else [names]) if name]
     base_ids = [hub_id for base in bases if (hub_id := _hub_id(base))]
     data = _section(recipe, "data")
     train, test = (data[key] if isinstance(data.get(key), dict) else {} for key in ("train", "validation"))
@@ -145,7 +146,8 @@ def model_card(run_dir: str | Path, repo_id: str, *, merge_lora: bool = True) ->
 
 
 def _introduction(bases: Sequence[str]) -> str:
-    made_of = " and ".join(f"`{_hub_id(base) or Path(base).name}`" for base in bases)
+    *others, last = [f"`{_hub_id(base) or Path(base).name}`" for base in bases] or [""]
+    made_of = f"{', '.join(others)} and {last}" if others else last
     return (
         "A vision-language model that answers in text about images"
         + (f", made from {made_of}" if made_of else "")
@@ -155,17 +157,30 @@ def _introduction(bases: Sequence[str]) -> str:
 
 
 def _usage(repo_id: str, model_dir: Path, merge_lora: bool) -> str:
-    ours = _read_json(model_dir / "config.json").get("model_type") == "vlm"
     lora = "" if merge_lora else f'model = PeftModel.from_pretrained(model, "{repo_id}", subfolder="adapter")\n'
+    peft = "from peft import PeftModel\n" if lora else ""
+    ask = (
+        'messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the image."}]}]'
+    )
+    if not (model_dir / "chat_template.jinja").is_file():  # the prompt is its own: vlm.data.prompts
+        return f"""```python
+{peft}from PIL import Image
+from vlm.generation import generate, load  # pip install vlm-bridge
+
+model, processor = load("{repo_id}")
+{lora}{ask}
+print(generate(model, processor, [([Image.open("photo.jpg")], messages)], max_new_tokens=64)[0])
+```"""
+    ours = _read_json(model_dir / "config.json").get("model_type") == "vlm"
     first = "import vlm  # pip install vlm-bridge: makes the Auto classes know this model\n" if ours else ""
     return f"""```python
-{first}{"from peft import PeftModel" + chr(10) if lora else ""}from PIL import Image
+{first}{peft}from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("{repo_id}")
 {lora}processor = AutoProcessor.from_pretrained("{repo_id}")
 
-messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "Describe the image."}}]}}]
+{ask}
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
 inputs = processor(images=[Image.open("photo.jpg")], text=prompt, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=64)

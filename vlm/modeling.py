@@ -56,10 +56,11 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
-        hidden_size = config.vision_hidden_size or vision_hidden_size(self.vision_tower)
+        layers = len(config.vision_feature_layer) if isinstance(config.vision_feature_layer, list) else 1
+        hidden_size = config.vision_hidden_size or vision_hidden_size(self.vision_tower) * layers
         self.multi_modal_projector = build_projector(config.projector, hidden_size, config.text_config.hidden_size)
         if config.uses_cross_attention:
-            insert_cross_attention(self.language_model, config.cross_attention_every)
+            insert_cross_attention(self.language_model, config.cross_attention_every, config.cross_attention_layers)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -12,11 +12,19 @@ Relative paths in a recipe are looked for beside the recipe file first, then in 
 import copy
 import importlib.resources
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from vlm import recipe_train
 from vlm.batches import MAX_BATCH_TOKENS
@@ -38,6 +46,7 @@ __all__ = [
 
 PARTS = ("vision", "projector", "fusion", "language")
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+ImageSize = int | dict[Literal["height", "width"], int]
 
 
 class _Section(BaseModel):
@@ -52,7 +61,9 @@ class Adapter(_Section):
     fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix"
     """Visual tokens stand in the sequence, decoder layers attend to them, or both."""
     cross_attention_every: int = Field(default=4, ge=1)
-    """With cross-attention: one block for every so many decoder layers."""
+    """With cross-attention: one block of Flamingo for every so many decoder layers."""
+    cross_attention_layers: list[int] | None = None
+    """With cross-attention: layers as Llama 3.2 Vision's instead, at these positions among all layers, from 0."""
     data_dependent_init: bool = True
     """Before training, fit the projector to the features of some training images and to the size of word embeddings."""
 
@@ -82,27 +93,54 @@ class Adapter(_Section):
             raise FoundError([((key,), why) for key, why in zip(unknown, known, strict=True)])
         return value
 
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Adapter":
+        if self.cross_attention_layers is None:
+            return self
+        if self.fusion == "prefix":
+            why = "does not go with `fusion: prefix`; choose cross_attention, or remove it"
+        elif "cross_attention_every" not in _at_default(self):
+            why = "does not go with `cross_attention_every`, which places blocks of another kind; remove one of them"
+        else:
+            return self
+        raise FoundError([(("cross_attention_layers",), why)])
+
 
 class Model(_Section):
     """Either `pretrained`, a vision-language model as it is, or `vision` and `language`, joined by `adapter`."""
 
     pretrained: str | None = None
     """A whole vision-language model to fine-tune: Hub name or folder."""
-    vision: str | None = None
-    """The vision encoder: Hub name (`timm/...` too) or folder."""
+    vision: str | list[str] | None = None
+    """The vision encoder: Hub name (`timm/...` too) or folder. Several, such as `[facebook/dinov2-base,
+    google/siglip2-base-patch16-224]`, see each image side by side, as in Prismatic (arXiv 2402.07865)."""
     language: str | None = None
     """The language model: Hub name or folder."""
     adapter: Adapter = Adapter()
-    vision_feature_layer: int | None = None
-    """Which hidden state of the encoder is read, -2 in LLaVA; null is its output, after its final norm."""
+    vision_feature_layer: int | list[int] | None = None
+    """Which hidden state of the encoder is read, -2 in LLaVA; null is its output, after its final norm. Several,
+    such as `[-2, -8]`, are concatenated on channels."""
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     """`default` drops the class and register tokens, `full` keeps them (the names of LLaVA's config)."""
-    image_size: int | None = Field(default=None, ge=1)
-    """Side of the square given to the encoder, in pixels; null is the encoder's own."""
+    image_size: ImageSize | list[ImageSize] | None = None
+    """Side of the square given to the encoder, in pixels, or `{height: ..., width: ...}`; null is the encoder's own.
+    For several encoders one for all, or a list with a side for each."""
+    image_aspect_ratio: Literal["square", "pad"] = "square"
+    """In LLaVA's words: `square` is the encoder's own way, mostly a resize and a crop; `pad` pads to a square with the
+    mean colour, so that nothing is lost at the edges."""
     chat_template: Literal["auto", "chatml"] = "auto"
     """`auto` is the language model's own; `chatml` is plain ChatML turns without a system prompt, which is shorter."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model from the Hub. Only for a model whose code you have read."""
+
+    @field_validator("vision", "vision_feature_layer", "image_size", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any, info: ValidationInfo) -> Any:
+        """In one line, where pydantic would say of each form why it is not that."""
+        fits, form = _FORMS[str(info.field_name)]
+        if value is not None and not all(map(fits, value if isinstance(value, list) and value else [value])):
+            raise ValueError(f"must be {form}, not {value!r}")
+        return value
 
     @model_validator(mode="after")
     def _one_way(self) -> "Model":
@@ -115,7 +153,43 @@ class Model(_Section):
             gap = [key for key in ("vision", "language") if not getattr(self, key)]
             why = "is missing; a model needs `vision` and `language`, or `pretrained` alone"
             raise FoundError([((key,), why) for key in gap])
+        encoders = len(self.encoders)
+        found: list[tuple[KeyPath, str]] = []
+        if isinstance(self.image_size, list) and len(self.image_size) != encoders:
+            why = f"has {len(self.image_size)} sizes, and `vision` names {encoders}; give one for each, or one for all"
+            found.append((("image_size",), why))
+        if encoders > 1 and self.vision_feature_select_strategy == "full":
+            why = "full is for one encoder: several have no class token in common"
+            found.append((("vision_feature_select_strategy",), why))
+        if found:
+            raise FoundError(found)
         return self
+
+    @property
+    def encoders(self) -> list[str]:
+        """The names under `vision`."""
+        return [self.vision] if isinstance(self.vision, str) else self.vision or []
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    if isinstance(value, dict):
+        return value.keys() == {"height", "width"} and all(map(_is_size, value.values()))
+    return _is_layer(value) and value > 0
+
+
+_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "vision": (_is_name, "a Hub name or a folder, or a list of them"),
+    "vision_feature_layer": (_is_layer, "a whole number such as -2, or a list of them"),
+    "image_size": (_is_size, "a side in pixels, {height: ..., width: ...}, or a list with one for each encoder"),
+}
 
 
 def _at_default(model: BaseModel) -> set[str]:
@@ -410,8 +484,13 @@ def require_models(recipe: Recipe) -> None:
     """Raise RecipeError when a model named by a path is not there: transformers would look for it on the Hub."""
     gone = [
         f"model.{key}: there is no folder {value}" + ("; `vlm quickstart` fetches it" if str(home()) in value else "")
-        for key in ("pretrained", "vision", "language")
-        if (value := getattr(recipe.model, key)) and value.startswith(("/", ".")) and not Path(value).exists()
+        for key, values in (
+            ("pretrained", [recipe.model.pretrained]),
+            ("vision", recipe.model.encoders),
+            ("language", [recipe.model.language]),
+        )
+        for value in values
+        if value and value.startswith(("/", ".")) and not Path(value).exists()
     ]
     if gone:
         raise RecipeError("\n".join(gone))

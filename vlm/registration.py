@@ -17,16 +17,22 @@ AUTO_MODULE = "transformers.models.auto"
 
 
 def register() -> None:
-    """Register configuration, model and processor with AutoConfig, AutoModelForImageTextToText and AutoProcessor."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    """Register configuration, model and processor with AutoConfig, AutoModelForImageTextToText and AutoProcessor, and
+    encoders side by side with AutoModel and AutoImageProcessor."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     from vlm.configuration import VLMConfig
     from vlm.modeling import VLMForConditionalGeneration
     from vlm.processing import VLMProcessor
+    from vlm.vision_towers import VisionTowers, VisionTowersConfig, VisionTowersImageProcessor
 
     AutoConfig.register(VLMConfig.model_type, VLMConfig, exist_ok=True)
     AutoModelForImageTextToText.register(VLMConfig, VLMForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
+    AutoConfig.register(VisionTowersConfig.model_type, VisionTowersConfig, exist_ok=True)
+    AutoModel.register(VisionTowersConfig, VisionTowers, exist_ok=True)
+    backends: dict[str, type] = dict.fromkeys(("torchvision", "pil"), VisionTowersImageProcessor)
+    AutoImageProcessor.register(VisionTowersConfig, image_processor_classes=backends, exist_ok=True)
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):

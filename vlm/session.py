@@ -8,12 +8,19 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import DynamicCache, GenerationMixin, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from vlm.adapters import VisionStates
-from vlm.generation import Request, encode_images, fixed_image_tokens, tokenize
+from vlm.generation import Request, encode_images, fixed_image_tokens, has_plain_generate, to_generate, tokenize
 
-CAUSAL_INPUTS = {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "image_sizes"}
+CAUSAL_INPUTS = {
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "pixel_attention_mask",
+    "image_sizes",
+    "batch_num_images",
+}
 """A stock model that is given no more than this has positions and a mask as a text has, so that what comes later
 changes nothing before. Token types stand for images that attend both ways (PaliGemma, Gemma 3), grids for M-RoPE."""
 
@@ -97,7 +104,7 @@ class Session:
             inputs.update(self._vision_inputs(images, known))
         elif known:
             inputs = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask", "cache")}
-        output = self.model.generate(**inputs, **options)
+        output = self.model.generate(**to_generate(self.model, self.processor, inputs, options))
         if keeps and isinstance(output.cache, DynamicCache) and not output.cache.offloading:
             self._cache, self._images = output.cache, list(images)
             # All but the last token, which nobody has read.
@@ -146,7 +153,7 @@ class Session:
 
 def _is_causal(model: Any, inputs: Any) -> bool:
     """Whether a stock model reads a text and its images from left to right, and nothing more."""
-    plain = type(model).generate is GenerationMixin.generate and not model.config.is_encoder_decoder
+    plain = has_plain_generate(model) and not model.config.is_encoder_decoder
     return plain and set(inputs) <= CAUSAL_INPUTS and getattr(model.config, "image_token_id", None) is not None
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.tiny import tiny
+from tests.tiny import FUSIONS, tiny
 from tests.training.helpers import trainer_of
 from vlm.training.callbacks import MetricsLog, PartCheck, PartNotTraining
 
@@ -22,7 +22,7 @@ def checked(tmp_path, rates, made, **changes):
     return check
 
 
-@pytest.mark.parametrize("fusion", ["prefix", "cross_attention", "prefix+cross_attention"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_healthy_training_passes(tmp_path, fusion):
     rates = {"projector": 1e-3, "language": 1e-4} | ({"fusion": 1e-3} if "cross" in fusion else {})
     assert checked(tmp_path, rates, tiny(fusion=fusion)).done

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tests.data.test_tree_masks import examples
 from tests.data.test_trees import assert_close, gradients
 from tests.stock import stock
-from tests.tiny import text_config, tiny
+from tests.tiny import FUSIONS, text_config, tiny
 from tests.training.helpers import rows_of, trainer_of
 from vlm.data.dataset import TreeCollator
 from vlm.data.tree_masks import TreeMasks
@@ -54,7 +54,7 @@ def one_at_a_time(model, processor):
     return float(loss.detach()), gradients(model)
 
 
-@pytest.mark.parametrize("fusion", ["prefix", "prefix+cross_attention"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_lora(tmp_path, fusion):
     model, processor = tiny(fusion=fusion)
     rates = {"projector": 1e-2, "lora": 1e-2} | ({"fusion": 1e-2} if "cross" in fusion else {})
@@ -85,10 +85,10 @@ def test_lora_and_checkpointing_of_stock_models(tmp_path, name, lora):
 
 
 @pytest.mark.parametrize("decoder", ["llama", "gemma3", "gpt2"])
-@pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention", "cross_attention_layers"])
 def test_gradient_checkpointing(tmp_path, decoder, fusion):
     model, processor = tiny(decoder, fusion)
-    rates = RATES | ({"fusion": 1e-2} if fusion == "cross_attention" else {})
+    rates = RATES | ({"fusion": 1e-2} if "cross" in fusion else {})
     expected = one_at_a_time(model, processor)
     runs = []
     mlp = next(module for module in model.language_model.modules() if type(module).__name__.endswith("MLP"))
@@ -136,8 +136,9 @@ def test_the_head_of_stock_models_runs_on_supervised_positions_only(tmp_path, na
 # --- the image, once a tree
 
 
-def test_cross_attention_reads_each_image_once_a_tree(tmp_path):
-    model, processor = tiny(fusion="cross_attention")
+@pytest.mark.parametrize("fusion", ["cross_attention", "cross_attention_layers"])
+def test_cross_attention_reads_each_image_once_a_tree(tmp_path, fusion):
+    model, processor = tiny(fusion=fusion)
     blocks = [m for m in model.modules() if hasattr(m, "_keys_values")]
     seen = []
     for block in blocks:

@@ -251,6 +251,7 @@ def test_nothing_is_kept_where_that_is_no_faster(tmp_path, monkeypatch, vlm_home
     [
         {"dataloader_num_workers": 1, "bf16": True},
         {"layer": -2},
+        {"layer": [-1, -2]},
         {"strategy": "full"},
         {"size": 40},
         {"weight": 1e-3},

@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from typer.testing import CliRunner
 
-from tests.tiny import image
+from tests.tiny import image, small_projector
 from tests.training.helpers import TRAIN, recipe_values, save_images, save_parts
 from vlm import generation, recipe
 from vlm.cli import app
@@ -467,9 +467,22 @@ def test_the_projector_can_start_at_random(values, tmp_path):
     assert not model.multi_modal_projector.standardize.mean.any()
 
 
-@pytest.mark.parametrize("fusion", ["cross_attention", "prefix+cross_attention"])
-def test_cross_attention_trains(values, fusion):
-    model = values["model"] | {"adapter": {"fusion": fusion, "cross_attention_every": 2}}
+@pytest.mark.parametrize("projector", ["c_abstractor", "resampler", "qformer"])
+def test_projectors_with_layers_of_their_own_train(values, projector):
+    """The part check of a run stops it if they do not."""
+    model = values["model"] | {"adapter": {"projector": small_projector(projector)}}
+    train(values | {"model": model, "trainable": {"projector": 1e-2}, "lora": None, "evaluation": {}})
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"fusion": "cross_attention", "cross_attention_every": 2},
+        {"fusion": "prefix+cross_attention", "cross_attention_layers": [1]},
+    ],
+)
+def test_cross_attention_trains(values, adapter):
+    model = values["model"] | {"adapter": adapter}
     trainable = {"projector": 1e-2, "fusion": 1e-2}
     train(values | {"model": model, "trainable": trainable, "lora": None, "evaluation": {}})
 

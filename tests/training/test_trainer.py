@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from transformers import ResNetConfig, Trainer, TrainerCallback
 
-from tests.tiny import clip_config, tiny
+from tests.tiny import clip_config, small_projector, tiny
 from tests.training.helpers import examples, rows_of, trainer_of, weights
+from vlm.adapters import PROJECTORS
 from vlm.data.conversation import IGNORE
 from vlm.data.dataset import TreeCollator, one_row_an_answer, shifted, supervised_tokens
 from vlm.data.trees import paths
@@ -33,6 +34,15 @@ def test_each_part_has_its_rate_and_decay_spares_norms_and_biases(tmp_path):
         assert group["part"] == part
         assert group["weight_decay"] == (0.0 if "norm" in name or name.endswith("bias") else 0.1), name
     assert {part for part, _, _ in names} == set(RATES)
+
+
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_all_weights_of_a_projector_are_the_projector(projector):
+    model, _ = tiny(fusion="cross_attention", projector=small_projector(projector))
+    model.multi_modal_projector.cross_attention = torch.nn.Linear(2, 2)  # as a projector's own may be called
+    for part, name, _ in named_parts(model):
+        assert (part == "projector") == name.startswith("multi_modal_projector"), name
+        assert (part == "fusion") == (".cross_attention." in name and part != "projector"), name
 
 
 def test_frozen_parts_are_in_no_group_and_do_not_move(tmp_path):
@@ -264,7 +274,7 @@ def _some_logits(model, processor):
 
 
 @pytest.mark.parametrize("decoder", ["llama", "gpt2"])
-@pytest.mark.parametrize("fusion", ["prefix", "prefix+cross_attention"])
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention_layers", "prefix+cross_attention"])
 def test_lora_merged_equals_adapted_and_its_folder_loads_again(tmp_path, decoder, fusion):
     from peft import PeftModel
 

@@ -8,10 +8,14 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionModelWithProjection,
+    Siglip2ImageProcessor,
+    Siglip2VisionConfig,
     TimmWrapperConfig,
     ViTConfig,
     ViTForImageClassification,
@@ -29,9 +33,10 @@ from tests.tiny import (
     text_config,
     user,
 )
-from vlm.build import assemble, build, image_size_of, set_image_size
+from vlm.build import assemble, build
 from vlm.encoder import load_vision_tower
 from vlm.generation import generate
+from vlm.image_processors import image_size_of
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,13 @@ def folders(tmp_path_factory):
     for name in ("clip", "clip_vision"):
         image_processor().save_pretrained(root / name)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(root / "vit")
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4}
+    data = {"input_size": (3, 32, 32), "crop_pct": 0.9, "interpolation": "bicubic"}
+    timm = TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=arguments, pretrained_cfg=data)
+    AutoModel.from_config(timm).save_pretrained(root / "timm")
+    naflex = Siglip2VisionConfig(num_hidden_layers=2, patch_size=8, num_patches=16, **size)
+    AutoModel.from_config(naflex).save_pretrained(root / "naflex")
+    Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(root / "naflex")
     for name, tokenizer in (("byte_level", byte_level_tokenizer()), ("metaspace", metaspace_tokenizer())):
         # As many embeddings as tokens, so that the image token needs one more.
         config = text_config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
@@ -156,12 +168,23 @@ def test_image_size(folders):
     assert len(continuation(model, inputs)[0]) == 6
 
 
-def test_images_of_different_sizes_are_refused_until_a_size_is_set(folders):
-    keeps_proportions = ViTImageProcessor(size={"shortest_edge": 32})
-    with pytest.raises(ValueError, match=r"keeps each image's proportions.*set image_size"):
-        image_size_of(keeps_proportions)
-    set_image_size(keeps_proportions, 48)
-    assert image_size_of(keeps_proportions) == (48, 48)
+@pytest.mark.parametrize(
+    ("image_size", "grid"), [(None, (4, 4)), (48, (6, 6)), ({"height": 32, "width": 64}, (4, 8))], ids=str
+)
+@pytest.mark.parametrize("vision", ["timm", "naflex"])
+def test_encoders_whose_image_processor_is_of_another_kind(folders, vision, image_size, grid, tmp_path):
+    """timm's cannot be saved, NaFlex' makes patches; a model with one of them is the same when loaded."""
+    model, processor = build(str(folders / vision), str(folders / "byte_level"), image_size=image_size)
+    inputs = encode(processor, [[user(image(0), "what is it")]])
+    assert model.get_vision_features(inputs["pixel_values"])[1] == grid
+    assert model.config.image_seq_length == grid[0] * grid[1]
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    loaded = encode(AutoProcessor.from_pretrained(tmp_path), [[user(image(0), "what is it")]])
+    assert all(torch.equal(value, inputs[name]) for name, value in loaded.items())
+    with torch.no_grad():
+        assert torch.equal(again(**loaded).logits, model.eval()(**inputs).logits)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Every kind of encoder against its own model called directly."""
 
 import copy
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -12,83 +15,91 @@ from transformers import (
     DeiTConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
+    DINOv3ConvNextConfig,
+    DINOv3ViTConfig,
     EfficientNetConfig,
     MobileNetV2Config,
     ResNetConfig,
+    Siglip2ImageProcessor,
+    Siglip2VisionConfig,
     SiglipVisionConfig,
     SwinConfig,
+    Swinv2Config,
     TimmWrapperConfig,
     ViTConfig,
 )
 
-from vlm.encoder import encode, vision_hidden_size
+from tests import tiny
+from vlm.encoder import encode, resize_positions, vision_hidden_size
 
-VIT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "image_size": 32,
-    "patch_size": 8,
-}
-DINO = {key: value for key, value in VIT.items() if key != "intermediate_size"}
+DINO = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+VIT = DINO | {"intermediate_size": 48}
+NAFLEX = {key: value for key, value in VIT.items() if key != "image_size"} | {"num_patches": 16}
 STAGES = {"hidden_sizes": [8, 16, 24], "depths": [1, 1, 1]}
+SWIN = {"image_size": 64, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
 TIMM_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
 TIMM_SWIN = {"img_size": 64, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
+TIMM_CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 24)}
 
-# name: configuration, side in pixels, number of class, distillation and register tokens, stride in pixels
-TOKENS = {
-    "vit": (lambda: ViTConfig(**VIT), 32, 1, 8),
-    "deit": (lambda: DeiTConfig(**VIT), 32, 2, 8),
-    "beit": (lambda: BeitConfig(**VIT, use_relative_position_bias=True), 32, 1, 8),
-    "clip": (lambda: CLIPVisionConfig(**VIT), 32, 1, 8),
-    "siglip": (lambda: SiglipVisionConfig(**VIT), 32, 0, 8),
-    "dinov2": (lambda: Dinov2Config(**DINO), 32, 1, 8),
-    "dinov2_registers": (lambda: Dinov2WithRegistersConfig(**DINO, num_register_tokens=4), 32, 5, 8),
-    "swin": (
-        lambda: SwinConfig(image_size=64, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4),
-        64,
-        0,
-        8,
-    ),
-    "timm_vit": (lambda: TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=TIMM_VIT), 32, 1, 8),
-    "timm_vit_registers": (
-        lambda: TimmWrapperConfig(architecture="vit_small_patch14_reg4_dinov2", model_args=TIMM_VIT),
-        32,
-        5,
-        8,
-    ),
-}
-MAPS = {
-    "resnet": (lambda: ResNetConfig(embedding_size=8, layer_type="basic", **STAGES), 64, 0, 16),
-    "efficientnet": (
-        lambda: EfficientNetConfig(
+
+@dataclass
+class Case:
+    """A configuration, a side in pixels that it takes, its stride, and its class, distillation and register tokens."""
+
+    config: Any
+    side: int
+    stride: int
+    num_prefix: int = 0
+
+
+def timm(architecture, side, stride, num_prefix=0, **model_args):
+    return Case(TimmWrapperConfig(architecture=architecture, model_args=model_args), side, stride, num_prefix)
+
+
+ENCODERS = {
+    "vit": Case(ViTConfig(**VIT), 32, 8, 1),
+    "deit": Case(DeiTConfig(**VIT), 32, 8, 2),
+    "beit": Case(BeitConfig(**VIT, use_relative_position_bias=True), 32, 8, 1),
+    "clip": Case(CLIPVisionConfig(**VIT), 32, 8, 1),
+    "siglip": Case(SiglipVisionConfig(**VIT), 32, 8),
+    "siglip2_naflex": Case(Siglip2VisionConfig(**NAFLEX), 32, 8),
+    "dinov2": Case(Dinov2Config(**DINO), 32, 8, 1),
+    "dinov2_registers": Case(Dinov2WithRegistersConfig(**DINO, num_register_tokens=4), 32, 8, 5),
+    "dinov3": Case(DINOv3ViTConfig(**VIT, num_register_tokens=4), 32, 8, 5),
+    "dinov3_convnext": Case(DINOv3ConvNextConfig(hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 1, 1]), 64, 32, 1),
+    "swin": Case(SwinConfig(**SWIN), 64, 8),
+    "swinv2": Case(Swinv2Config(**SWIN), 64, 8),
+    "resnet": Case(ResNetConfig(embedding_size=8, layer_type="basic", **STAGES), 64, 16),
+    "efficientnet": Case(
+        EfficientNetConfig(
             width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=320, image_size=64, initializer_range=0.3
         ),
         64,
-        0,
         32,
     ),
-    "convnext": (lambda: ConvNextConfig(num_stages=3, image_size=64, **STAGES), 64, 0, 16),
-    "mobilenet_v2": (lambda: MobileNetV2Config(depth_multiplier=0.25, image_size=64), 64, 0, 32),
-    "timm_resnet": (
-        lambda: TimmWrapperConfig(architecture="resnet18", model_args={"channels": [8, 8, 16, 24]}),
-        64,
-        0,
-        32,
-    ),
-    "timm_swin": (
-        lambda: TimmWrapperConfig(architecture="swin_tiny_patch4_window7_224", model_args=TIMM_SWIN),
-        64,
-        0,
-        8,
-    ),
-    "timm_efficientnet_lite0": (lambda: TimmWrapperConfig(architecture="tf_efficientnet_lite0"), 64, 0, 32),
-    "timm_mobilenet": (lambda: TimmWrapperConfig(architecture="mobilenetv3_small_050"), 64, 0, 32),
+    "convnext": Case(ConvNextConfig(num_stages=3, image_size=64, **STAGES), 64, 16),
+    "mobilenet_v2": Case(MobileNetV2Config(depth_multiplier=0.25, image_size=64), 64, 32),
+    "timm_vit": timm("vit_tiny_patch16_224", 32, 8, 1, **TIMM_VIT),
+    "timm_deit": timm("deit_tiny_distilled_patch16_224", 32, 8, 2, **TIMM_VIT),
+    "timm_beit": timm("beit_base_patch16_224", 32, 8, 1, **TIMM_VIT),
+    "timm_clip": timm("vit_base_patch16_clip_224", 32, 8, 1, **TIMM_VIT),
+    "timm_siglip": timm("vit_base_patch16_siglip_224", 32, 8, 0, **TIMM_VIT),
+    "timm_dinov2": timm("vit_small_patch14_dinov2", 32, 8, 1, **TIMM_VIT),
+    "timm_dinov2_registers": timm("vit_small_patch14_reg4_dinov2", 32, 8, 5, **TIMM_VIT),
+    "timm_dinov3": timm("vit_small_patch16_dinov3", 32, 8, 5, **TIMM_VIT),
+    "timm_eva": timm("eva02_tiny_patch14_224", 32, 8, 1, **TIMM_VIT),
+    "timm_swin": timm("swin_tiny_patch4_window7_224", 64, 8, **TIMM_SWIN),
+    "timm_swinv2": timm("swinv2_tiny_window8_256", 64, 8, **TIMM_SWIN),
+    "timm_resnet": timm("resnet18", 64, 32, channels=[8, 8, 16, 24]),
+    "timm_convnext": timm("convnext_tiny", 64, 32, **TIMM_CONVNEXT),
+    "timm_efficientnet_lite0": timm("tf_efficientnet_lite0", 64, 32),
+    "timm_mobilenet": timm("mobilenetv3_small_050", 64, 32),
 }
-ENCODERS = TOKENS | MAPS
 SAYS_NO_WIDTH = {"mobilenet_v2"}
-ONE_SIZE = {"timm_vit", "timm_vit_registers", "timm_swin"}
+CHANNELS_LAST = {"timm_swin", "timm_swinv2"}
+ANY_SIZE = {"timm_dinov3", "timm_resnet", "timm_convnext", "timm_efficientnet_lite0", "timm_mobilenet"}
+ONE_SIZE = {name for name in ENCODERS if name.startswith("timm")} - ANY_SIZE
+"""timm's, until `resize_positions`."""
 
 
 @pytest.fixture(scope="module")
@@ -99,76 +110,98 @@ def towers():
     def tower(name):
         if name not in built:
             torch.manual_seed(0)
-            built[name] = AutoModel.from_config(ENCODERS[name][0]()).eval()
+            built[name] = AutoModel.from_config(ENCODERS[name].config).eval()
         return built[name]
 
     return tower
 
 
+def direct(tower, pixels):
+    """The model's own output and pooled vector, as its library calls it."""
+    if hasattr(tower, "timm_model"):
+        hidden = tower.timm_model.forward_features(pixels)
+        return hidden, tower.timm_model.forward_head(hidden)
+    if tower.config.model_type == "siglip2_vision_model":
+        options = {"do_resize": False, "do_rescale": False, "do_normalize": False}
+        made = Siglip2ImageProcessor(patch_size=8, max_num_patches=16, **options)(list(pixels), return_tensors="pt")
+        outputs = tower(**made)
+    else:
+        outputs = tower(pixels)
+    return outputs.last_hidden_state, outputs.pooler_output.flatten(1)
+
+
+def tokens_of(name, hidden):
+    """A model's output as tokens `[B, N, D]`: of a map, row by row."""
+    if hidden.ndim == 3:
+        return hidden
+    at = (lambda y, x: hidden[:, y, x]) if name in CHANNELS_LAST else (lambda y, x: hidden[:, :, y, x])
+    rows, columns = hidden.shape[1:3] if name in CHANNELS_LAST else hidden.shape[2:]
+    return torch.stack([at(y, x) for y in range(rows) for x in range(columns)], dim=1)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
-def test_shapes_and_grid(name, towers):
-    _, side, num_prefix, stride = ENCODERS[name]
-    tower = towers(name)
-    features = encode(tower, torch.randn(2, 3, side, side))
-    assert features.grid == (side // stride, side // stride)
-    assert features.patches.shape[:2] == (2, (side // stride) ** 2)
-    assert features.prefix.shape == (2, num_prefix, features.patches.shape[2])
-    assert features.pooled is not None
+def test_an_encoder_says_what_its_model_says(name, towers):
+    """Shapes, grid, no token but patches among the patches, the pooled vector, and gradients."""
+    case, tower = ENCODERS[name], towers(name)
+    pixels = torch.rand(2, 3, case.side, case.side)
+    with torch.no_grad():
+        features = encode(tower, pixels)
+        hidden, pooled = direct(tower, pixels)
+    side = case.side // case.stride
+    assert features.grid == (side, side)
+    tokens = tokens_of(name, hidden)
+    assert tokens.shape[1] == case.num_prefix + side * side
+    assert torch.equal(features.prefix, tokens[:, : case.num_prefix])
+    assert torch.equal(features.patches, tokens[:, case.num_prefix :])
     assert features.pooled.ndim == 2
+    assert torch.equal(features.pooled, pooled)
     if name in SAYS_NO_WIDTH:
         with pytest.raises(ValueError, match="set vision_hidden_size"):
             vision_hidden_size(tower)
     else:
         assert vision_hidden_size(tower) == features.patches.shape[2]
 
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", TOKENS)
-def test_patches_are_the_models_tokens_without_those_in_front(name, towers):
-    _, side, num_prefix, _ = TOKENS[name]
-    tower, pixels = towers(name), torch.randn(2, 3, side, side)
-    direct = tower(pixels)
-    features = encode(tower, pixels)
-    assert torch.equal(features.patches, direct.last_hidden_state[:, num_prefix:])
-    assert torch.equal(features.prefix, direct.last_hidden_state[:, :num_prefix])
-    assert torch.equal(features.pooled, direct.pooler_output)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", MAPS)
-def test_feature_maps_are_read_row_by_row(name, towers):
-    tower, pixels = towers(name), torch.randn(2, 3, MAPS[name][1], MAPS[name][1])
-    direct = tower(pixels).last_hidden_state
-    features = encode(tower, pixels)
-    rows, columns = features.grid
-    for row in range(rows):
-        for column in range(columns):
-            pixel = direct[:, row, column] if name == "timm_swin" else direct[:, :, row, column]
-            assert torch.equal(features.patches[:, row * columns + column], pixel)
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_gradients_reach_the_weights(name, towers):
-    side = ENCODERS[name][1]
-    tower = copy.deepcopy(towers(name)).train()  # batch norm with random weights and no statistics lets nothing through
-    encode(tower, torch.randn(2, 3, side, side)).patches.square().sum().backward()
-    first = next(p for p in tower.parameters() if p.ndim == 4)  # the patch embedding or the stem
+    learning = copy.deepcopy(tower).train()  # batch norm with random weights and no statistics lets nothing through
+    encode(learning, pixels).patches.square().sum().backward()
+    first = next(p for name, p in learning.named_parameters() if p.ndim == 4 or "patch_embedding" in name)
     assert first.grad.abs().sum() > 0
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ENCODERS)
 def test_feature_layer_is_a_hidden_state(name, towers):
-    _, side, num_prefix, _ = ENCODERS[name]
-    tower, pixels = towers(name), torch.randn(1, 3, side, side)
-    hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
+    case, tower = ENCODERS[name], towers(name)
+    pixels = torch.rand(1, 3, case.side, case.side)
     features = encode(tower, pixels, feature_layer=-2)
     assert features.patches.shape[1] == features.grid[0] * features.grid[1]
+    if name == "siglip2_naflex":
+        return  # its own image processor makes what it takes
+    hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
+    num_prefix = case.num_prefix
     if hidden.ndim == 4:
         assert features.grid == tuple(hidden.shape[2:])
         hidden = hidden.flatten(2).transpose(1, 2)
         num_prefix = 0
     assert torch.equal(features.patches, hidden[:, num_prefix:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["clip", "siglip2_naflex", "timm_vit"])
+def test_several_feature_layers_stand_side_by_side(name, towers):
+    tower, pixels = towers(name), torch.rand(2, 3, 32, 32)
+    several = encode(tower, pixels, feature_layer=[-1, -3])
+    each = [encode(tower, pixels, feature_layer=layer) for layer in (-1, -3)]
+    assert several.patches.shape == (2, 16, 64)
+    assert torch.equal(several.patches, torch.cat([one.patches for one in each], dim=-1))
+    assert torch.equal(several.prefix, torch.cat([one.prefix for one in each], dim=-1))
+    assert torch.equal(encode(tower, pixels, feature_layer=[-2]).patches, encode(tower, pixels, -2).patches)
+
+
+def test_feature_layers_of_different_grids_are_refused(towers):
+    with pytest.raises(
+        ValueError, match=r"vision_feature_layer \[-1, 1\]: the grids of these layers differ \(4 x 4, 16 x 16\)"
+    ):
+        encode(towers("resnet"), torch.rand(1, 3, 64, 64), feature_layer=[-1, 1])
 
 
 @torch.no_grad()
@@ -187,17 +220,39 @@ def test_a_feature_layer_that_is_not_there_is_refused(towers):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", sorted(ENCODERS.keys() - ONE_SIZE))
+@pytest.mark.parametrize("name", sorted(ENCODERS))
 def test_another_size_and_other_proportions(name, towers):
-    _, side, num_prefix, stride = ENCODERS[name]
-    tower = towers(name)
-    features = encode(tower, torch.randn(2, 3, 2 * side, side))
-    assert features.grid == (2 * side // stride, side // stride)
-    assert features.patches.shape[1] == 2 * (side // stride) ** 2
-    assert features.prefix.shape[1] == num_prefix
+    case, tower = ENCODERS[name], towers(name)
+    height, width = 2 * case.side, case.side
+    pixels = torch.rand(2, 3, height, width)
+    if name in ONE_SIZE:
+        with pytest.raises(ValueError, match="takes images of one size"):
+            encode(tower, pixels)
+        tower = copy.deepcopy(tower)
+    resize_positions(tower, height, width)
+    features = encode(tower, pixels)
+    assert features.grid == (height // case.stride, width // case.stride)
+    assert features.patches.shape[1] == features.grid[0] * features.grid[1]
+    assert features.prefix.shape[1] == case.num_prefix
+    if name in ONE_SIZE:
+        # A new model of the configuration has room for the weights.
+        again = AutoModel.from_config(type(tower.config).from_dict(tower.config.to_dict())).eval()
+        again.load_state_dict(tower.state_dict())
+        assert torch.equal(encode(again, pixels).patches, features.patches)
 
 
-@pytest.mark.parametrize("name", sorted(ONE_SIZE))
-def test_an_encoder_of_one_size_says_so(name, towers):
-    with pytest.raises(AssertionError, match="doesn't match model"):
-        encode(towers(name), torch.randn(1, 3, 128, 64))
+def test_positions_of_the_own_size_are_left_as_they_are(towers):
+    tower = copy.deepcopy(towers("timm_vit"))
+    resize_positions(tower, 32, 32)
+    assert torch.equal(tower.timm_model.pos_embed, towers("timm_vit").timm_model.pos_embed)
+    resize_positions(towers("clip"), 64, 64)  # interpolates as it runs
+
+
+@torch.no_grad()
+def test_naflex_sees_what_its_own_image_processor_makes():
+    """At a size that its image processor leaves as it is."""
+    torch.manual_seed(0)
+    tower = AutoModel.from_config(Siglip2VisionConfig(**NAFLEX)).eval()
+    own = Siglip2ImageProcessor(patch_size=8, max_num_patches=16)(tiny.image(0, (32, 32)), return_tensors="pt")
+    pixels = torch.from_numpy(np.array(tiny.image(0, (32, 32)))).permute(2, 0, 1)[None] / 127.5 - 1
+    assert torch.allclose(encode(tower, pixels).patches, tower(**own).last_hidden_state, atol=1e-5)

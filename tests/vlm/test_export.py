@@ -35,7 +35,8 @@ for folder in sys.argv[1:]:
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
     said = model.generate(**inputs, do_sample=False, min_new_tokens=5, max_new_tokens=5)
-    found = {"input_ids": inputs["input_ids"], "pixels": inputs["pixel_values"].flatten(), "logits": logits, "said": said}
+    found = {"input_ids": inputs["input_ids"], "pixels": inputs["pixel_values"].flatten()}
+    found |= {"logits": logits, "said": said}
     save_file({k: v.contiguous() for k, v in found.items()}, folder + "/found.safetensors")
 """
 

@@ -77,7 +77,7 @@ def test_questions_about_shared_images_equal_one_by_one(decoder, fusion):
     hook.remove()
     alone = [generation.generate(model, processor, [r], max_new_tokens=6)[0] for r in requests]
     assert together == alone
-    assert len(set(together)) > 3
+    assert len(set(together)) > 2
     if decoder == "gemma3":  # whose window would count the padding
         assert rows[0] == (9, longest)
         return

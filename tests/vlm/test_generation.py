@@ -34,6 +34,16 @@ def test_with_a_cache_equals_without(decoder, fusion):
         assert torch.allclose(with_cache, without, atol=1e-4)
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_prefix_and_mllamas_layers_at_once(decoder):
+    """With a cache as without, in a batch with several images as alone."""
+    model, processor = tiny(decoder, "prefix+cross_attention", cross_attention_layers=[0, 3])
+    inputs = encode(processor, CONVERSATIONS)
+    together = continuation(model, inputs)
+    assert together == continuation(model, inputs, use_cache=False)
+    assert together == [continuation(model, encode(processor, [one]))[0] for one in CONVERSATIONS]
+
+
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_left_padded_batch_equals_one_by_one(decoder, fusion):
@@ -53,8 +63,9 @@ def test_generation_looks_at_the_image(fusion):
     assert len(answers) > 1
 
 
-def test_images_are_encoded_and_projected_once_per_answer():
-    model, processor = tiny(fusion="prefix+cross_attention")
+@pytest.mark.parametrize("fusion", ["cross_attention_layers", "prefix+cross_attention"])
+def test_images_are_encoded_and_projected_once_per_answer(fusion):
+    model, processor = tiny(fusion=fusion)
     parts = (".cross_attention.k_proj", ".cross_attention.v_proj", "multi_modal_projector", "vision_tower")
     counts = [calls_of(model, part) for part in parts]
     queries = calls_of(model, ".cross_attention.q_proj")

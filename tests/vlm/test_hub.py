@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests import fake_hub, tiny
 from tests.fake_hub import TOKEN, FakeHub
+from tests.stock import stock
 from vlm.errors import UserError
-from vlm.hub import push
+from vlm.hub import model_card, push
 from vlm.training.parts import add_lora
 
 hub = fake_hub.hub
@@ -106,6 +108,18 @@ def test_pushed_in_one_commit_and_loaded_back_by_name(hub, run_dir, tmp_path, ma
     assert "evaluation/summary.json" in files
     assert not [name for name in files if name.endswith(".bin")]
     assert torch.equal(load_by_name(hub, tmp_path, inputs), tiny.logits(made[0], **inputs))
+
+
+def test_a_model_without_a_chat_template_is_loaded_by_the_code_of_its_card(hub, run_dir, tmp_path):
+    shutil.rmtree(run_dir / "model")
+    model, processor = stock("paligemma")
+    for part in (model, processor):
+        part.save_pretrained(run_dir / "model")
+    inputs = processor(images=tiny.image(), text="<image>Describe the image.", return_tensors="pt")
+    inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    push(run_dir, REPO, token=TOKEN)
+
+    assert torch.equal(load_by_name(hub, tmp_path, inputs), tiny.logits(model, **inputs))
 
 
 def test_card_says_what_it_is_and_how_it_scores(hub, run_dir, tmp_path):
@@ -247,3 +261,16 @@ def test_processor_loads_from_what_was_pushed(hub, run_dir, tmp_path, made):
     processor = AutoProcessor.from_pretrained(tmp_path / "back")
     assert processor.tokenizer.get_vocab() == made[1].tokenizer.get_vocab()
     assert processor.chat_template == made[1].chat_template
+
+
+def test_several_encoders_are_named(run_dir):
+    text = (run_dir / "recipe.yaml").read_text()
+    recipe = yaml.safe_load(text)
+    recipe["model"]["vision"] = ["facebook/dinov2-base", "google/siglip2-base-patch16-224"]
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    card = model_card(run_dir, REPO)
+    assert card.data.base_model == [*recipe["model"]["vision"], "HuggingFaceTB/SmolLM2-135M-Instruct"]
+    said = (
+        "made from `facebook/dinov2-base`, `google/siglip2-base-patch16-224` and `HuggingFaceTB/SmolLM2-135M-Instruct`"
+    )
+    assert said in card.text

@@ -28,16 +28,15 @@ from tests.tiny import (
     image,
     logits,
     open_gates,
+    small_projector,
     text_config,
     tiny,
     user,
 )
-from vlm.adapters import PROJECTORS
+from vlm.adapters import PROJECTORS, GatedCrossAttention
 from vlm.configuration import VLMConfig
 from vlm.encoder import vision_config_of
 from vlm.modeling import VLMForConditionalGeneration
-
-OPTIONS = {"average_pool": {"num_image_tokens": 4}, "resampler": {"num_image_tokens": 5}}
 
 
 def batch(processor, *conversations):
@@ -47,15 +46,15 @@ def batch(processor, *conversations):
 # --- against stock LLaVA
 
 
-@pytest.fixture(scope="module")
-def llava_and_ours():
+@pytest.fixture(scope="module", params=[-2, [-2, -3]], ids=str)
+def llava_and_ours(request):
     """Stock LLaVA, and ours with its weights."""
-    ours, processor = tiny(vision_feature_layer=-2)
+    ours, processor = tiny(vision_feature_layer=request.param)
     config = LlavaConfig(
         vision_config=clip_config(),
         text_config=ours.config.text_config,
         image_token_id=ours.config.image_token_id,
-        vision_feature_layer=-2,
+        vision_feature_layer=request.param,
         image_seq_length=16,
     )
     llava = LlavaForConditionalGeneration(config).eval()
@@ -103,9 +102,10 @@ def test_loss_equals_stock_llava(llava_and_ours):
 # --- what a bridge does before it is trained
 
 
+@pytest.mark.parametrize("fusion", ["cross_attention", "cross_attention_layers"])
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_closed_gates_leave_the_language_model_as_it_was_bit_for_bit(decoder):
-    model, processor = tiny(decoder, "cross_attention", gates=False)
+def test_closed_gates_leave_the_language_model_as_it_was_bit_for_bit(decoder, fusion):
+    model, processor = tiny(decoder, fusion, gates=False)
     inputs = batch(processor, (image(0), "what is it"), ("a cat", image(1), image(2), "and a dog"))
     bare = AutoModelForCausalLM.from_config(model.config.text_config).eval()
     weights = {key.replace(".layer.", "."): value for key, value in model.language_model.state_dict().items()}
@@ -166,16 +166,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(fusion, reentrant):
     plain = gradients()
     recomputed = []
     for module in model.modules():
-        if type(module).__name__ in ("CrossAttentionBlock", "LlamaDecoderLayer"):
-            module.register_forward_hook(lambda *_: recomputed.append(1))
+        if isinstance(module, GatedCrossAttention):
+            module.q_proj.register_forward_pre_hook(lambda *_: recomputed.append(1))
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-    assert all(m.gradient_checkpointing for m in model.modules() if type(m).__name__ == "CrossAttentionBlock")
     if reentrant and "cross" in fusion:
         # Visual tokens reach the blocks beside the hidden states; a reentrant checkpoint cannot carry their gradients.
         with pytest.raises(RuntimeError):
             gradients()
         return
     checkpointed = gradients()
+    assert len(recomputed) == (2 * 2 if "cross" in fusion else 0), "two blocks, forward and once more for the gradients"
     assert plain.keys() == checkpointed.keys()
     for name in plain:
         assert torch.allclose(plain[name], checkpointed[name], rtol=1e-4, atol=1e-6), name
@@ -243,6 +243,23 @@ def test_features_kept_from_an_earlier_run_are_as_good_as_pixels(strategy):
         model(**inputs, vision_features=features)
 
 
+@pytest.mark.parametrize("projector", ["average_pool", "c_abstractor", "resampler", "qformer"])
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
+def test_projectors_with_a_fixed_number_of_tokens_take_images_of_any_size(projector, fusion):
+    model, processor = tiny(fusion=fusion, projector=small_projector(projector))
+    inputs = dict(batch(processor, (image(0), "what", image(1))))
+    pixels = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert model.get_vision_features(pixels)[1] == (6, 8)
+        tokens = model.get_image_features(pixels)
+        alone = torch.cat([model.get_image_features(one[None]) for one in pixels])
+    assert torch.allclose(tokens, alone, atol=1e-5)
+    wide = logits(model, **{**inputs, "pixel_values": pixels})
+    assert (wide - logits(model, **inputs))[0, -1].abs().max() > 1e-3
+    cropped = logits(model, **{**inputs, "pixel_values": pixels[..., :48, :48]})
+    assert (wide - cropped)[0, -1].abs().max() > 1e-3, "the right edge is not looked at"
+
+
 # --- errors
 
 
@@ -302,6 +319,34 @@ def test_a_configuration_is_checked():
     assert vision_config_of(VLMConfig(vision_config=clip_config())).hidden_size == 24
 
 
+@pytest.mark.parametrize(
+    ("positions", "before"),
+    [
+        ([3, 8], None),  # of 6 layers
+        ([1, 2], None),  # neighbours
+        ([1, 1], None),
+        ([-1], None),
+        ([], None),
+        ([3, 5], None),  # nothing follows
+        ([4, 1], [1, 3]),
+        ([0, 2, 4, 6], [0, 1, 2, 3]),
+    ],
+)
+def test_cross_attention_layers_are_positions_among_all_layers(positions, before):
+    config = {
+        "vision_config": clip_config(),
+        "text_config": text_config(),
+        "fusion": "cross_attention",
+        "cross_attention_layers": positions,
+    }
+    if before is None:
+        with pytest.raises(ValueError, match=r"cross_attention_layers is .* has 4 layers of its own"):
+            VLMForConditionalGeneration(VLMConfig(**config))
+        return
+    layers = VLMForConditionalGeneration(VLMConfig(**config)).language_model.model.layers
+    assert [number for number, layer in enumerate(layers) if hasattr(layer, "cross_attention")] == before
+
+
 # --- saved and loaded
 
 
@@ -329,7 +374,7 @@ def test_decoders_and_fusions_are_the_same_when_loaded(decoder, fusion, tmp_path
 
 @pytest.mark.parametrize("projector", PROJECTORS)
 def test_projectors_are_the_same_when_loaded(projector, tmp_path):
-    spec = {"type": projector, **OPTIONS.get(projector, {})}
+    spec = small_projector(projector)
     model, processor = tiny(fusion="prefix+cross_attention", projector=spec)
     again, _ = same_after_saving(model, processor, tmp_path)
     assert again.config.projector == spec
@@ -338,7 +383,7 @@ def test_projectors_are_the_same_when_loaded(projector, tmp_path):
 VIT_IN_TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4}
 
 
-@pytest.mark.parametrize("feature_layer", [None, -2])
+@pytest.mark.parametrize("feature_layer", [None, -2, [-2, -2]])
 @pytest.mark.parametrize(
     "vision_config",
     [
@@ -352,6 +397,13 @@ VIT_IN_TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "nu
 def test_encoders_are_the_same_when_loaded(vision_config, feature_layer, tmp_path):
     model, processor = tiny(vision_config=vision_config, vision_feature_layer=feature_layer)
     same_after_saving(model, processor, tmp_path)
+
+
+def test_a_configuration_without_a_width_asks_the_encoder():
+    config = tiny(vision_feature_layer=[-2, -3])[0].config
+    assert config.vision_hidden_size == 48
+    config.vision_hidden_size = None
+    assert VLMForConditionalGeneration(config).multi_modal_projector.standardize.mean.shape[-1] == 48
 
 
 @pytest.mark.parametrize("decoder", ["gemma3", "gpt2", "llama"])

@@ -71,7 +71,10 @@ def test_without_any_rate_it_is_the_trainers_default(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("text", [GOOD, STAGES])
+MLLAMA = GOOD.replace("data:\n", "  adapter: {fusion: cross_attention, cross_attention_layers: [1]}\ndata:\n")
+
+
+@pytest.mark.parametrize("text", [GOOD, STAGES, MLLAMA])
 def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -> None:
     first = load(tmp_path, text)
     again = load(tmp_path, yaml.safe_dump(first.resolved(), sort_keys=False))
@@ -116,10 +119,30 @@ def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -
         (("train:\n  max", "lora: {r: 0}\ntrain:\n  max"), 9, "lora.r: must be at least 1, not 0"),
         (("train:\n  max", "stages: []\ntrain:\n  max"), 10, "train: this recipe has `stages`"),
         (("data:\n", "  adapter: {projector: mlpp}\ndata:\n"), 5, "there is no projector 'mlpp'; did you mean 'mlp'?"),
+        (
+            ("data:\n", "  adapter: {cross_attention_layers: [1]}\ndata:\n"),
+            5,
+            "cross_attention_layers: does not go with `fusion: prefix`",
+        ),
+        (
+            (
+                "data:\n",
+                "  adapter: {fusion: cross_attention, cross_attention_every: 2, cross_attention_layers: [1]}\ndata:\n",
+            ),
+            5,
+            "cross_attention_layers: does not go with `cross_attention_every`",
+        ),
         (("data:\n", "  adapter: {projector: {num: 1}}\ndata:\n"), 5, "projector.type: is missing"),
         (("data:\n", "  adapter: {projector: {type: average_pool, num_tokens: 9}}\ndata:\n"), 5, "num_image_tokens"),
         (("data:\n", "  pretrained: some/vlm\ndata:\n"), 3, "model.vision: does not go with `pretrained`"),
         (("data:\n", "  1: 2\ndata:\n"), 5, "model.1: unknown key"),
+        (("vision: some/encoder", "vision: []"), 3, "model.vision: must be a Hub name or a folder, or a list of them"),
+        (("data:\n", "  image_size: 0\ndata:\n"), 5, "model.image_size: must be a side in pixels, {height"),
+        (("data:\n", "  image_size: {height: 9}\ndata:\n"), 5, "model.image_size: must be a side in pixels, {height"),
+        (("data:\n", "  image_size: [9, 9]\ndata:\n"), 5, "model.image_size: has 2 sizes, and `vision` names 1"),
+        (("data:\n", "  vision_feature_layer: []\ndata:\n"), 5, "vision_feature_layer: must be a whole number such"),
+        (("data:\n", "  vision_feature_layer: [-2, x]\ndata:\n"), 5, "vision_feature_layer: must be a whole number"),
+        (("some/encoder\n", "[a, b]\n  vision_feature_select_strategy: full\n"), 4, "full is for one encoder"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_line(tmp_path: Path, change: tuple[str, str], line: int, message: str) -> None:
@@ -317,6 +340,16 @@ def test_every_default_of_training_arguments_passes_the_check() -> None:
         if field.name not in recipe_train.REFUSED
     }
     assert recipe_train.check(defaults) == []
+
+
+def test_several_encoders_layers_and_sizes(tmp_path: Path) -> None:
+    (tmp_path / "eyes").mkdir()
+    model = "vision: [./eyes, ./more, some/encoder]\n  vision_feature_layer: [-2, -8]\n  image_size: [224, 256, 256]"
+    loaded = load(tmp_path, GOOD.replace("vision: some/encoder", model))
+    assert loaded.model.encoders == [str(tmp_path / "eyes"), "./more", "some/encoder"]
+    assert (loaded.model.vision_feature_layer, loaded.model.image_size) == ([-2, -8], [224, 256, 256])
+    with pytest.raises(recipe.RecipeError, match=r"model\.vision: there is no folder \./more$"):
+        recipe.require_models(loaded)
 
 
 def test_every_option_of_build_is_a_key_of_the_model_section() -> None:

@@ -1,4 +1,4 @@
-"""Conversations to token ids and labels, by the processor's own chat template."""
+"""Conversations to token ids and labels, by the processor's own chat template, or the prompt that its model knows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 from PIL import Image
 
 from vlm.data.example import Branch, Message
+from vlm.data.prompts import IMAGE_MASKS, QUESTION_INPUTS, TOKEN_TYPES, encode_prompt, has_chat_template
+from vlm.errors import UserError
 
 IGNORE = -100
 """The label of a token that is not supervised, as everywhere in transformers."""
-
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-"""What the processors of some models give beside each token, for their masks (Gemma 3) or positions (Qwen2-VL)."""
 
 
 def template_options(processor: Any, *conversations: Sequence[Message]) -> dict[str, Any]:
@@ -51,12 +50,14 @@ class TokenizedBranch:
     Attributes:
         input_ids: token ids, image tokens expanded.
         labels: the same where an assistant's answer, with its end token, is supervised; else, and at first, -100.
-        token_types: by name, those of `TOKEN_TYPES` that the model is given, as long as `input_ids`.
+        token_types: by name, those of `TOKEN_TYPES` and `IMAGE_MASKS` that the model is given, as long as `input_ids`.
+        question_inputs: by name, those of `QUESTION_INPUTS` that the model is given.
     """
 
     input_ids: list[int]
     labels: list[int]
-    token_types: dict[str, list[int]] = field(default_factory=dict)
+    token_types: dict[str, list[Any]] = field(default_factory=dict)
+    question_inputs: dict[str, list[int]] = field(default_factory=dict)
 
 
 def with_images(messages: Sequence[Message], images: Sequence[Image.Image]) -> list[Message]:
@@ -82,8 +83,11 @@ def encode_conversation(
 ) -> dict[str, Any]:
     """What the processor makes of one conversation, as lists and tensors of one row.
 
-    `images=None` asks for the ids alone, which our own processor can give without looking at a pixel.
+    `images=None` asks for the ids alone, which our own processor can give without looking at a pixel. Without a chat
+    template see [`encode_prompt`][vlm.data.prompts.encode_prompt].
     """
+    if not has_chat_template(processor):
+        return encode_prompt(processor, messages, images or [])
     conversation = list(messages) if images is None else with_images(messages, images)
     options: dict[str, Any] = {"pixels": False} if images is None else {"return_tensors": "pt"}
     return processor.apply_chat_template(
@@ -107,6 +111,8 @@ def tokenize_branch(processor: Any, branch: Branch, images: Sequence[Image.Image
     def encode(messages: Sequence[Message], add_generation_prompt: bool) -> dict[str, Any]:
         try:
             return encode_conversation(processor, messages, images, add_generation_prompt=add_generation_prompt)
+        except UserError as error:
+            raise UserError(f"{branch.where}: {error}") from None
         except (NotImplementedError, ValueError) as error:
             if "sanitize_control_tokens" not in template_options(processor, messages):
                 raise
@@ -120,8 +126,9 @@ def tokenize_branch(processor: Any, branch: Branch, images: Sequence[Image.Image
 
     encoded = encode(branch.messages, False)
     whole = _row(encoded["input_ids"])
-    given = [name for name in TOKEN_TYPES if name in encoded and name in processor.model_input_names]
-    types = {name: _row(encoded[name]) for name in given}
+    given = [name for name in encoded if name in processor.model_input_names]
+    types = {name: _row(encoded[name]) for name in given if name in (*TOKEN_TYPES, *IMAGE_MASKS)}
+    question = {name: _row(encoded[name]) for name in given if name in QUESTION_INPUTS}
     labels = [IGNORE] * len(whole)
     for turn, message in enumerate(branch.messages):
         if message["role"] != "assistant":
@@ -139,7 +146,7 @@ def tokenize_branch(processor: Any, branch: Branch, images: Sequence[Image.Image
         if last:  # nothing is learnt behind it, and with several answers an image each would pay for it
             for column in (whole, labels, *types.values()):
                 del column[end:]
-    return TokenizedBranch(whole, labels, types)
+    return TokenizedBranch(whole, labels, types, question)
 
 
 def _end_of_answer(processor: Any, ids: list[int], start: int, end: int) -> int:

@@ -18,8 +18,9 @@ from vlm.data.conversation import IGNORE, TokenizedBranch, tokenize_branch
 from vlm.data.example import Branch, Example, Problem
 from vlm.data.features import FeatureCache
 from vlm.data.images import ImageError, open_image
-from vlm.data.tree_masks import TreeMasks
+from vlm.data.tree_masks import TreeMasks, require_trees
 from vlm.data.trees import Tree, lay_out, lay_out_plain, make_tree, pack, paths, trunk_length
+from vlm.errors import UserError
 
 T = TypeVar("T")
 Progress = Callable[[Iterable[T], int], Iterable[T]]
@@ -72,8 +73,9 @@ def make_items(
     reported now and does not stop the training later. What is longer than `max_length` tokens is handled as `too_long`
     says and counted; an image is never cut, and neither is an answer. Where text stands before an image and differs
     between the branches, they do not share the image, and each becomes a tree of its own.
-    Raises ValueError for `too_long="error"`.
+    Raises ValueError for `too_long="error"`, and UserError for a model that needs as many images in each example.
     """
+    _require_one_count(examples, processor)
     items: list[TreeItem] = []
     left_out = LeftOut()
     memory: dict[str, TokenizedBranch] = {}
@@ -98,7 +100,10 @@ def make_items(
 
 
 def _share_images(branches: list[TokenizedBranch], processor: Any) -> bool:
-    """Whether all image tokens are in the trunk, so that each image is in the row once."""
+    """Whether all image tokens are in the trunk, so that each image is in the row once, and nothing else is a branch's
+    own."""
+    if any(branch.question_inputs for branch in branches):
+        return len(branches) == 1
     start = trunk_length(branches)
     image_tokens = set(processor.image_token_ids)
     return len(branches) == 1 or all(image_tokens.isdisjoint(branch.input_ids[start:]) for branch in branches)
@@ -208,6 +213,7 @@ class TreeCollator:
         if self.plain:
             batch = lay_out_plain([item.tree for item in items], self._padding())
         else:
+            require_trees(trees)
             batch = lay_out(trees, self._padding())
             batch |= self.masks(trees, batch["attention_mask"]) if self.masks is not None else {}
         if self.answer_weighting == "root_answers":
@@ -223,12 +229,35 @@ class TreeCollator:
         if self.features is not None:
             kept = [self.features[key] for item in items for key in item.features]
             return {"vision_features": torch.stack(kept), "vision_grid": self.features.grid} if kept else {}
-        images = [open_image(source, where=item.example.where) for item in items for source in item.example.images]
-        if not images:
-            return {}
-        options = getattr(self.processor, "images_kwargs", {})
-        made = self.processor.image_processor(images, return_tensors="pt", **options)
-        return {name: value for name, value in made.items() if name in self.processor.model_input_names}
+        rows = [[open_image(source, where=item.example.where) for source in item.example.images] for item in items]
+        return image_inputs(self.processor, rows) if any(rows) else {}
+
+
+def image_inputs(processor: Any, rows: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
+    """What the image processor makes of the images of some conversations, at least one image: with most
+    `pixel_values [images, 3, H, W]`, and sizes or grids where images have them.
+
+    Models whose layers attend to the images of their row get `[rows, images, ...]`.
+    """
+    options = {"return_tensors": "pt", **getattr(processor, "images_kwargs", {})}
+    names = set(processor.model_input_names)
+    if "image_attention_mask" in names:  # Idefics' image processor gives the pixels alone
+        return {"pixel_values": pad_sequence([processor.image_processor(row, **options) for row in rows], True)}
+    # LLaVA-OneVision cuts an image into tiles where it is the only one, and Mllama has a place for each of a row.
+    by_row = names & {"batch_num_images", "cross_attention_mask"}
+    made = processor.image_processor([*rows] if by_row else [image for row in rows for image in row], **options)
+    return {name: value for name, value in made.items() if name in names}
+
+
+def _require_one_count(examples: Sequence[Example], processor: Any) -> None:
+    """Raise UserError where a batch would have rows with several numbers of images, and the model takes the difference
+    for images: Mllama's words before an image look at all places for images, also at empty ones."""
+    counts = sorted({len(example.images) for example in examples})
+    if len(counts) > 1 and "cross_attention_mask" in processor.model_input_names:
+        raise UserError(
+            f"the examples have {' or '.join(map(str, counts))} images, and this model needs the same number in each: "
+            "it would look at the places that others leave empty. Take those with one number"
+        )
 
 
 def _root_weights(rows: Sequence[Row]) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_masks_for_generate
 
+from vlm.data.prompts import IMAGE_MASKS
 from vlm.data.trees import Tree, path_places, paths
 from vlm.tree_attention import supports_tree_attention, tree_layout
 
@@ -28,6 +29,15 @@ PathMasks = dict[str, Tensor | None]
 
 class NotATree(ValueError):  # noqa: N818 - named for what was found
     """No mask of a tree says what the model's own masks say of one row an answer."""
+
+
+def require_trees(rows: Sequence[Sequence[Tree]]) -> None:
+    """Raise [`NotATree`] if the model is given something for a row as a whole: a row then has one conversation."""
+    trees = [tree for row in rows for tree in row]
+    if any(name in IMAGE_MASKS for tree in trees for name in tree.token_types):
+        raise NotATree("its layers look at the images of their row")
+    if any(tree.question_inputs for tree in trees):
+        raise NotATree("its Q-Former reads the question of a row together with the image")
 
 
 class TreeMasks:

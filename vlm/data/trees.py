@@ -18,6 +18,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +34,16 @@ PADDING = -1
 class Tree:
     """A trunk and its branches, laid out in a line; all lists have the same length.
 
-    `branch_ids` is 0 in the trunk and counts the branches from 1. `token_types` are those of `TokenizedBranch`.
+    `branch_ids` is 0 in the trunk and counts the branches from 1. `token_types` and `question_inputs` are those of
+    `TokenizedBranch`; a tree with the latter has one branch.
     """
 
     input_ids: list[int]
     labels: list[int]
     position_ids: list[int]
     branch_ids: list[int]
-    token_types: dict[str, list[int]] = field(default_factory=dict)
+    token_types: dict[str, list[Any]] = field(default_factory=dict)
+    question_inputs: dict[str, list[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -51,7 +54,9 @@ def make_tree(branches: Sequence[TokenizedBranch]) -> Tree:
     start = trunk_length(branches) if len(branches) > 1 else 0
     first = branches[0]
     types = {name: column[:start] for name, column in first.token_types.items()}
-    tree = Tree(first.input_ids[:start], [IGNORE] * start, list(range(start)), [TRUNK] * start, types)
+    tree = Tree(
+        first.input_ids[:start], [IGNORE] * start, list(range(start)), [TRUNK] * start, types, first.question_inputs
+    )
     for number, branch in enumerate(branches, start=1):
         length = len(branch.input_ids) - start
         tree.input_ids += branch.input_ids[start:]
@@ -89,7 +94,9 @@ def paths(tree: Tree) -> list[Tree]:
         columns = (tree.input_ids, tree.labels, tree.position_ids, tree.branch_ids)
         ids, labels, positions, branch_ids = ([column[i] for i in kept] for column in columns)
         types = {name: [column[i] for i in kept] for name, column in tree.token_types.items()}
-        found.append(Tree(ids, labels, positions, [min(branch, 1) for branch in branch_ids], types))
+        found.append(
+            Tree(ids, labels, positions, [min(branch, 1) for branch in branch_ids], types, tree.question_inputs)
+        )
     return found
 
 
@@ -137,12 +144,25 @@ def lay_out_plain(paths: Sequence[Tree], pad_token_id: int) -> dict[str, Tensor]
         "labels": _column([[path.labels] for path in paths], IGNORE),
         "attention_mask": _column([[[1] * len(path)] for path in paths], 0),
         **_token_types(rows),
+        **{name: _column([[path.question_inputs[name]] for path in paths], 0) for name in paths[0].question_inputs},
     }
 
 
 def _token_types(rows: Sequence[Sequence[Tree]]) -> dict[str, Tensor]:
-    names = rows[0][0].token_types
-    return {name: _column([[tree.token_types[name] for tree in row] for row in rows], 0) for name in names}
+    """`[B, L]` by name, or `[B, L, images, ...]` for those with a value for each image; zeros where there is none."""
+    found: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for row in rows for tree in row for name in tree.token_types):
+        lines = [
+            torch.tensor([value for tree in row for value in tree.token_types.get(name, [0] * len(tree))])
+            for row in rows
+        ]
+        dimensions = max(line.ndim for line in lines)
+        lines = [line.view(*line.shape, *[1] * (dimensions - line.ndim)) for line in lines]
+        size = [max(sizes) for sizes in zip(*(line.shape for line in lines), strict=True)]
+        found[name] = torch.zeros(len(lines), *size, dtype=torch.long)
+        for row, line in enumerate(lines):
+            found[name][row][tuple(map(slice, line.shape))] = line
+    return found
 
 
 def _column(rows: Sequence[Sequence[list[int]]], fill: int) -> Tensor:

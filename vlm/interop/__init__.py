@@ -26,6 +26,7 @@ from vlm.modeling import VLMForConditionalGeneration
 FAMILIES: dict[str, Family] = {"llava": Llava()}
 """By `model_type` of the stock configuration."""
 
+
 def family_of(name: str) -> Family:
     if name not in FAMILIES:
         raise UserError(f"there is no counterpart of {name!r} among ours; {nearest(name, FAMILIES)}")
@@ -61,14 +62,14 @@ def to_stock(model: VLMForConditionalGeneration, processor: Any, target: str) ->
     """A model of transformers of type `target` that computes what `model` does, and its processor.
 
     Raises UserError for what the architecture cannot express: another projector or fusion, an encoder that it does not
-    have, statistics of the features that fit into none of its layers, a decoder whose logits it would compute otherwise.
+    have, statistics of features that fit into none of its layers, a decoder whose logits it would compute otherwise.
     """
     family = family_of(target)
     family.check_ours(model)
     image = image_of(model, processor)
-    stock_class = family.model_class()
+    stock_class: Any = family.model_class()
     ours = model.config
-    config = stock_class.config_class(  # type: ignore[misc]
+    config = stock_class.config_class(
         vision_config=family.vision_config(ours.vision_config),
         text_config=copy.deepcopy(ours.text_config),
         tie_word_embeddings=ours.tie_word_embeddings,
@@ -97,5 +98,3 @@ def _finish(made: PreTrainedModel, source: PreTrainedModel) -> None:
     made.generation_config = copy.deepcopy(source.generation_config)
     made.config.dtype = source.dtype
     made.config._attn_implementation = source.config._attn_implementation
-
-

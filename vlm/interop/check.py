@@ -32,9 +32,7 @@ def check_equal(ours: Any, processor: Any, stock: Any, stock_processor: Any) -> 
             f"{type(stock_processor.image_processor).__name__} makes other pixels of an image than "
             f"{type(processor.image_processor).__name__}"
         )
-    found, wanted = (
-        model(**inputs.to(model.device)).logits.float() for model, inputs in ((stock, b), (ours, a))
-    )
+    found, wanted = (model(**inputs.to(model.device)).logits.float() for model, inputs in ((stock, b), (ours, a)))
     difference, size = (found - wanted).abs().max().item(), wanted.abs().max().item()
     if not difference <= TOLERANCE.get(ours.dtype, ROUNDED) * size:
         raise UserError(

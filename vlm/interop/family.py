@@ -1,10 +1,10 @@
 """What transformers' own architectures call the parts that we call otherwise: one description each, read both ways.
 
-    LLaVA's                      ours
-    model.vision_tower           vision_tower
-    model.multi_modal_projector  multi_modal_projector
-    model.language_model         language_model.model        (what the language model calls its decoder)
-    lm_head                      language_model.lm_head
+LLaVA's                      ours
+model.vision_tower           vision_tower
+model.multi_modal_projector  multi_modal_projector
+model.language_model         language_model.model        (what the language model calls its decoder)
+lm_head                      language_model.lm_head
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from vlm.build import image_size_of
 from vlm.encoder import encode
 from vlm.errors import UserError
+from vlm.image_processors import image_size_of
 from vlm.modeling import VLMForConditionalGeneration
 
 # Vision towers whose tensors older files, and those who read them, have under one more name.
@@ -129,7 +129,9 @@ class Family:
             )
         head: Any = model.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
-            raise UserError(f"the output layer of this language model has a bias; {self.architecture} has no place for it")
+            raise UserError(
+                f"the output layer of this language model has a bias; {self.architecture} has no place for it"
+            )
 
     def names(self, ours: VLMForConditionalGeneration) -> Iterator[tuple[str, str, Renamed | None]]:
         """Each tensor of ours: its name, its name in the stock model, and how its form changes if it does."""

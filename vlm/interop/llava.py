@@ -19,8 +19,6 @@ class Llava(Family):
     fixed = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}  # noqa: RUF012
 
     def bridge(self, config: Any) -> dict[str, Any]:
-        if not isinstance(config.vision_feature_layer, int):
-            raise UserError("this LLaVA reads several layers of its encoder; only one can be taken over")
         return {
             "projector": {"type": "mlp"},
             "vision_feature_layer": config.vision_feature_layer,
@@ -50,7 +48,7 @@ class Llava(Family):
             num_additional_image_tokens=image.num_prefix,
         )
 
-    def _layer(self, config: Any) -> int:
+    def _layer(self, config: Any) -> int | list[int]:
         """LLaVA reads a hidden state, and cannot read what comes after the final norm."""
         if config.vision_feature_layer is not None:
             return config.vision_feature_layer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vlm.errors import UserError
@@ -52,5 +51,3 @@ def folded(model: VLMForConditionalGeneration) -> dict[str, Tensor]:
     state[bias] = ((state[bias].double() - mean) / std).to(state[bias])
     state[weight] = (state[weight].double() / std).to(state[weight])
     return state
-
-

@@ -10,10 +10,11 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from vlm.data.conversation import IGNORE, TokenizedBranch
-from vlm.data.dataset import Row, TreeCollator, TreeItem, one_row_an_answer, shifted
+from vlm.data.conversation import TokenizedBranch
+from vlm.data.dataset import Row, TreeCollator, TreeItem, one_row_an_answer
 from vlm.data.tree_masks import NotATree
 from vlm.data.trees import make_tree, paths
+from vlm.training.inputs import training_inputs
 from vlm.training.trainer import token_losses
 
 TOLERANCE = 3e-4
@@ -57,7 +58,9 @@ def _probe(items: Sequence[TreeItem]) -> Row:
 
 def _two_longest(item: TreeItem) -> TreeItem:
     longest = sorted(paths(item.tree), key=len)[-2:]
-    tree = make_tree([TokenizedBranch(path.input_ids, path.labels, path.token_types) for path in longest])
+    tree = make_tree(
+        [TokenizedBranch(path.input_ids, path.labels, path.token_types, path.question_inputs) for path in longest]
+    )
     return replace(item, tree=tree)
 
 
@@ -65,5 +68,5 @@ def _losses(model: Any, collator: TreeCollator, row: Row, device: torch.device) 
     """The loss of each supervised token, answer by answer."""
     batch = send_to_device(collator([row]), device)
     labels, _ = batch.pop("labels"), batch.pop("loss_weights", None)
-    outputs = model(**batch, logits_to_keep=shifted(labels) != IGNORE, use_cache=False)
+    outputs = model(**training_inputs(model.config, batch, labels))
     return token_losses(outputs, labels)[0]

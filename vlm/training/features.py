@@ -25,6 +25,7 @@ from vlm.data.example import Example, ImageSource
 from vlm.data.features import FeatureCache, FeaturesTooLarge, cache_key, stored_bytes
 from vlm.data.images import ImageError, open_image
 from vlm.errors import UserError
+from vlm.image_processors import image_size_of
 from vlm.recipe import Recipe
 from vlm.recipe_paths import home
 
@@ -222,12 +223,10 @@ def _precision(args: TrainingArguments) -> str:
 
 def about(recipe: Recipe, model: Any, processor: Any, args: TrainingArguments) -> dict[str, Any]:
     """What `vlm cache ls` says of the features."""
-    sizes = processor.image_processor.to_dict()
-    size = sizes.get("crop_size") if sizes.get("do_center_crop") else sizes.get("size")
     layer = model.config.vision_feature_layer
     return {
-        "encoder": recipe.model.vision or recipe.model.pretrained,
-        "image_size": "x".join(str(side) for side in dict(size or {}).values()),
+        "encoder": " + ".join(recipe.model.encoders) or recipe.model.pretrained,
+        "image_size": "x".join(map(str, image_size_of(processor.image_processor))),
         "layer": "last" if layer is None else str(layer),
         "precision": _precision(args),
     }

@@ -24,7 +24,12 @@ _PROJECTOR = (
     "query_tokens",
     "language_projection",
     "merger",
+    "deepstack_merger_list",
+    "perceiver_resampler",
+    "visual_projection",
+    "image_newline",
 )
+_FUSION = ("cross_attention", "gated_cross_attn_layers")
 
 
 def part_of(name: str) -> str:
@@ -32,10 +37,10 @@ def part_of(name: str) -> str:
     names = name.split(".")
     if any(n.startswith("lora_") for n in names):
         return "lora"
-    if "cross_attention" in names:
-        return "fusion"
-    if any(n in _PROJECTOR for n in names):
+    if any(n in _PROJECTOR for n in names):  # whatever is in it, cross-attention too
         return "projector"
+    if any(n in _FUSION for n in names):
+        return "fusion"
     if any(n in _VISION for n in names):
         return "vision"
     return "language"
@@ -74,7 +79,7 @@ def _modules_of(model: nn.Module, rates: Mapping[str, float]) -> list[str]:
     found: list[str] = []
     for name, _ in model.named_modules():
         last, part = name.split(".")[-1], part_of(name)
-        heads = (*_VISION, *_PROJECTOR, "cross_attention")
+        heads = (*_VISION, *_PROJECTOR, *_FUSION)
         if part in rates and last in heads and not any(name.startswith(outer + ".") for outer in found):
             found.append(name)
     return found

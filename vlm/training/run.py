@@ -197,7 +197,9 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
     trust = spec.trust_remote_code
     with no_loading_bar():
         model = AutoModelForImageTextToText.from_pretrained(source, dtype="float32", trust_remote_code=trust)
-    return model, AutoProcessor.from_pretrained(source, trust_remote_code=trust)
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust)
+    generation.require_supported(model, processor)
+    return model, processor
 
 
 def _items(

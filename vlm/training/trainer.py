@@ -23,6 +23,7 @@ from vlm.data.conversation import IGNORE
 from vlm.data.dataset import TreeDataset, shifted
 from vlm.errors import UserError
 from vlm.precision import frozen_layers_in
+from vlm.training.inputs import training_inputs
 from vlm.training.parts import freeze_state, named_parts
 from vlm.training.throughput import CountingCollator, Throughput
 
@@ -117,7 +118,7 @@ class VLMTrainer(Trainer):
         """The head runs on supervised positions alone: `[B, L, V]` logits never exist."""
         freeze_state(model, self.rates)
         given = {key: value for key, value in inputs.items() if key != "loss_weights"}
-        given |= {"logits_to_keep": shifted(inputs["labels"]) != IGNORE, "use_cache": False}
+        given = training_inputs(self.accelerator.unwrap_model(model).config, given, inputs["labels"])
         # Trainer hands outputs, labels and their number to its loss, and nothing else.
         self.compute_loss_func = partial(supervised_loss, weights=inputs.get("loss_weights"))
         return super().compute_loss(model, given, *args, **kwargs)
