@@ -6,21 +6,48 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import AutoModel, AutoModelForCausalLM, SiglipImageProcessor, SiglipVisionConfig
 
 from tests import stock
+from tests.stock_prompted import SIGLIP
+from tests.tiny import byte_level_tokenizer, open_gates, text_config, tiny
+from vlm.build import assemble
 
 
 def llava() -> tuple[Any, Any]:
     return stock.llava()
 
 
-COUNTERPARTS: dict[str, Callable[[], tuple[Any, Any]]] = {"llava": llava}
+def _one_tile(name: str) -> tuple[Any, Any]:
+    model, processor = stock.STOCK[name]()
+    processor.image_processor.do_image_splitting = False
+    return model, processor
+
+
+COUNTERPARTS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "llava": llava,
+    "idefics3": lambda: _one_tile("idefics3"),
+    "smolvlm": lambda: _one_tile("smolvlm"),
+}
 
 
 def counterpart(name: str) -> tuple[Any, Any]:
     """A stock model in evaluation mode, and its processor."""
     torch.manual_seed(0)
     model, processor = COUNTERPARTS[name]()
+    return model.eval(), processor
+
+
+def siglip(projector: dict[str, Any], **options: Any) -> tuple[Any, Any]:
+    """A model of ours with SigLIP and its processor, which stretches images to a square."""
+    torch.manual_seed(0)
+    tower = AutoModel.from_config(SiglipVisionConfig(**SIGLIP, vision_use_head=False))
+    decoder = options.pop("decoder", "llama")
+    language_model = AutoModelForCausalLM.from_config(text_config(decoder))
+    pictures = SiglipImageProcessor(size={"height": 32, "width": 32})
+    tokenizer = byte_level_tokenizer()
+    model, processor = assemble(tower, language_model, pictures, tokenizer, projector=projector, **options)
+    open_gates(model)
     return model.eval(), processor
 
 
@@ -32,3 +59,12 @@ def for_ours(inputs: Any) -> dict[str, Any]:
         "attention_mask": inputs["attention_mask"],
         "pixel_values": pixels.flatten(0, -4)[pixels.flatten(0, -4).flatten(1).any(dim=1)],
     }
+
+
+IDEFICS3_MARKERS = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
+EXPRESSIBLE: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "llava": lambda: tiny(vision_feature_layer=-2),
+    "idefics3": lambda: siglip({"type": "pixel_shuffle"}, image_markers=IDEFICS3_MARKERS),
+    "smolvlm": lambda: siglip({"type": "pixel_shuffle"}, image_markers=IDEFICS3_MARKERS),
+}
+"""Models of ours, by what they can become."""

@@ -17,7 +17,7 @@ from vlm.encoder import encode, load_vision_tower, resize_positions
 from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, load_image_processor
 from vlm.loading import load_quietly
 from vlm.modeling import VLMForConditionalGeneration
-from vlm.processing import CHATML, IMAGE_TOKEN, PLAIN_TURNS, VLMProcessor, chat_template_for
+from vlm.processing import CHATML, IMAGE_TOKEN, PLAIN_TURNS, VLMProcessor, chat_template_for, tokens_of
 from vlm.vision_towers import VisionTowers, side_by_side
 
 
@@ -34,13 +34,15 @@ def build(
     image_size: ImageSize | Sequence[ImageSize] | None = None,
     image_aspect_ratio: ImageAspectRatio = "square",
     chat_template: Literal["auto", "chatml"] = "auto",
+    image_markers: Sequence[str] = ("", ""),
     trust_remote_code: bool = False,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """Join the encoder `vision` and the decoder `language`, each a folder or a Hub name; several encoders of a list see
     an image side by side ([`vlm.vision_towers`]).
 
     `image_size` and `image_aspect_ratio` are those of [`load_vision`]. `chat_template` is `auto`, the language model's
-    own, or `chatml`, plain ChatML turns without a system prompt. Weights are float32.
+    own, or `chatml`, plain ChatML turns without a system prompt. `image_markers` are written before and after each
+    image; what is in angle brackets in them becomes a token. Weights are float32.
 
     Raises ValueError for an unknown projector or option, a decoder that has no place for cross-attention, a tokenizer
     without the tokens of the chat template, an image processor whose images differ in size, and encoders whose grids
@@ -63,6 +65,7 @@ def build(
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
         chat_template=chat_template,
+        image_markers=image_markers,
     )
 
 
@@ -108,6 +111,7 @@ def assemble(
     vision_feature_layer: int | list[int] | None = None,
     vision_feature_select_strategy: Literal["default", "full"] = "default",
     chat_template: Literal["auto", "chatml"] = "auto",
+    image_markers: Sequence[str] = ("", ""),
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """As [`build`], from loaded parts. The image token is added to the tokenizer and to the embeddings if need be."""
     spec = {"type": projector} if isinstance(projector, str) else dict(projector)
@@ -115,8 +119,8 @@ def assemble(
         raise ValueError(
             "vision_feature_select_strategy full is for one encoder: several have no class token in common"
         )
-    template = chat_template_for(tokenizer, chatml=chat_template == "chatml")
-    add_image_token(tokenizer, language_model)
+    template = chat_template_for(tokenizer, chatml=chat_template == "chatml", image_markers=image_markers)
+    add_image_token(tokenizer, language_model, tokens_of(image_markers))
     num_tokens, width = probe_encoder(
         vision_tower,
         image_processor,
@@ -147,14 +151,14 @@ def assemble(
     return model, processor
 
 
-def add_image_token(tokenizer: Any, language_model: PreTrainedModel) -> None:
-    """Give the tokenizer the image token and a padding token, and the language model an embedding for each token.
+def add_image_token(tokenizer: Any, language_model: PreTrainedModel, others: Sequence[str] = ()) -> None:
+    """Give the tokenizer the image token, `others` and a padding token, and the language model an embedding for each.
 
     The embeddings that are there stay as they are; new ones are drawn around their mean, so that a token nobody has
     trained is neither likely nor impossible. Raises ValueError if the tokenizer has no token to pad with.
     """
     # Replaced, the tokenizer's other special tokens (`<|im_start|>` ...) would be special no more.
-    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN, *others]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has neither a padding token nor an end-of-sequence token; set one of them")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
@@ -127,21 +129,28 @@ def _images_per_text(images: Any, placeholders: list[int]) -> list[int]:
     return given
 
 
-def chat_template_for(tokenizer: Any, *, chatml: bool = False) -> str:
+def tokens_of(image_markers: Sequence[str]) -> list[str]:
+    """The special tokens among what stands around images: all that is in angle brackets."""
+    return list(dict.fromkeys(re.findall(r"<[^<>\s]+>", "".join(image_markers))))
+
+
+def chat_template_for(tokenizer: Any, *, chatml: bool = False, image_markers: Sequence[str] = ("", "")) -> str:
     """A chat template that places images: the tokenizer's own, ChatML if it has none or `chatml` asks for it, or, for a
-    tokenizer without ChatML's tokens, turns that end with its end-of-sequence token.
+    tokenizer without ChatML's tokens, turns that end with its end-of-sequence token. It writes `image_markers` before
+    and after each image.
 
     Roles are marked by special tokens alone, so that no text that a user writes can be taken for one.
     Raises ValueError if the tokenizer lacks the tokens.
     """
+    flatten = FLATTEN.replace(repr(IMAGE_TOKEN), repr(IMAGE_TOKEN.join(image_markers)))
     if tokenizer.chat_template is not None and not chatml:
-        return FLATTEN + tokenizer.get_chat_template()
+        return flatten + tokenizer.get_chat_template()
     # Templates write the first token of a text themselves, where the tokenizer would have put one.
     begin = "{{- bos_token -}}" if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
     if {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.get_added_vocab()):
-        return FLATTEN + begin + CHATML
+        return flatten + begin + CHATML
     if chatml:
         raise ValueError("chatml needs the tokens <|im_start|> and <|im_end|>, which this tokenizer lacks: use auto")
     if tokenizer.eos_token is None:
         raise ValueError("the tokenizer has neither a chat template nor an end-of-sequence token to end turns with")
-    return FLATTEN + begin + PLAIN_TURNS
+    return flatten + begin + PLAIN_TURNS

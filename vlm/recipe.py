@@ -130,6 +130,9 @@ class Model(_Section):
     mean colour, so that nothing is lost at the edges."""
     chat_template: Literal["auto", "chatml"] = "auto"
     """`auto` is the language model's own; `chatml` is plain ChatML turns without a system prompt, which is shorter."""
+    image_markers: tuple[str, str] = ("", "")
+    """What is written before and after each image, such as `["<img>", "</img>"]`; what is in angle brackets becomes a
+    token. Some architectures that a model can be exported to have markers of their own."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model from the Hub. Only for a model whose code you have read."""
 

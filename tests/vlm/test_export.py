@@ -10,12 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from tests.tiny import encode, image, logits, tiny, user
+from tests.counterparts import EXPRESSIBLE
+from tests.tiny import encode, image, logits, user
 from tests.vlm.test_interop import fit
 from vlm.cli import app
-
-CASES = {"llava": {"vision_feature_layer": -2}}
-"""Target to the options of a model of ours that it can express."""
 
 WITHOUT_VLM = """
 import sys
@@ -45,9 +43,9 @@ for folder in sys.argv[1:]:
 def exported(tmp_path_factory):
     """For each target the model of ours, its processor, messages, and the folder that it was exported to."""
     made = {}
-    for target, options in CASES.items():
+    for target, make in EXPRESSIBLE.items():
         folder = tmp_path_factory.mktemp(target)
-        model, processor = tiny(**options)
+        model, processor = make()
         fit(model)
         model.save_pretrained(folder / "run" / "model")
         processor.save_pretrained(folder / "run" / "model")
@@ -63,7 +61,7 @@ def exported(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("target", CASES)
+@pytest.mark.parametrize("target", EXPRESSIBLE)
 def test_transformers_alone_answers_as_ours_does(exported, target):
     model, processor, folder = exported[target]
     found = load_file(folder / "found.safetensors")

@@ -19,11 +19,12 @@ from vlm.configuration import VLMConfig
 from vlm.errors import UserError, nearest
 from vlm.interop.check import check_equal
 from vlm.interop.family import Family, image_of
+from vlm.interop.idefics3 import Idefics3, SmolVLM
 from vlm.interop.llava import Llava
 from vlm.interop.standardize import folded
 from vlm.modeling import VLMForConditionalGeneration
 
-FAMILIES: dict[str, Family] = {"llava": Llava()}
+FAMILIES: dict[str, Family] = {"llava": Llava(), "idefics3": Idefics3(), "smolvlm": SmolVLM()}
 """By `model_type` of the stock configuration."""
 
 
@@ -41,9 +42,11 @@ def from_stock(stock: PreTrainedModel) -> VLMForConditionalGeneration:
     theirs: Any = stock.config
     family = family_of(theirs.model_type)
     family.check_stock(theirs)
+    text_config = copy.deepcopy(theirs.text_config)
+    text_config.tie_word_embeddings = theirs.tie_word_embeddings  # where theirs is looked up
     config = VLMConfig(
         vision_config=copy.deepcopy(theirs.vision_config),
-        text_config=copy.deepcopy(theirs.text_config),
+        text_config=text_config,
         **{ours: getattr(theirs, name) for ours, name in family.fields.items()},
         **family.bridge(theirs),
     )

@@ -10,6 +10,7 @@ lm_head                      language_model.lm_head
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,7 @@ class Family:
         tensors: of the projector, our names to its.
         fields: keys of `VLMConfig` to keys of its configuration that mean the same.
         fixed: keys of its configuration that have to be so, since ours computes nothing else.
+        image_markers: what its processor writes before and after the tokens of an image.
         older: how names begin in memory, and in the files that other programs read; transformers reads those too.
     """
 
@@ -83,6 +85,7 @@ class Family:
     tensors: Mapping[str, str | Renamed]
     fields: Mapping[str, str] = {"image_token_id": "image_token_id"}
     fixed: Mapping[str, Any] = {}
+    image_markers: tuple[str, str] = ("", "")
     older: Mapping[str, str] = {
         "model.vision_tower.": "vision_tower.",
         "model.multi_modal_projector.": "multi_modal_projector.",
@@ -111,6 +114,33 @@ class Family:
         return copy.deepcopy(config)
 
     # --- what they share
+
+    def check_output_is_read(self, config: Any) -> None:
+        """Raises UserError unless a model of ours reads patches of its encoder's output, after the final norm."""
+        if config.vision_feature_layer is not None or config.vision_feature_select_strategy != "default":
+            raise UserError(
+                f"{self.architecture} reads the patches of its encoder's output: it can be made of a model trained "
+                "without vision_feature_layer and with vision_feature_select_strategy: default"
+            )
+
+    def pixels_of(self, image_processor: Any) -> dict[str, Any]:
+        """How an image processor makes numbers of pixels."""
+        keys = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb")
+        return {key: value for key in keys if (value := getattr(image_processor, key, None)) is not None}
+
+    def chat_template(self, processor: Any, placeholder: str) -> str:
+        """The chat template of a processor of ours, for one that writes `image_markers` around images by itself.
+
+        Raises UserError if ours does not write them.
+        """
+        written = repr(processor.image_token.join(self.image_markers))
+        if written not in processor.chat_template:
+            raise UserError(
+                f"the processor of {self.architecture} writes {self.image_markers[0]!r} before an image and "
+                f"{self.image_markers[1]!r} after it; only a model trained so can become one, with "
+                f"image_markers: {json.dumps(self.image_markers)} under model in its recipe"
+            )
+        return processor.chat_template.replace(written, repr(placeholder))
 
     def check_stock(self, config: Any) -> None:
         """Raises UserError for a stock configuration that ours cannot express."""
