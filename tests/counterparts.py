@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, SiglipImageProcessor, SiglipVisionConfig
+from transformers import AutoModel, AutoModelForCausalLM, InternVLVisionConfig, SiglipImageProcessor, SiglipVisionConfig
 
 from tests import stock
 from tests.stock_prompted import SIGLIP
@@ -16,6 +16,15 @@ from vlm.build import assemble
 
 def llava() -> tuple[Any, Any]:
     return stock.llava()
+
+
+def internvl() -> tuple[Any, Any]:
+    model, processor = stock.STOCK["internvl"]()
+    processor.image_processor.crop_to_patches = False
+    for name, parameter in model.named_parameters():
+        if "position_embeddings" in name or "cls_token" in name:  # zero at their start
+            torch.nn.init.normal_(parameter)
+    return model, processor
 
 
 def _one_tile(name: str) -> tuple[Any, Any]:
@@ -28,6 +37,7 @@ COUNTERPARTS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": llava,
     "idefics3": lambda: _one_tile("idefics3"),
     "smolvlm": lambda: _one_tile("smolvlm"),
+    "internvl": internvl,
 }
 
 
@@ -38,10 +48,14 @@ def counterpart(name: str) -> tuple[Any, Any]:
     return model.eval(), processor
 
 
-def siglip(projector: dict[str, Any], **options: Any) -> tuple[Any, Any]:
-    """A model of ours with SigLIP and its processor, which stretches images to a square."""
+def siglip(projector: Any, **options: Any) -> tuple[Any, Any]:
+    return squares(SiglipVisionConfig(**SIGLIP, vision_use_head=False), projector, **options)
+
+
+def squares(vision: Any, projector: Any, **options: Any) -> tuple[Any, Any]:
+    """A model of ours and its processor, which stretches images to a square."""
     torch.manual_seed(0)
-    tower = AutoModel.from_config(SiglipVisionConfig(**SIGLIP, vision_use_head=False))
+    tower = AutoModel.from_config(vision)
     decoder = options.pop("decoder", "llama")
     language_model = AutoModelForCausalLM.from_config(text_config(decoder))
     pictures = SiglipImageProcessor(size={"height": 32, "width": 32})
@@ -61,10 +75,12 @@ def for_ours(inputs: Any) -> dict[str, Any]:
     }
 
 
+INTERN_VIT = InternVLVisionConfig(**SIGLIP | {"image_size": [32, 32], "patch_size": [8, 8]})
 IDEFICS3_MARKERS = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
 EXPRESSIBLE: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": lambda: tiny(vision_feature_layer=-2),
     "idefics3": lambda: siglip({"type": "pixel_shuffle"}, image_markers=IDEFICS3_MARKERS),
     "smolvlm": lambda: siglip({"type": "pixel_shuffle"}, image_markers=IDEFICS3_MARKERS),
+    "internvl": lambda: squares(INTERN_VIT, "pixel_shuffle_mlp", image_markers=("<img>", "</img>")),
 }
 """Models of ours, by what they can become."""

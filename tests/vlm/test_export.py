@@ -46,7 +46,8 @@ def exported(tmp_path_factory):
     for target, make in EXPRESSIBLE.items():
         folder = tmp_path_factory.mktemp(target)
         model, processor = make()
-        fit(model)
+        if target != "internvl":  # whose layers can take no statistics
+            fit(model)
         model.save_pretrained(folder / "run" / "model")
         processor.save_pretrained(folder / "run" / "model")
         image(5).save(folder / "photo.png")

@@ -128,6 +128,13 @@ class Family:
         keys = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb")
         return {key: value for key in keys if (value := getattr(image_processor, key, None)) is not None}
 
+    def with_named_tokens(self, tokenizer: Any, named: Mapping[str, str]) -> Any:
+        """A copy of a tokenizer that knows tokens by the names that a processor asks for, and keeps them as it is
+        saved."""
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer._set_model_specific_special_tokens(dict(named))
+        return tokenizer
+
     def chat_template(self, processor: Any, placeholder: str) -> str:
         """The chat template of a processor of ours, for one that writes `image_markers` around images by itself.
 
