@@ -58,7 +58,7 @@ class PixelShuffleProjector(Projector):
     def __init__(self, vision_hidden_size: int, text_hidden_size: int, scale_factor: int = 2) -> None:
         super().__init__(vision_hidden_size)
         self.scale_factor = scale_factor
-        self.proj = nn.Linear(vision_hidden_size * scale_factor**2, text_hidden_size, bias=False)
+        self.proj: nn.Module = nn.Linear(vision_hidden_size * scale_factor**2, text_hidden_size, bias=False)
 
     def num_tokens(self, num_prefix: int, grid: Grid) -> int:
         h, w = grid

@@ -38,6 +38,7 @@ COUNTERPARTS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "idefics3": lambda: _one_tile("idefics3"),
     "smolvlm": lambda: _one_tile("smolvlm"),
     "internvl": internvl,
+    "gemma3": stock.gemma3,
 }
 
 
@@ -76,11 +77,20 @@ def for_ours(inputs: Any) -> dict[str, Any]:
 
 
 INTERN_VIT = InternVLVisionConfig(**SIGLIP | {"image_size": [32, 32], "patch_size": [8, 8]})
+
+
+def gemma3() -> tuple[Any, Any]:
+    markers = ("\n\n<start_of_image>", "<end_of_image>\n\n")
+    pool = {"type": "average_pool", "num_image_tokens": 4}
+    return siglip(pool, decoder="gemma3", image_markers=markers, image_attention="bidirectional")
+
+
 IDEFICS3_MARKERS = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
 EXPRESSIBLE: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": lambda: tiny(vision_feature_layer=-2),
     "idefics3": lambda: siglip({"type": "pixel_shuffle"}, image_markers=IDEFICS3_MARKERS),
     "smolvlm": lambda: siglip({"type": "pixel_shuffle"}, image_markers=IDEFICS3_MARKERS),
+    "gemma3": gemma3,
     "internvl": lambda: squares(INTERN_VIT, "pixel_shuffle_mlp", image_markers=("<img>", "</img>")),
 }
 """Models of ours, by what they can become."""

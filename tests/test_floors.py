@@ -15,6 +15,7 @@ FLOORS: list[set[str]] = [
     {
         "configuration",
         "encoder",
+        "image_attention",
         "image_processors",
         "vision_towers",
         "fusion",

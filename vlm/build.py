@@ -34,7 +34,8 @@ def build(
     image_size: ImageSize | Sequence[ImageSize] | None = None,
     image_aspect_ratio: ImageAspectRatio = "square",
     chat_template: Literal["auto", "chatml"] = "auto",
-    image_markers: Sequence[str] = ("", ""),
+    image_markers: Sequence[str] | None = None,
+    image_attention: Literal["causal", "bidirectional"] = "causal",
     trust_remote_code: bool = False,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """Join the encoder `vision` and the decoder `language`, each a folder or a Hub name; several encoders of a list see
@@ -66,6 +67,7 @@ def build(
         vision_feature_select_strategy=vision_feature_select_strategy,
         chat_template=chat_template,
         image_markers=image_markers,
+        image_attention=image_attention,
     )
 
 
@@ -111,7 +113,8 @@ def assemble(
     vision_feature_layer: int | list[int] | None = None,
     vision_feature_select_strategy: Literal["default", "full"] = "default",
     chat_template: Literal["auto", "chatml"] = "auto",
-    image_markers: Sequence[str] = ("", ""),
+    image_markers: Sequence[str] | None = None,
+    image_attention: Literal["causal", "bidirectional"] = "causal",
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """As [`build`], from loaded parts. The image token is added to the tokenizer and to the embeddings if need be."""
     spec = {"type": projector} if isinstance(projector, str) else dict(projector)
@@ -119,8 +122,8 @@ def assemble(
         raise ValueError(
             "vision_feature_select_strategy full is for one encoder: several have no class token in common"
         )
-    template = chat_template_for(tokenizer, chatml=chat_template == "chatml", image_markers=image_markers)
-    add_image_token(tokenizer, language_model, tokens_of(image_markers))
+    template = chat_template_for(tokenizer, chatml=chat_template == "chatml", image_markers=image_markers or ("", ""))
+    add_image_token(tokenizer, language_model, tokens_of(image_markers or ()))
     num_tokens, width = probe_encoder(
         vision_tower,
         image_processor,
@@ -141,13 +144,16 @@ def assemble(
         vision_hidden_size=width,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=num_tokens if "prefix" in fusion else 1,
+        image_attention=image_attention,
     )
     # A nesting configuration resets the attention implementation that each part was loaded with.
     for part, implementation in zip((vision_tower, language_model), attention, strict=True):
         part.config._attn_implementation = implementation
     model = VLMForConditionalGeneration(vlm_config, vision_tower, language_model)
     model.generation_config = generation_config_for(language_model, tokenizer, template)
-    processor = VLMProcessor(image_processor, tokenizer, template, vlm_config.image_seq_length)
+    processor = VLMProcessor(
+        image_processor, tokenizer, template, vlm_config.image_seq_length, image_attention=image_attention
+    )
     return model, processor
 
 

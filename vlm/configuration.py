@@ -10,6 +10,7 @@ from transformers.configuration_utils import SubConfigSpec
 from vlm.adapters import PROJECTORS, unknown_name
 
 FUSIONS = ("prefix", "cross_attention", "prefix+cross_attention")
+IMAGE_ATTENTIONS = ("causal", "bidirectional")
 
 
 class VLMConfig(PreTrainedConfig):
@@ -26,6 +27,8 @@ class VLMConfig(PreTrainedConfig):
             the list of all layers, these among them.
         image_token_id: the token that holds an image's place in `input_ids`.
         image_seq_length: how many such tokens an image takes: the projector's tokens with `prefix`, else 1.
+        image_attention: whom an image's tokens see with `prefix`: what is before them, as words do (`causal`), or their
+            whole image too (`bidirectional`, as in Gemma 3).
         vision_feature_layer: which hidden state of the encoder is used, as in LLaVA (-2 there), or a list of them,
             concatenated on channels. `None` is the encoder's own `last_hidden_state`, after its final norm; for SigLIP
             that is not the same as -1.
@@ -48,6 +51,7 @@ class VLMConfig(PreTrainedConfig):
     cross_attention_layers: list[int] | None = None
     image_token_id: int = 0
     image_seq_length: int = 1
+    image_attention: Literal["causal", "bidirectional"] = "causal"
     vision_feature_layer: int | list[int] | None = None
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     vision_hidden_size: int | None = None
@@ -59,6 +63,8 @@ class VLMConfig(PreTrainedConfig):
             raise unknown_name("projector", str(self.projector.get("type")), PROJECTORS)
         if self.fusion not in FUSIONS:
             raise unknown_name("fusion", str(self.fusion), FUSIONS)
+        if self.image_attention not in IMAGE_ATTENTIONS:
+            raise unknown_name("image_attention", str(self.image_attention), IMAGE_ATTENTIONS)
         super().__post_init__(**kwargs)
         # The head belongs to the language model, whose own configuration says whether it is tied.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))

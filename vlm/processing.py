@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END
@@ -44,6 +45,7 @@ class VLMProcessor(ProcessorMixin):
 
     Args:
         image_seq_length: how many image tokens stand for an image in `input_ids`; equal to the model's.
+        image_attention: equal to the model's; with `bidirectional`, `token_type_ids` are given, 1 at image tokens.
         image_token: the placeholder in text. One placeholder an image, in order; it is expanded here.
     """
 
@@ -57,9 +59,11 @@ class VLMProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_seq_length: int = 1,
         image_token: str = IMAGE_TOKEN,
+        image_attention: str = "causal",
         **kwargs: Any,
     ) -> None:
         self.image_seq_length = image_seq_length
+        self.image_attention = image_attention
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
@@ -68,7 +72,8 @@ class VLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values"]
+        names = ["input_ids", "attention_mask", "pixel_values"]
+        return [*names, "token_type_ids"] if self.image_attention == "bidirectional" else names
 
     def __call__(self, images: Any = None, text: Any = None, *, pixels: bool = True, **kwargs: Any) -> Any:
         """As in `ProcessorMixin`. With `pixels=False` image placeholders are expanded although no image is given: the
@@ -78,10 +83,19 @@ class VLMProcessor(ProcessorMixin):
             # Taken out for counting, the token that a user wrote into `<im<image>age>` would leave another behind.
             texts = [sample.replace(_CONTROL_TOKEN_END, 2 * _CONTROL_TOKEN_END) for sample in texts]
         if pixels:
-            return super().__call__(images=images, text=texts, **kwargs)
+            return self._with_types(super().__call__(images=images, text=texts, **kwargs))
         num_images = sum(sample.count(self.image_token) for sample in texts)
         texts, _ = self.get_text_with_replacements(texts, [self.replace_image_token({}, 0)] * num_images)
-        return BatchFeature(dict(self.tokenizer(texts, **kwargs)))
+        return self._with_types(BatchFeature(dict(self.tokenizer(texts, **kwargs))))
+
+    def _with_types(self, inputs: BatchFeature) -> BatchFeature:
+        if self.image_attention == "bidirectional" and "input_ids" in inputs:
+            ids = inputs["input_ids"]
+            if isinstance(ids, torch.Tensor):
+                inputs["token_type_ids"] = (ids == self.image_token_id).long()
+            else:
+                inputs["token_type_ids"] = [[int(token == self.image_token_id) for token in row] for row in ids]
+        return inputs
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.image_seq_length

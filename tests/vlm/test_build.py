@@ -31,6 +31,7 @@ from tests.tiny import (
     image_processor,
     metaspace_tokenizer,
     text_config,
+    tiny,
     user,
 )
 from vlm.build import assemble, build
@@ -202,3 +203,16 @@ def test_encoders_whose_image_processor_is_of_another_kind(folders, vision, imag
 def test_what_does_not_fit_is_refused(folders, options, message):
     with pytest.raises(ValueError, match=message):
         build(str(folders / "clip"), str(folders / "byte_level"), **options)
+
+
+def test_markers_around_images_are_tokens_of_their_own():
+    model, processor = tiny(image_markers=["see <img>", "</img>\n"])
+    inputs = encode(processor, [[user("what", image(0), "is it")]])
+    ids, tokenizer = inputs["input_ids"][0].tolist(), processor.tokenizer
+    first = ids.index(model.config.image_token_id)
+    start, end = tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
+    assert ids[first - 1] == start
+    assert ids[first + 16] == end
+    text = "<|im_start|>user\nwhatsee <img>" + "<image>" * 16 + "</img>\nis it<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ids) == text
+    assert max(start, end) < model.get_input_embeddings().num_embeddings

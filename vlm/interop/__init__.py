@@ -19,13 +19,20 @@ from vlm.configuration import VLMConfig
 from vlm.errors import UserError, nearest
 from vlm.interop.check import check_equal
 from vlm.interop.family import Family, image_of
+from vlm.interop.gemma3 import Gemma3
 from vlm.interop.idefics3 import Idefics3, SmolVLM
 from vlm.interop.internvl import InternVL
 from vlm.interop.llava import Llava
 from vlm.interop.standardize import folded
 from vlm.modeling import VLMForConditionalGeneration
 
-FAMILIES: dict[str, Family] = {"llava": Llava(), "idefics3": Idefics3(), "smolvlm": SmolVLM(), "internvl": InternVL()}
+FAMILIES: dict[str, Family] = {
+    "llava": Llava(),
+    "idefics3": Idefics3(),
+    "smolvlm": SmolVLM(),
+    "gemma3": Gemma3(),
+    "internvl": InternVL(),
+}
 """By `model_type` of the stock configuration."""
 
 

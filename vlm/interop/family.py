@@ -73,6 +73,7 @@ class Family:
         tensors: of the projector, our names to its.
         fields: keys of `VLMConfig` to keys of its configuration that mean the same.
         fixed: keys of its configuration that have to be so, since ours computes nothing else.
+        image_attention: as in `VLMConfig`.
         image_markers: what its processor writes before and after the tokens of an image.
         older: how names begin in memory, and in the files that other programs read; transformers reads those too.
     """
@@ -85,6 +86,7 @@ class Family:
     tensors: Mapping[str, str | Renamed]
     fields: Mapping[str, str] = {"image_token_id": "image_token_id"}
     fixed: Mapping[str, Any] = {}
+    image_attention = "causal"
     image_markers: tuple[str, str] = ("", "")
     older: Mapping[str, str] = {
         "model.vision_tower.": "vision_tower.",
@@ -163,6 +165,11 @@ class Family:
         if config.projector["type"] != self.projector:
             raise UserError(
                 f"the projector is {config.projector['type']}; {self.architecture} has {self.projector} and no other"
+            )
+        if config.image_attention != self.image_attention:
+            raise UserError(
+                f"image_attention is {config.image_attention}; {self.architecture} has {self.image_attention} and no "
+                "other"
             )
         head: Any = model.get_output_embeddings()
         if getattr(head, "bias", None) is not None:

@@ -49,7 +49,7 @@ class InternVL(Family):
         height, width = image.size
         image_processor = GotOcr2ImageProcessor(
             size={"height": height, "width": width},
-            min_patches=1,
+            min_patches=1,  # a limit, since its processor turns crop_to_patches on
             max_patches=1,
             **self.pixels_of(processor.image_processor),
         )
