@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any
 
@@ -57,7 +58,7 @@ class PixelShuffleProjector(Projector):
     def __init__(self, vision_hidden_size: int, text_hidden_size: int, scale_factor: int = 2) -> None:
         super().__init__(vision_hidden_size)
         self.scale_factor = scale_factor
-        self.proj = nn.Linear(vision_hidden_size * scale_factor**2, text_hidden_size, bias=False)
+        self.proj: nn.Module = nn.Linear(vision_hidden_size * scale_factor**2, text_hidden_size, bias=False)
 
     def num_tokens(self, num_prefix: int, grid: Grid) -> int:
         h, w = grid
@@ -77,6 +78,25 @@ class PixelShuffleProjector(Projector):
         batch, _, dim = features.shape
         squares = features.view(batch, h // s, s, w // s, s, dim).transpose(2, 3)
         return self.proj(squares.reshape(batch, -1, s * s * dim))
+
+
+class PixelShuffleMLPProjector(PixelShuffleProjector):
+    """As `pixel_shuffle`, but the squares are normalised and go through two layers with a GELU between them (InternVL,
+    arXiv 2404.16821)."""
+
+    output = "proj.linear_2"
+
+    def __init__(self, vision_hidden_size: int, text_hidden_size: int, scale_factor: int = 2) -> None:
+        super().__init__(vision_hidden_size, text_hidden_size, scale_factor)
+        width = vision_hidden_size * scale_factor**2
+        self.proj = nn.Sequential(
+            OrderedDict(
+                layer_norm=nn.LayerNorm(width),
+                linear_1=nn.Linear(width, text_hidden_size),
+                act=nn.GELU(),
+                linear_2=nn.Linear(text_hidden_size, text_hidden_size),
+            )
+        )
 
 
 class AveragePoolProjector(Projector):
@@ -109,6 +129,7 @@ PROJECTORS: dict[str, type[Projector]] = {
     "linear": LinearProjector,
     "mlp": MLPProjector,
     "pixel_shuffle": PixelShuffleProjector,
+    "pixel_shuffle_mlp": PixelShuffleMLPProjector,
     "average_pool": AveragePoolProjector,
     "c_abstractor": CAbstractorProjector,
     "resampler": ResamplerProjector,

@@ -17,7 +17,7 @@ from vlm.encoder import encode, load_vision_tower, resize_positions
 from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, keep_tiles_whole, load_image_processor
 from vlm.loading import load_quietly
 from vlm.modeling import VLMForConditionalGeneration
-from vlm.processing import CHATML, IMAGE_TOKEN, PLAIN_TURNS, VLMProcessor, chat_template_for
+from vlm.processing import CHATML, IMAGE_TOKEN, PLAIN_TURNS, VLMProcessor, chat_template_for, tokens_of
 from vlm.tiling import Tiler
 from vlm.vision_towers import VisionTowers, side_by_side
 
@@ -29,6 +29,7 @@ def build(
     image_size: ImageSize | Sequence[ImageSize] | None = None,
     image_aspect_ratio: ImageAspectRatio = "square",
     chat_template: Literal["auto", "chatml"] = "auto",
+    image_markers: Sequence[str] | None = None,
     trust_remote_code: bool = False,
     **bridge: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
@@ -38,7 +39,8 @@ def build(
     `bridge` are arguments of [`VLMConfig`], such as `projector`, `fusion` and `vision_feature_layer`, and `tiling`,
     which is `{"type": "tiles" | "anyres", "max_tiles": ...}` (see [`vlm.tiling.Tiler`]). `image_size` and
     `image_aspect_ratio` are those of [`load_vision`]. `chat_template` is `auto`, the language model's own, or `chatml`,
-    plain ChatML turns without a system prompt. Weights are float32.
+    plain ChatML turns without a system prompt. `image_markers` are written before and after each image; what is in
+    angle brackets in them becomes a token. Weights are float32.
 
     Raises ValueError for an unknown projector or option, a decoder that has no place for cross-attention, a tokenizer
     without the tokens of the chat template, an image processor whose images differ in size, encoders whose grids
@@ -50,7 +52,15 @@ def build(
     )
     language_model = load_quietly(AutoModelForCausalLM, language, dtype="float32", trust_remote_code=trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(language, trust_remote_code=trust_remote_code)
-    return assemble(vision_tower, language_model, image_processor, tokenizer, chat_template=chat_template, **bridge)
+    return assemble(
+        vision_tower,
+        language_model,
+        image_processor,
+        tokenizer,
+        chat_template=chat_template,
+        image_markers=image_markers,
+        **bridge,
+    )
 
 
 def load_vision(
@@ -92,12 +102,13 @@ def assemble(
     *,
     tiling: dict[str, Any] | None = None,
     chat_template: Literal["auto", "chatml"] = "auto",
+    image_markers: Sequence[str] | None = None,
     **bridge: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """As [`build`], from loaded parts. The image token is added to the tokenizer and to the embeddings if need be."""
     require_arguments(bridge)
-    template = chat_template_for(tokenizer, chatml=chat_template == "chatml")
-    add_image_token(tokenizer, language_model)
+    template = chat_template_for(tokenizer, chatml=chat_template == "chatml", image_markers=image_markers or ("", ""))
+    add_image_token(tokenizer, language_model, tokens_of(image_markers or ()))
     if tiling is not None:
         image_processor = keep_tiles_whole(image_processor)
     vision_config, text_config = copy.deepcopy((vision_tower.config, language_model.config))
@@ -131,7 +142,14 @@ def assemble(
     model.generation_config = generation_config_for(language_model, tokenizer, template)
     if model.tiler is not None:
         model.generation_config.suppress_tokens += tokenizer.convert_tokens_to_ids(list(model.tiler.markers()))
-    processor = VLMProcessor(image_processor, tokenizer, template, config.image_seq_length, tiling=tiling)
+    processor = VLMProcessor(
+        image_processor,
+        tokenizer,
+        template,
+        config.image_seq_length,
+        tiling=tiling,
+        image_attention=config.image_attention,
+    )
     return model, processor
 
 
@@ -141,14 +159,14 @@ def require_arguments(bridge: Mapping[str, Any]) -> None:
         raise unknown_name("option", name, VLMConfig.__annotations__)
 
 
-def add_image_token(tokenizer: Any, language_model: PreTrainedModel) -> None:
-    """Give the tokenizer the image token and a padding token, and the language model an embedding for each token.
+def add_image_token(tokenizer: Any, language_model: PreTrainedModel, others: Sequence[str] = ()) -> None:
+    """Give the tokenizer the image token, `others` and a padding token, and the language model an embedding for each.
 
     The embeddings that are there stay as they are; new ones are drawn around their mean, so that a token nobody has
     trained is neither likely nor impossible. Raises ValueError if the tokenizer has no token to pad with.
     """
     # Replaced, the tokenizer's other special tokens (`<|im_start|>` ...) would be special no more.
-    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN, *others]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has neither a padding token nor an end-of-sequence token; set one of them")

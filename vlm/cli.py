@@ -237,6 +237,20 @@ def push(
 
 
 @app.command()
+def export(
+    model: ModelArgument,
+    to: Annotated[str, typer.Option(help="The model type of transformers, such as llava.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the checkpoint. Default: exported-TYPE in the run folder.")
+    ] = None,
+) -> None:
+    """Write a model as a checkpoint of transformers' own, which loads without vlm."""
+    from vlm import export as exporting
+
+    exporting.run(model, to, output, console=console)
+
+
+@app.command()
 def quickstart() -> None:
     """Fetch, train, score and chat, all in small.
 

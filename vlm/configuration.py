@@ -11,6 +11,7 @@ from vlm.adapters import PROJECTORS, unknown_name
 from vlm.tiling import tiler_of
 
 FUSIONS = ("prefix", "cross_attention", "prefix+cross_attention")
+IMAGE_ATTENTIONS = ("causal", "bidirectional")
 
 
 class VLMConfig(PreTrainedConfig):
@@ -29,6 +30,8 @@ class VLMConfig(PreTrainedConfig):
         image_token_id: the token that holds an image's place in `input_ids`.
         image_seq_length: how many such tokens an image, or with tiling each of its tiles, takes: the projector's tokens
             with `prefix`, else 1.
+        image_attention: whom an image's tokens see with `prefix`: what is before them, as words do (`causal`), or their
+            whole image too (`bidirectional`, as in Gemma 3).
         vision_feature_layer: which hidden state of the encoder is used, as in LLaVA (-2 there), or a list of them,
             concatenated on channels. `None` is the encoder's own `last_hidden_state`, after its final norm; for SigLIP
             that is not the same as -1.
@@ -52,6 +55,7 @@ class VLMConfig(PreTrainedConfig):
     cross_attention_layers: list[int] | Literal["mllama"] | None = None
     image_token_id: int = 0
     image_seq_length: int = 1
+    image_attention: Literal["causal", "bidirectional"] = "causal"
     vision_feature_layer: int | list[int] | None = None
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     tiling: Any = None
@@ -65,6 +69,8 @@ class VLMConfig(PreTrainedConfig):
             raise unknown_name("projector", str(self.projector.get("type")), PROJECTORS)
         if self.fusion not in FUSIONS:
             raise unknown_name("fusion", str(self.fusion), FUSIONS)
+        if self.image_attention not in IMAGE_ATTENTIONS:
+            raise unknown_name("image_attention", str(self.image_attention), IMAGE_ATTENTIONS)
         if (tiler := tiler_of(self.tiling)) is not None and tiler.type == "anyres":
             if not self.uses_prefix:
                 raise ValueError(

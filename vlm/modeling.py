@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -27,6 +28,7 @@ from vlm.adapters import AnyresMerger, TilePositions, VisionStates, build_projec
 from vlm.configuration import VLMConfig
 from vlm.encoder import encode, vision_hidden_size
 from vlm.fusion import insert_cross_attention
+from vlm.image_attention import bidirectional_image_masks
 from vlm.tiling import Size, Tiler, tiler_of
 
 
@@ -174,6 +176,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_sizes: Tensor | None = None,
         vision_states: VisionStates | None = None,
         logits_to_keep: int | Tensor = 0,
+        token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> VLMOutput:
         """Logits of `input_ids [B, L]`, whose image tokens stand for the images of `pixel_values [images, 3, H, W]`.
@@ -182,6 +185,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         `vision_features` and `vision_grid` (see `get_vision_features`) may come in place of `pixel_values`. With tiling
         both are of tiles, and `image_sizes [images, 2]`, each `(height, width)`, says which are one image. With a
         `cache`, images are those of the new tokens, and `vision_states` what the tokens in it left to look at.
+        `token_type_ids` are for those who make masks; here `input_ids` say where images are.
         Raises ValueError if image tokens and images do not match.
         """
         if inputs_embeds is None:
@@ -193,6 +197,11 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_mask = self._image_mask(input_ids, image_tokens)
             if self.config.uses_prefix:
                 inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), torch.cat(images))
+                whole = isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4)
+                if self.config.image_attention == "bidirectional" and not whole:
+                    attention_mask = bidirectional_image_masks(
+                        self.config, inputs_embeds, attention_mask, cache, position_ids, image_mask.long()
+                    )
             if self.config.uses_cross_attention:
                 latest = VisionStates.of(images, self._image_index(image_mask, image_tokens, attention_mask))
                 vision_states = vision_states.followed_by(latest) if vision_states is not None else latest
@@ -256,8 +265,21 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         visible = visible if visible.dtype == torch.bool else visible == 0
         return ordinal[:, None, :].masked_fill(~visible, -1).amax(dim=-1)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+    def create_masks_for_generate(self, config: Any, *, token_type_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """The decoder's masks `[B, 1, L, L]`, as `generate` asks for them before it calls `forward`. With
+        `token_type_ids`, 1 at image tokens, those see each other."""
+        if token_type_ids is None:
+            create = getattr(self.language_model, "create_masks_for_generate", create_masks_for_generate)
+            return create(config=config.get_text_config(), **kwargs)
+        embeds, mask, cache, positions = (
+            kwargs[name] for name in ("inputs_embeds", "attention_mask", "cache", "position_ids")
+        )
+        return bidirectional_image_masks(config, embeds, mask, cache, positions, token_type_ids)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        if self.config.image_attention == "bidirectional":
+            kwargs["token_type_ids"] = (input_ids == self.config.image_token_id).long()
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         # The images are in the cache after the first step; without a cache every step reads them again.
         if not kwargs.get("use_cache", True):
             inputs["vision_states"] = None

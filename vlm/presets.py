@@ -63,11 +63,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # InternVL 1.5 and later (arXiv 2404.16821)
     "internvl": {
-        "adapter": {"projector": {"type": "pixel_shuffle", "scale_factor": 2}},
+        "adapter": {"projector": {"type": "pixel_shuffle_mlp", "scale_factor": 2}},
         "tiling": {"type": "tiles", "max_tiles": 12},
+        "image_markers": ["<img>", "</img>"],
     },
     # Gemma 3 (arXiv 2503.19786)
-    "gemma3": {"adapter": {"projector": {"type": "average_pool", "num_image_tokens": 256}}},
+    "gemma3": {
+        "adapter": {
+            "projector": {"type": "average_pool", "num_image_tokens": 256},
+            "image_attention": "bidirectional",
+        },
+        "image_markers": ["\n\n<start_of_image>", "<end_of_image>\n\n"],
+    },
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ class VLMProcessor(ProcessorMixin):
     Args:
         image_seq_length: how many image tokens stand for an image, or each of its tiles, in `input_ids`; equal to the
             model's.
+        image_attention: equal to the model's; with `bidirectional`, `token_type_ids` are given, 1 at image tokens.
         image_token: the placeholder in text. One placeholder an image, in order; it is expanded here.
         tiling: equal to the model's; see [`vlm.tiling.Tiler`].
     """
@@ -64,11 +66,13 @@ class VLMProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_seq_length: int = 1,
         image_token: str = IMAGE_TOKEN,
+        image_attention: str = "causal",
         tiling: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.image_seq_length = image_seq_length
         self.tiling, self.tiler = tiling, tiler_of(tiling)
+        self.image_attention = image_attention
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
@@ -78,7 +82,8 @@ class VLMProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         names = ["input_ids", "attention_mask", "pixel_values"]
-        return names if self.tiler is None else [*names, "image_sizes"]
+        names += ["image_sizes"] if self.tiler is not None else []
+        return [*names, "token_type_ids"] if self.image_attention == "bidirectional" else names
 
     def __call__(
         self,
@@ -98,7 +103,7 @@ class VLMProcessor(ProcessorMixin):
             # Taken out for counting, the token that a user wrote into `<im<image>age>` would leave another behind.
             texts = [sample.replace(_CONTROL_TOKEN_END, 2 * _CONTROL_TOKEN_END) for sample in texts]
         if pixels:
-            return super().__call__(images=images, text=texts, **kwargs)
+            return self._with_types(super().__call__(images=images, text=texts, **kwargs))
         if self.tiler is None:
             replacements = [self.image_token * self.image_seq_length] * sum(s.count(self.image_token) for s in texts)
         else:
@@ -113,7 +118,7 @@ class VLMProcessor(ProcessorMixin):
         inputs = BatchFeature(dict(self.tokenizer(texts, **kwargs)))
         if self.tiler is not None and image_sizes:
             inputs["image_sizes"] = torch.tensor(image_sizes)
-        return inputs
+        return self._with_types(inputs)
 
     def prepare_images(self, images: Sequence[Image.Image]) -> BatchFeature:
         """`pixel_values [images, 3, H, W]`; with tiling, of all tiles of all images, and `image_sizes [images, 2]`."""
@@ -137,6 +142,15 @@ class VLMProcessor(ProcessorMixin):
     def _tiled_text(self, height: int, width: int) -> str:
         assert self.tiler is not None
         return self.tiler.text((height, width), self.image_token, self.image_seq_length)
+
+    def _with_types(self, inputs: BatchFeature) -> BatchFeature:
+        if self.image_attention == "bidirectional" and "input_ids" in inputs:
+            ids = inputs["input_ids"]
+            if isinstance(ids, torch.Tensor):
+                inputs["token_type_ids"] = (ids == self.image_token_id).long()
+            else:
+                inputs["token_type_ids"] = [[int(token == self.image_token_id) for token in row] for row in ids]
+        return inputs
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.image_seq_length
@@ -184,21 +198,28 @@ def _images_per_text(images: Any, placeholders: list[int]) -> list[int]:
     return given
 
 
-def chat_template_for(tokenizer: Any, *, chatml: bool = False) -> str:
+def tokens_of(image_markers: Sequence[str]) -> list[str]:
+    """The special tokens among what stands around images: all that is in angle brackets."""
+    return list(dict.fromkeys(re.findall(r"<[^<>\s]+>", "".join(image_markers))))
+
+
+def chat_template_for(tokenizer: Any, *, chatml: bool = False, image_markers: Sequence[str] = ("", "")) -> str:
     """A chat template that places images: the tokenizer's own, ChatML if it has none or `chatml` asks for it, or, for a
-    tokenizer without ChatML's tokens, turns that end with its end-of-sequence token.
+    tokenizer without ChatML's tokens, turns that end with its end-of-sequence token. It writes `image_markers` before
+    and after each image.
 
     Roles are marked by special tokens alone, so that no text that a user writes can be taken for one.
     Raises ValueError if the tokenizer lacks the tokens.
     """
+    flatten = FLATTEN.replace(repr(IMAGE_TOKEN), repr(IMAGE_TOKEN.join(image_markers)))
     if tokenizer.chat_template is not None and not chatml:
-        return FLATTEN + tokenizer.get_chat_template()
+        return flatten + tokenizer.get_chat_template()
     # Templates write the first token of a text themselves, where the tokenizer would have put one.
     begin = "{{- bos_token -}}" if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
     if {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.get_added_vocab()):
-        return FLATTEN + begin + CHATML
+        return flatten + begin + CHATML
     if chatml:
         raise ValueError("chatml needs the tokens <|im_start|> and <|im_end|>, which this tokenizer lacks: use auto")
     if tokenizer.eos_token is None:
         raise ValueError("the tokenizer has neither a chat template nor an end-of-sequence token to end turns with")
-    return FLATTEN + begin + PLAIN_TURNS
+    return flatten + begin + PLAIN_TURNS

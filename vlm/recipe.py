@@ -62,6 +62,8 @@ class Adapter(_Section):
     """Its type, and the options of that type: `mlp`, or `{type: average_pool, num_image_tokens: 49}`."""
     fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix"
     """Visual tokens stand in the sequence, decoder layers attend to them, or both."""
+    image_attention: Literal["causal", "bidirectional"] = "causal"
+    """With `prefix`: tokens of an image see what is before them, as words do, or their whole image too (Gemma 3)."""
     cross_attention_every: int = Field(default=4, ge=1)
     """With cross-attention: one block of Flamingo for every so many decoder layers."""
     cross_attention_layers: list[int] | Literal["mllama"] | None = None
@@ -147,6 +149,9 @@ class Model(_Section):
     """Cut large images into tiles of that size; null gives the encoder each image as one."""
     chat_template: Literal["auto", "chatml"] = "auto"
     """`auto` is the language model's own; `chatml` is plain ChatML turns without a system prompt, which is shorter."""
+    image_markers: list[str] | None = Field(default=None, min_length=2, max_length=2)
+    """What is written before and after each image, such as `["<img>", "</img>"]`; what is in angle brackets becomes a
+    token. Some architectures that a model can be exported to have markers of their own."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model from the Hub. Only for a model whose code you have read."""
 

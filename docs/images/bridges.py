@@ -98,17 +98,18 @@ def each_patch(*layers: str) -> Picture:
     return picture
 
 
-def pixel_shuffle() -> Picture:
-    picture = Picture(540, 130)
+def pixel_shuffle(*layers: str) -> Picture:
+    picture = Picture(540 + 50 * (len(layers) - 1), 130)
     picture.grid(30, 24, 4, 4, quarter, "h x w patches")
     picture.arrow((112, 58), (160, 58))
     for row, tint in enumerate(TINTS):
         picture.grid(170, 24 + row * STEP, 1, 4, tint)
     picture.text(205, 110, "each square side by side", size=11, fill=MUTED)
     picture.arrow((252, 58), (290, 58))
-    picture.box(296, 38, 84, 40, "linear")
-    picture.arrow((386, 58), (424, 58))
-    picture.grid(440, 24, 4, 1, VISUAL, "h x w / 4 visual tokens")
+    width = 84 + 50 * (len(layers) - 1)
+    picture.box(296, 38, width, 40, *layers)
+    picture.arrow((302 + width, 58), (340 + width, 58))
+    picture.grid(356 + width, 24, 4, 1, VISUAL, "h x w / 4 visual tokens")
     return picture
 
 
@@ -246,7 +247,8 @@ def fused(blocks: Sequence[int], caption: str, *, count_blocks: bool) -> Picture
 PICTURES = {
     "linear": lambda: each_patch("linear"),
     "mlp": lambda: each_patch("linear", "GELU", "linear"),
-    "pixel_shuffle": pixel_shuffle,
+    "pixel_shuffle": lambda: pixel_shuffle("linear"),
+    "pixel_shuffle_mlp": lambda: pixel_shuffle("LayerNorm, linear,", "GELU, linear"),
     "average_pool": average_pool,
     "c_abstractor": c_abstractor,
     "resampler": resampler,

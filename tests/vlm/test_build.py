@@ -31,6 +31,7 @@ from tests.tiny import (
     image_processor,
     metaspace_tokenizer,
     text_config,
+    tiny,
     user,
 )
 from vlm import encoder
@@ -226,3 +227,16 @@ def test_an_unknown_option_is_refused_before_anything_is_loaded():
 def test_a_projector_is_its_name_or_its_options(folders):
     named, _ = build(str(folders / "clip"), str(folders / "byte_level"), projector="linear")
     assert named.config.projector == {"type": "linear"}
+
+
+def test_markers_around_images_are_tokens_of_their_own():
+    model, processor = tiny(image_markers=["see <img>", "</img>\n"])
+    inputs = encode(processor, [[user("what", image(0), "is it")]])
+    ids, tokenizer = inputs["input_ids"][0].tolist(), processor.tokenizer
+    first = ids.index(model.config.image_token_id)
+    start, end = tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
+    assert ids[first - 1] == start
+    assert ids[first + 16] == end
+    text = "<|im_start|>user\nwhatsee <img>" + "<image>" * 16 + "</img>\nis it<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ids) == text
+    assert max(start, end) < model.get_input_embeddings().num_embeddings

@@ -1,0 +1,96 @@
+"""Tiny models of transformers that have a counterpart among ours, with their processors; an image is one tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, InternVLVisionConfig, SiglipImageProcessor, SiglipVisionConfig
+
+from tests import stock
+from tests.stock_prompted import SIGLIP
+from tests.tiny import byte_level_tokenizer, open_gates, text_config, tiny
+from vlm.build import assemble
+
+
+def llava() -> tuple[Any, Any]:
+    return stock.llava()
+
+
+def internvl() -> tuple[Any, Any]:
+    model, processor = stock.STOCK["internvl"]()
+    processor.image_processor.crop_to_patches = False
+    for name, parameter in model.named_parameters():
+        if "position_embeddings" in name or "cls_token" in name:  # zero at their start
+            torch.nn.init.normal_(parameter)
+    return model, processor
+
+
+def _one_tile(name: str) -> tuple[Any, Any]:
+    model, processor = stock.STOCK[name]()
+    processor.image_processor.do_image_splitting = False
+    return model, processor
+
+
+COUNTERPARTS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "llava": llava,
+    "idefics3": lambda: _one_tile("idefics3"),
+    "smolvlm": lambda: _one_tile("smolvlm"),
+    "internvl": internvl,
+    "gemma3": stock.gemma3,
+}
+
+
+def counterpart(name: str) -> tuple[Any, Any]:
+    """A stock model in evaluation mode, and its processor."""
+    torch.manual_seed(0)
+    model, processor = COUNTERPARTS[name]()
+    return model.eval(), processor
+
+
+def siglip(projector: Any, **options: Any) -> tuple[Any, Any]:
+    return squares(SiglipVisionConfig(**SIGLIP, vision_use_head=False), projector, **options)
+
+
+def squares(vision: Any, projector: Any, **options: Any) -> tuple[Any, Any]:
+    """A model of ours and its processor, which stretches images to a square."""
+    torch.manual_seed(0)
+    tower = AutoModel.from_config(vision)
+    decoder = options.pop("decoder", "llama")
+    language_model = AutoModelForCausalLM.from_config(text_config(decoder))
+    pictures = SiglipImageProcessor(size={"height": 32, "width": 32})
+    tokenizer = byte_level_tokenizer()
+    model, processor = assemble(tower, language_model, pictures, tokenizer, projector=projector, **options)
+    open_gates(model)
+    return model.eval(), processor
+
+
+def for_ours(inputs: Any) -> dict[str, Any]:
+    """What our model takes of the stock processor's output."""
+    pixels = inputs["pixel_values"]
+    return {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
+        "pixel_values": pixels.flatten(0, -4)[pixels.flatten(0, -4).flatten(1).any(dim=1)],
+    }
+
+
+INTERN_VIT = InternVLVisionConfig(**SIGLIP | {"image_size": [32, 32], "patch_size": [8, 8]})
+
+
+def gemma3() -> tuple[Any, Any]:
+    markers = ("\n\n<start_of_image>", "<end_of_image>\n\n")
+    pool = {"type": "average_pool", "num_image_tokens": 4}
+    return siglip(pool, decoder="gemma3", image_markers=markers, image_attention="bidirectional")
+
+
+IDEFICS3_MARKERS = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
+EXPRESSIBLE: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "llava": lambda: tiny(vision_feature_layer=-2),
+    "idefics3": lambda: siglip({"type": "pixel_shuffle"}, image_markers=IDEFICS3_MARKERS),
+    "smolvlm": lambda: siglip({"type": "pixel_shuffle"}, image_markers=IDEFICS3_MARKERS),
+    "gemma3": gemma3,
+    "internvl": lambda: squares(INTERN_VIT, "pixel_shuffle_mlp", image_markers=("<img>", "</img>")),
+}
+"""Models of ours, by what they can become."""

@@ -1,0 +1,100 @@
+"""`vlm export` writes what stock transformers loads without this package, and what it loads answers as ours does."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from tests.counterparts import EXPRESSIBLE
+from tests.tiny import encode, image, logits, user
+from tests.vlm.test_interop import fit
+from vlm.cli import app
+
+WITHOUT_VLM = """
+import sys
+sys.modules["vlm"] = None  # any import of it fails
+import json, torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+for folder in sys.argv[1:]:
+    model, info = AutoModelForImageTextToText.from_pretrained(folder + "/out", output_loading_info=True)
+    assert not any(info.values()), info
+    processor = AutoProcessor.from_pretrained(folder + "/out")
+    messages = json.load(open(folder + "/messages.json"))
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True,
+        processor_kwargs={"return_tensors": "pt", "padding": True})
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+    said = model.generate(**inputs, do_sample=False, min_new_tokens=5, max_new_tokens=5)
+    found = {"input_ids": inputs["input_ids"], "pixels": inputs["pixel_values"].flatten()}
+    found |= {"logits": logits, "said": said}
+    save_file({k: v.contiguous() for k, v in found.items()}, folder + "/found.safetensors")
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """For each target the model of ours, its processor, messages, and the folder that it was exported to."""
+    made = {}
+    for target, make in EXPRESSIBLE.items():
+        folder = tmp_path_factory.mktemp(target)
+        model, processor = make()
+        if target != "internvl":  # whose layers can take no statistics
+            fit(model)
+        model.save_pretrained(folder / "run" / "model")
+        processor.save_pretrained(folder / "run" / "model")
+        image(5).save(folder / "photo.png")
+        parts = [{"type": "image", "path": str(folder / "photo.png")}, {"type": "text", "text": "what is it ?"}]
+        (folder / "messages.json").write_text(json.dumps([{"role": "user", "content": parts}]))
+        command = ["export", str(folder / "run"), "--to", target, "--output", str(folder / "out")]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        made[target] = model, processor, folder
+    folders = [str(folder) for *_, folder in made.values()]
+    subprocess.run([sys.executable, "-c", WITHOUT_VLM, *folders], check=True, cwd=folder)
+    return made
+
+
+@pytest.mark.parametrize("target", EXPRESSIBLE)
+def test_transformers_alone_answers_as_ours_does(exported, target):
+    model, processor, folder = exported[target]
+    found = load_file(folder / "found.safetensors")
+    inputs = encode(processor, [[user(image(5), "what is it ?")]])
+    assert torch.equal(found["input_ids"], inputs["input_ids"])
+    assert torch.allclose(found["pixels"], inputs["pixel_values"].flatten(), atol=1e-6)
+    assert (found["logits"] - logits(model, **inputs)).abs().max() < 1e-4
+    said = model.generate(**inputs, do_sample=False, min_new_tokens=5, max_new_tokens=5)
+    assert torch.equal(found["said"], said)
+
+
+def test_tensors_have_the_names_that_other_programs_read(exported):
+    with safe_open(exported["llava"][2] / "out" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert {
+        "vision_tower.vision_model.embeddings.class_embedding",
+        "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        "multi_modal_projector.linear_1.weight",
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "language_model.lm_head.weight",
+    } <= names
+    read = json.loads((exported["llava"][2] / "out" / "preprocessor_config.json").read_text())
+    assert read["image_processor_type"] == "CLIPImageProcessor"
+
+
+def test_mistakes_are_told(exported):
+    folder = exported["llava"][2]
+    for command, message in (
+        (["export", str(folder / "run"), "--to", "lava"], "did you mean 'llava'?"),
+        (["export", str(folder / "run"), "--to", "llava", "--output", str(folder / "out")], "is not empty"),
+        (["export", str(folder / "out"), "--to", "llava", "--output", str(folder / "new")], "already"),
+    ):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 2
+        assert message in result.output

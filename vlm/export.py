@@ -1,0 +1,65 @@
+"""`vlm export`: a model as a checkpoint of transformers' own, which loads without this package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from vlm import generation
+from vlm.errors import UserError
+from vlm.interop import FAMILIES, family_of, to_stock
+from vlm.modeling import VLMForConditionalGeneration
+
+
+def run(name: str, target: str, output: Path | None, *, console: Any) -> None:
+    """Export the run or checkpoint `name` to the folder `output`, by default `exported-TARGET` in it.
+
+    Raises UserError as [`to_stock`] does, for an unknown target, and for a folder that is not empty.
+    """
+    family_of(target)
+    folder = output or Path(generation.checkpoint_of(name)).parent / f"exported-{target}"
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; name another folder with --output")
+    model, processor = generation.load(name, device="cpu")
+    if not isinstance(model, VLMForConditionalGeneration):
+        raise UserError(f"{name} is a {model.config.model_type} model of transformers already")
+    stock, stock_processor = to_stock(model, processor, target)
+    save(stock, stock_processor, folder)
+    console.print(f"{folder}: {type(stock).__name__}, equal to {name} on a question about an image")
+
+
+def save(stock: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """Write a stock model and its processor as programs beside transformers expect them.
+
+    transformers 5 has newer names for vision towers, and one file for a processor's parts; vLLM and llama.cpp read the
+    older ones, and so does transformers.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config: Any = stock.config
+    family = FAMILIES[config.model_type]
+    config.architectures = [type(stock).__name__]
+    config.save_pretrained(folder)
+    if stock.generation_config is not None:
+        stock.generation_config.save_pretrained(folder)
+    tied = set(stock.all_tied_weights_keys)
+    state = {
+        family.file_name(name, config): tensor.contiguous()
+        for name, tensor in stock.state_dict().items()
+        if name not in tied
+    }
+    shards = split_torch_state_dict_into_shards(state)
+    for file, names in shards.filename_to_tensors.items():
+        save_file({name: state[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    processor.save_pretrained(folder)
+    nested = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    image_processor = nested.pop("image_processor") | {"processor_class": nested["processor_class"]}
+    for file, values in (("processor_config.json", nested), ("preprocessor_config.json", image_processor)):
+        (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

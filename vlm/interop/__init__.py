@@ -1,0 +1,111 @@
+"""Weights and configurations of transformers' own vision-language models, into ours and out of it.
+
+    ours = from_stock(LlavaForConditionalGeneration.from_pretrained(...))
+    stock, stock_processor = to_stock(ours, processor, "llava")
+
+Logits stay what they were. Both share the tensors of what they were made from, wherever their form is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from vlm.configuration import VLMConfig
+from vlm.errors import UserError, nearest
+from vlm.interop.check import check_equal
+from vlm.interop.family import Family, image_of
+from vlm.interop.gemma3 import Gemma3
+from vlm.interop.idefics3 import Idefics3, SmolVLM
+from vlm.interop.internvl import InternVL
+from vlm.interop.llava import Llava
+from vlm.interop.standardize import folded
+from vlm.modeling import VLMForConditionalGeneration
+
+FAMILIES: dict[str, Family] = {
+    "llava": Llava(),
+    "idefics3": Idefics3(),
+    "smolvlm": SmolVLM(),
+    "gemma3": Gemma3(),
+    "internvl": InternVL(),
+}
+"""By `model_type` of the stock configuration."""
+
+
+def family_of(name: str) -> Family:
+    if name not in FAMILIES:
+        raise UserError(f"there is no counterpart of {name!r} among ours; {nearest(name, FAMILIES)}")
+    return FAMILIES[name]
+
+
+def from_stock(stock: PreTrainedModel) -> VLMForConditionalGeneration:
+    """A model of ours that computes what `stock` does, a vision-language model of transformers.
+
+    Raises UserError for an architecture, or a setting of one, that ours cannot express.
+    """
+    theirs: Any = stock.config
+    family = family_of(theirs.model_type)
+    family.check_stock(theirs)
+    text_config = copy.deepcopy(theirs.text_config)
+    text_config.tie_word_embeddings = theirs.tie_word_embeddings  # where theirs is looked up
+    config = VLMConfig(
+        vision_config=copy.deepcopy(theirs.vision_config),
+        text_config=text_config,
+        **{ours: getattr(theirs, name) for ours, name in family.fields.items()},
+        **family.bridge(theirs),
+    )
+    with no_init_weights():
+        model = VLMForConditionalGeneration(config)
+    weights = stock.state_dict()
+    state = dict(model.state_dict())
+    for name, stock_name, renamed in family.names(model):
+        state[name] = renamed.from_stock(weights[stock_name]) if renamed else weights[stock_name]
+    model.load_state_dict(state, assign=True)
+    _finish(model, stock)
+    return model
+
+
+def to_stock(model: VLMForConditionalGeneration, processor: Any, target: str) -> tuple[PreTrainedModel, Any]:
+    """A model of transformers of type `target` that computes what `model` does, and its processor.
+
+    Raises UserError for what the architecture cannot express: another projector or fusion, an encoder that it does not
+    have, statistics of features that fit into none of its layers, a decoder whose logits it would compute otherwise.
+    """
+    family = family_of(target)
+    family.check_ours(model)
+    image = image_of(model, processor)
+    stock_class: Any = family.model_class()
+    ours = model.config
+    config = stock_class.config_class(
+        vision_config=family.vision_config(ours.vision_config),
+        text_config=copy.deepcopy(ours.text_config),
+        tie_word_embeddings=ours.tie_word_embeddings,
+        **{name: getattr(ours, key) for key, name in family.fields.items()},
+        **family.settings(model, image),
+    )
+    weights = folded(model)
+    state: dict[str, Tensor] = {}
+    for name, stock_name, renamed in family.names(model):
+        state[stock_name] = renamed.to_stock(weights[name]) if renamed else weights[name]
+    with no_init_weights():
+        stock = stock_class(config)
+    wanted = stock.state_dict().keys()
+    if gone := sorted(wanted - state.keys()):
+        raise UserError(f"{family.architecture} has weights that this model lacks: {', '.join(gone)}")
+    stock.load_state_dict({name: state[name] for name in wanted}, assign=True)
+    _finish(stock, model)
+    stock_processor = family.stock_processor(config, processor, image)
+    check_equal(model, processor, stock, stock_processor)
+    return stock, stock_processor
+
+
+def _finish(made: PreTrainedModel, source: PreTrainedModel) -> None:
+    made.tie_weights()
+    made.eval().requires_grad_(False)
+    made.generation_config = copy.deepcopy(source.generation_config)
+    made.config.dtype = source.dtype
+    made.config._attn_implementation = source.config._attn_implementation

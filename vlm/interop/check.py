@@ -1,0 +1,60 @@
+"""Whether a model and its counterpart in transformers take the same messages to the same logits. Tried, not assumed: no
+description knows what every decoder does besides (Cohere and Granite scale their logits, and LLaVA does not)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from vlm.errors import UserError
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+"""How far logits may be apart, as a share of the largest. In formats of half the size rounding alone is more."""
+ROUNDED = 5e-2
+
+
+@torch.no_grad()
+def check_equal(ours: Any, processor: Any, stock: Any, stock_processor: Any) -> None:
+    """Raises UserError if ids, pixels or logits of the two differ, for a question about an image of noise."""
+    a, b = (_read(each) for each in (processor, stock_processor))
+    if a["input_ids"].tolist() != b["input_ids"].tolist():
+        raise UserError(
+            f"{type(stock_processor).__name__} writes the same messages in other tokens:\n"
+            f"  ours:   {_short(processor, a)}\n  theirs: {_short(processor, b)}"
+        )
+    if a["pixel_values"].numel() != b["pixel_values"].numel() or not torch.allclose(
+        a["pixel_values"].flatten(), b["pixel_values"].flatten(), atol=1e-5
+    ):
+        raise UserError(
+            f"{type(stock_processor.image_processor).__name__} makes other pixels of an image than "
+            f"{type(processor.image_processor).__name__}"
+        )
+    found, wanted = (model(**inputs.to(model.device)).logits.float() for model, inputs in ((stock, b), (ours, a)))
+    difference, size = (found - wanted).abs().max().item(), wanted.abs().max().item()
+    if not difference <= TOLERANCE.get(ours.dtype, ROUNDED) * size:
+        raise UserError(
+            f"{type(stock).__name__} computes something else with {type(ours.vision_tower).__name__} and "
+            f"{type(ours.language_model).__name__}: logits of up to {size:.3g} differ by {difference:.3g}"
+        )
+
+
+def _read(processor: Any) -> Any:
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    content = [{"type": "image", "image": PIL.Image.fromarray(noise)}, {"type": "text", "text": "What is it?"}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        processor_kwargs={"return_tensors": "pt"},
+    )
+
+
+def _short(processor: Any, inputs: Any) -> str:
+    """The tokens as text, a run of image tokens as one with its length."""
+    text, image = processor.tokenizer.decode(inputs["input_ids"][0]), processor.image_token
+    count = text.count(image)
+    return repr(text.replace(image * count, f"{image} x {count}") if count else text)

@@ -1,0 +1,213 @@
+"""What transformers' own architectures call the parts that we call otherwise: one description each, read both ways.
+
+LLaVA's                      ours
+model.vision_tower           vision_tower
+model.multi_modal_projector  multi_modal_projector
+model.language_model         language_model.model        (what the language model calls its decoder)
+lm_head                      language_model.lm_head
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from vlm.encoder import encode
+from vlm.errors import UserError
+from vlm.image_processors import image_size_of
+from vlm.modeling import VLMForConditionalGeneration
+
+# Vision towers whose tensors older files, and those who read them, have under one more name.
+OLDER_TOWERS = ("clip_vision_model", "siglip_vision_model")
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A tensor that a stock model calls `name` and holds in another form."""
+
+    name: str
+    to_stock: Callable[[Tensor], Tensor]
+    from_stock: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Image:
+    """What an image becomes in a model of ours.
+
+    Attributes:
+        size: `(height, width)` in pixels.
+        grid: `(h, w)` patches.
+        num_prefix: class and register tokens of the encoder, kept or not.
+    """
+
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    num_prefix: int
+
+
+@torch.no_grad()
+def image_of(model: VLMForConditionalGeneration, processor: Any) -> Image:
+    """Found by running the encoder on a blank image."""
+    size = image_size_of(processor.image_processor)
+    tower = model.vision_tower
+    blank = torch.zeros(1, 3, *size, device=tower.device, dtype=tower.dtype)
+    features = encode(tower, blank, model.config.vision_feature_layer)
+    return Image(size, features.grid, features.prefix.shape[1])
+
+
+class Family:
+    """One architecture of transformers. The attributes describe it; both directions read them.
+
+    Attributes:
+        architecture: name of the class.
+        projector: type of the projector of ours that its connector is.
+        vision, connector, language: names of the parts in it.
+        tensors: of the projector, our names to its.
+        fields: keys of `VLMConfig` to keys of its configuration that mean the same.
+        fixed: keys of its configuration that have to be so, since ours computes nothing else.
+        image_attention: as in `VLMConfig`.
+        image_markers: what its processor writes before and after the tokens of an image.
+        older: how names begin in memory, and in the files that other programs read; transformers reads those too.
+    """
+
+    architecture: str
+    projector: str
+    vision = "model.vision_tower"
+    connector = "model.multi_modal_projector"
+    language = "model.language_model"
+    tensors: Mapping[str, str | Renamed]
+    fields: Mapping[str, str] = {"image_token_id": "image_token_id"}
+    fixed: Mapping[str, Any] = {}
+    image_attention = "causal"
+    image_markers: tuple[str, str] = ("", "")
+    older: Mapping[str, str] = {
+        "model.vision_tower.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+    }
+
+    # --- what the families differ in
+
+    def bridge(self, config: Any) -> dict[str, Any]:
+        """The keys of `VLMConfig` that are not among `fields`, from a stock configuration: at least `projector` and
+        `image_seq_length`. Raises UserError for one that ours cannot express."""
+        raise NotImplementedError
+
+    def settings(self, model: VLMForConditionalGeneration, image: Image) -> dict[str, Any]:
+        """The keys of the stock configuration that are not among `fields`. Raises UserError for a model of ours that
+        the architecture cannot express."""
+        raise NotImplementedError
+
+    def stock_processor(self, config: Any, processor: Any, image: Image) -> Any:
+        """The processor of transformers that does what ours does. Raises UserError if there is none."""
+        raise NotImplementedError
+
+    def vision_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The configuration of the vision tower as the architecture wants it."""
+        return copy.deepcopy(config)
+
+    # --- what they share
+
+    def check_output_is_read(self, config: Any) -> None:
+        """Raises UserError unless a model of ours reads patches of its encoder's output, after the final norm."""
+        if config.vision_feature_layer is not None or config.vision_feature_select_strategy != "default":
+            raise UserError(
+                f"{self.architecture} reads the patches of its encoder's output: it can be made of a model trained "
+                "without vision_feature_layer and with vision_feature_select_strategy: default"
+            )
+
+    def pixels_of(self, image_processor: Any) -> dict[str, Any]:
+        """How an image processor makes numbers of pixels."""
+        keys = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb")
+        return {key: value for key in keys if (value := getattr(image_processor, key, None)) is not None}
+
+    def with_named_tokens(self, tokenizer: Any, named: Mapping[str, str]) -> Any:
+        """A copy of a tokenizer that knows tokens by the names that a processor asks for, and keeps them as it is
+        saved."""
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer._set_model_specific_special_tokens(dict(named))
+        return tokenizer
+
+    def chat_template(self, processor: Any, placeholder: str) -> str:
+        """The chat template of a processor of ours, for one that writes `image_markers` around images by itself.
+
+        Raises UserError if ours does not write them.
+        """
+        written = repr(processor.image_token.join(self.image_markers))
+        if written not in processor.chat_template:
+            raise UserError(
+                f"the processor of {self.architecture} writes {self.image_markers[0]!r} before an image and "
+                f"{self.image_markers[1]!r} after it; only a model trained so can become one, with "
+                f"image_markers: {json.dumps(self.image_markers)} under model in its recipe"
+            )
+        return processor.chat_template.replace(written, repr(placeholder))
+
+    def check_stock(self, config: Any) -> None:
+        """Raises UserError for a stock configuration that ours cannot express."""
+        for key, wanted in self.fixed.items():
+            if (found := getattr(config, key, wanted)) != wanted:
+                raise UserError(f"{key} is {found!r} in this checkpoint; only {wanted!r} can be taken over")
+
+    def check_ours(self, model: VLMForConditionalGeneration) -> None:
+        """Raises UserError for a model of ours whose bridge the architecture does not have."""
+        config = model.config
+        if config.fusion != "prefix":
+            raise UserError(f"fusion is {config.fusion}; {self.architecture} has only prefix")
+        if config.projector["type"] != self.projector:
+            raise UserError(
+                f"the projector is {config.projector['type']}; {self.architecture} has {self.projector} and no other"
+            )
+        if config.image_attention != self.image_attention:
+            raise UserError(
+                f"image_attention is {config.image_attention}; {self.architecture} has {self.image_attention} and no "
+                "other"
+            )
+        head: Any = model.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            raise UserError(
+                f"the output layer of this language model has a bias; {self.architecture} has no place for it"
+            )
+
+    def names(self, ours: VLMForConditionalGeneration) -> Iterator[tuple[str, str, Renamed | None]]:
+        """Each tensor of ours: its name, its name in the stock model, and how its form changes if it does."""
+        base = f"language_model.{ours.language_model.base_model_prefix}."
+        head = ours.get_output_embeddings()
+        [head_name] = [name for name, module in ours.named_modules() if module is head]
+        for name in ours.state_dict():
+            if name.startswith("multi_modal_projector."):
+                inner = name.removeprefix("multi_modal_projector.")
+                if not inner.startswith("standardize."):
+                    found = self.tensors[inner]
+                    renamed = found if isinstance(found, Renamed) else None
+                    yield name, f"{self.connector}.{renamed.name if renamed else found}", renamed
+            elif name.startswith("vision_tower."):
+                yield name, f"{self.vision}.{name.removeprefix('vision_tower.')}", None
+            elif name.startswith(base):
+                yield name, f"{self.language}.{name.removeprefix(base)}", None
+            elif name.startswith(f"{head_name}."):
+                yield name, f"lm_head.{name.removeprefix(f'{head_name}.')}", None
+            else:
+                raise UserError(f"{self.architecture} has no place for {name}")
+
+    def file_name(self, name: str, config: Any) -> str:
+        """The name that a tensor of the stock model has in a file."""
+        for new, old in self.older.items():
+            if name.startswith(new):
+                between = "vision_model." if new == f"{self.vision}." and self._older_tower(config) else ""
+                return old + between + name.removeprefix(new)
+        return name
+
+    def _older_tower(self, config: Any) -> bool:
+        return config.vision_config.model_type in OLDER_TOWERS
+
+    def model_class(self) -> type[PreTrainedModel]:
+        return getattr(transformers, self.architecture)

@@ -1,0 +1,73 @@
+"""Idefics3 (arXiv 2408.12637) and SmolVLM (arXiv 2504.05299): SigLIP, pixel shuffle. An image is one tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Idefics3ImageProcessor, Idefics3Processor, PreTrainedConfig
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+
+from vlm.errors import UserError
+from vlm.interop.family import Family, Image
+from vlm.modeling import VLMForConditionalGeneration
+
+TOWERS = ("siglip_vision_model", "idefics3_vision", "smolvlm_vision")
+"""Encoders that are the same for images of the size that they are made for."""
+
+
+class Idefics3(Family):
+    architecture = "Idefics3ForConditionalGeneration"
+    projector = "pixel_shuffle"
+    vision = "model.vision_model"
+    connector = "model.connector"
+    language = "model.text_model"
+    tensors = {"proj.weight": "modality_projection.proj.weight"}  # noqa: RUF012
+    older = {}  # noqa: RUF012
+    tower_config: type[PreTrainedConfig] = Idefics3VisionConfig
+    image_markers = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
+
+    def bridge(self, config: Any) -> dict[str, Any]:
+        vision, scale = config.vision_config, config.scale_factor
+        return {
+            "projector": {"type": "pixel_shuffle", "scale_factor": scale},
+            "image_seq_length": (vision.image_size // vision.patch_size // scale) ** 2,
+        }
+
+    def settings(self, model: VLMForConditionalGeneration, image: Image) -> dict[str, Any]:
+        self.check_output_is_read(model.config)
+        side = model.config.vision_config.image_size
+        if image.size != (side, side):
+            raise UserError(
+                f"{self.architecture} interpolates no position embeddings: images have to be {side} x {side} pixels, "
+                f"as its encoder was made for, and this model's are {image.size[0]} x {image.size[1]}"
+            )
+        return {"scale_factor": model.config.projector.get("scale_factor", 2)}
+
+    def vision_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        if config.model_type not in TOWERS:
+            raise UserError(f"the encoder is {config.model_type}; {self.architecture} has SigLIP and no other")
+        known = self.tower_config().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+        return self.tower_config(**{key: value for key, value in config.to_dict().items() if key in known})
+
+    def stock_processor(self, config: Any, processor: Any, image: Image) -> Any:
+        side = config.vision_config.image_size
+        image_processor = Idefics3ImageProcessor(
+            size={"height": side, "width": side},
+            max_image_size={"longest_edge": side},
+            do_image_splitting=False,
+            **self.pixels_of(processor.image_processor),
+        )
+        return Idefics3Processor(
+            image_processor,
+            processor.tokenizer,
+            image_seq_len=processor.image_seq_length,
+            chat_template=self.chat_template(processor, processor.image_token),
+        )
+
+
+class SmolVLM(Idefics3):
+    """Its own processor differs in videos alone, and needs another package."""
+
+    architecture = "SmolVLMForConditionalGeneration"
+    tower_config = SmolVLMVisionConfig
