@@ -24,6 +24,7 @@ FLOORS: list[set[str]] = [
         "build",
         "registration",
         "precision",
+        "tiling",
         "tree_attention",
         "",
     },
@@ -32,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"generation"},
     {"session"},
     {"eval"},
-    {"recipe", "recipe_source", "recipe_errors", "recipe_paths", "recipe_train", "recipes", "training"},
+    {"recipe", "presets", "recipe_source", "recipe_errors", "recipe_paths", "recipe_train", "recipes", "training"},
     {
         "cache",
         "chat",

@@ -14,10 +14,11 @@ from transformers.utils import logging
 from vlm.adapters import build_projector, unknown_name
 from vlm.configuration import VLMConfig
 from vlm.encoder import encode, load_vision_tower, resize_positions
-from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, load_image_processor
+from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, keep_tiles_whole, load_image_processor
 from vlm.loading import load_quietly
 from vlm.modeling import VLMForConditionalGeneration
 from vlm.processing import CHATML, IMAGE_TOKEN, PLAIN_TURNS, VLMProcessor, chat_template_for
+from vlm.tiling import Tiler
 from vlm.vision_towers import VisionTowers, side_by_side
 
 
@@ -34,13 +35,14 @@ def build(
     """Join the encoder `vision` and the decoder `language`, each a folder or a Hub name; several encoders of a list see
     an image side by side ([`vlm.vision_towers`]).
 
-    `bridge` are arguments of [`VLMConfig`], such as `projector`, `fusion` and `vision_feature_layer`.
-    `image_size` and `image_aspect_ratio` are those of [`load_vision`]. `chat_template` is `auto`, the language model's
-    own, or `chatml`, plain ChatML turns without a system prompt. Weights are float32.
+    `bridge` are arguments of [`VLMConfig`], such as `projector`, `fusion` and `vision_feature_layer`, and `tiling`,
+    which is `{"type": "tiles" | "anyres", "max_tiles": ...}` (see [`vlm.tiling.Tiler`]). `image_size` and
+    `image_aspect_ratio` are those of [`load_vision`]. `chat_template` is `auto`, the language model's own, or `chatml`,
+    plain ChatML turns without a system prompt. Weights are float32.
 
     Raises ValueError for an unknown projector or option, a decoder that has no place for cross-attention, a tokenizer
-    without the tokens of the chat template, an image processor whose images differ in size, and encoders whose grids
-    differ.
+    without the tokens of the chat template, an image processor whose images differ in size, encoders whose grids
+    differ, and tiling that does not go with the projector or the fusion.
     """
     require_arguments(bridge)  # before the weights are read
     vision_tower, image_processor = load_vision(
@@ -88,6 +90,7 @@ def assemble(
     image_processor: Any,
     tokenizer: Any,
     *,
+    tiling: dict[str, Any] | None = None,
     chat_template: Literal["auto", "chatml"] = "auto",
     **bridge: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
@@ -95,21 +98,40 @@ def assemble(
     require_arguments(bridge)
     template = chat_template_for(tokenizer, chatml=chat_template == "chatml")
     add_image_token(tokenizer, language_model)
+    if tiling is not None:
+        image_processor = keep_tiles_whole(image_processor)
+    vision_config, text_config = copy.deepcopy((vision_tower.config, language_model.config))
+    untiled = VLMConfig(vision_config=vision_config, text_config=text_config, **bridge)
+    num_tokens, width, token_grid = probe_encoder(vision_tower, image_processor, untiled)
+    if tiling is not None:
+        tiling = {**tiling, "tile_size": image_size_of(image_processor)}
+        if tiling["type"] == "anyres":
+            if token_grid is None:
+                raise ValueError(
+                    "tiling of type anyres lays tokens out on a grid, and those of this projector "
+                    f"({untiled.projector['type']}) lie on none, or class tokens are among them: choose another "
+                    "projector, vision_feature_select_strategy: default, or tiling of type tiles"
+                )
+            tiling["token_grid"] = token_grid
+        add_markers(tokenizer, language_model, Tiler(**tiling).markers())
     attention = [part.config._attn_implementation for part in (vision_tower, language_model)]
     config = VLMConfig(
         vision_config=vision_tower.config,
         text_config=language_model.config,
+        tiling=tiling,
+        vision_hidden_size=width,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=num_tokens if untiled.uses_prefix else 1,
         **bridge,
     )
     # A nesting configuration resets the attention implementation that each part was loaded with.
     for part, implementation in zip((vision_tower, language_model), attention, strict=True):
         part.config._attn_implementation = implementation
-    num_tokens, config.vision_hidden_size = probe_encoder(vision_tower, image_processor, config)
-    config.image_seq_length = num_tokens if config.uses_prefix else 1
     model = VLMForConditionalGeneration(config, vision_tower, language_model)
     model.generation_config = generation_config_for(language_model, tokenizer, template)
-    processor = VLMProcessor(image_processor, tokenizer, template, config.image_seq_length)
+    if model.tiler is not None:
+        model.generation_config.suppress_tokens += tokenizer.convert_tokens_to_ids(list(model.tiler.markers()))
+    processor = VLMProcessor(image_processor, tokenizer, template, config.image_seq_length, tiling=tiling)
     return model, processor
 
 
@@ -131,6 +153,24 @@ def add_image_token(tokenizer: Any, language_model: PreTrainedModel) -> None:
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has neither a padding token nor an end-of-sequence token; set one of them")
         tokenizer.pad_token = tokenizer.eos_token
+    embed_all_tokens(tokenizer, language_model)
+
+
+@torch.no_grad()
+def add_markers(tokenizer: Any, language_model: PreTrainedModel, markers: dict[str, str]) -> None:
+    """Give the tokenizer the markers of tiles, and the language model an embedding for each: the mean of those of its
+    words, so that a language model that stays frozen can tell one from another too. Those it knows stay as they are."""
+    new = [marker for marker in markers if marker not in tokenizer.get_added_vocab()]
+    tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
+    embed_all_tokens(tokenizer, language_model)
+    weight: Any = language_model.get_input_embeddings().weight
+    for marker in new:
+        words = tokenizer(markers[marker], add_special_tokens=False)["input_ids"]
+        weight[tokenizer.convert_tokens_to_ids(marker)] = weight[words].mean(dim=0)
+
+
+def embed_all_tokens(tokenizer: Any, language_model: PreTrainedModel) -> None:
+    """Make room for tokens that were added to the tokenizer."""
     embeddings: Any = language_model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
         verbosity = logging.get_verbosity()
@@ -157,8 +197,11 @@ def generation_config_for(language_model: PreTrainedModel, tokenizer: Any, templ
 
 
 @torch.no_grad()
-def probe_encoder(vision_tower: PreTrainedModel, image_processor: Any, config: VLMConfig) -> tuple[int, int]:
-    """How many visual tokens an image becomes, and how wide the encoder's features are.
+def probe_encoder(
+    vision_tower: PreTrainedModel, image_processor: Any, config: VLMConfig
+) -> tuple[int, int, tuple[int, int] | None]:
+    """How many visual tokens an image becomes, how wide the encoder's features are, and the grid that the tokens lie on
+    (None if they lie on none).
 
     Found by running the encoder on a blank image: no configuration says it for every encoder. Raises ValueError for
     class tokens of several encoders.
@@ -177,5 +220,8 @@ def probe_encoder(vision_tower: PreTrainedModel, image_processor: Any, config: V
     width = features.patches.shape[-1]
     num_prefix = features.prefix.shape[1] if keep_prefix else 0
     with torch.device("meta"):
-        num_tokens: int = build_projector(config.projector, width, width).num_tokens(num_prefix, features.grid)
-    return num_tokens, width
+        projector = build_projector(config.projector, width, width)
+    num_tokens: int = projector.num_tokens(num_prefix, features.grid)
+    token_grid = projector.token_grid(features.grid)
+    on_grid = token_grid is not None and token_grid[0] * token_grid[1] == num_tokens  # no class tokens among them
+    return num_tokens, width, token_grid if on_grid else None

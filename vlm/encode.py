@@ -8,6 +8,7 @@ metadata    encoder; output: pooled or patches; and as JSON images: the files, i
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def run(
     # A CPU that encodes has nothing to spare.
     workers = 0 if device == "cpu" else min(8, os.cpu_count() or 1)
     batches = encode_images(
-        {image: image for image in images}, image_processor, features_of, broken=broken, num_workers=workers
+        {image: image for image in images}, _Whole(image_processor), features_of, broken=broken, num_workers=workers
     )
     total = -(-len(images) // BATCH_IMAGES)
     with FeatureFile(output, images) as file:
@@ -88,6 +89,17 @@ def run(
     text += f", {len(broken)} could not be opened" if broken else ""
     shape = " x ".join(map(str, file.shape))
     console.print(f"{text}: {output}, features {shape} {dtype}", markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclass
+class _Whole:
+    """Images as they are, in the words of `VLMProcessor`."""
+
+    image_processor: Any
+    tiler = None
+
+    def prepare_images(self, images: Sequence[Any]) -> Any:
+        return self.image_processor(images, return_tensors="pt")
 
 
 def _load(name: str, *, image_size: int | None, pooled: bool) -> tuple[Any, Any, tuple[int, int]]:

@@ -33,6 +33,7 @@ from tests.tiny import (
     text_config,
     user,
 )
+from vlm import encoder
 from vlm.build import assemble, build
 from vlm.encoder import load_vision_tower
 from vlm.generation import generate
@@ -92,6 +93,19 @@ def test_build_says_nothing_and_answers(folders, vision, language, warnings, cap
         max_new_tokens=3,
     )
     assert isinstance(answers[0], str)
+
+
+@torch.no_grad()
+def test_the_vision_half_of_a_dual_encoder_says_what_the_whole_does(folders, parity):
+    clip = CLIPModel.from_pretrained(folders / "clip").eval()
+    model, processor = build(str(folders / "clip"), str(folders / "metaspace"))
+    pixels = processor.image_processor(image(), return_tensors="pt")["pixel_values"]
+    expected = clip.vision_model(pixels)
+    features = encoder.encode(model.vision_tower.eval(), pixels)
+    difference = (features.patches - expected.last_hidden_state[:, 1:]).abs().max()
+    parity("CLIP", "patch embeddings of its vision half", difference)
+    assert difference < 1e-6
+    assert (features.pooled - expected.pooler_output).abs().max() < 1e-6
 
 
 def test_weights_are_those_of_the_checkpoints(folders):

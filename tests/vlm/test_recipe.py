@@ -162,6 +162,19 @@ def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -
             "data.cache_features: does not go with `augmentation`",
         ),
         (("some/encoder\n", "[a, b]\n  vision_feature_select_strategy: full\n"), 4, "full is for one encoder"),
+        (("data:\n", "  tiling: {type: tile}\ndata:\n"), 5, "model.tiling.type: "),
+        (("data:\n", "  tiling: {max_tiles: 1}\ndata:\n"), 5, "model.tiling.max_tiles: "),
+        (("data:\n", "  image_aspect_ratio: pad\n  tiling: {}\ndata:\n"), 5, "pad does not go with `tiling`"),
+        (
+            ("data:\n", "  adapter: {fusion: cross_attention}\n  tiling: {type: anyres}\ndata:\n"),
+            6,
+            "model.tiling.type: anyres puts tokens in reading order",
+        ),
+        (
+            ("data:\n", "  tiling: {type: anyres}\n  vision_feature_select_strategy: full\ndata:\n"),
+            6,
+            "full keeps class tokens",
+        ),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_line(tmp_path: Path, change: tuple[str, str], line: int, message: str) -> None:
@@ -375,16 +388,14 @@ def test_every_option_of_a_new_model_is_a_key_of_the_model_section() -> None:
     from vlm.build import build
     from vlm.configuration import VLMConfig
 
-    made = recipe.Model(vision="v", language="l")
-    keys = {**dict(made), **dict(made.adapter)}
-    parameters = inspect.signature(build).parameters.values()
-    options = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-    config = VLMConfig()
-    bridge = {name: getattr(config, name) for name in VLMConfig.__annotations__}
-    assert keys.keys() - {*options, *bridge} == {"pretrained", "adapter", "data_dependent_init"}
-    found_while_building = {"image_token_id", "image_seq_length", "vision_hidden_size", "tie_word_embeddings"}
-    assert bridge.keys() - keys.keys() == {"vision_config", "text_config", *found_while_building}
-    assert options.keys() <= keys.keys()
-    for name, default in (options | bridge).items():
-        if name in keys and default is not inspect.Parameter.empty:
+    defaults = recipe.Model(vision="v", language="l")
+    keys = {**dict(defaults), **dict(defaults.adapter)}
+    named = {name: p.default for name, p in inspect.signature(build).parameters.items() if name != "bridge"}
+    for name, default in named.items():
+        assert name in keys
+        if default is not inspect.Parameter.empty:
             assert keys[name] == default
+    bridge = keys.keys() - named.keys() - {"preset", "pretrained", "adapter", "data_dependent_init"}
+    assert {name: keys[name] for name in bridge} == {name: getattr(VLMConfig(), name) for name in bridge}
+    made_of_models = {"vision_config", "text_config", "vision_hidden_size", "image_token_id", "image_seq_length"}
+    assert VLMConfig.__annotations__.keys() - bridge - made_of_models == {"tie_word_embeddings"}

@@ -32,6 +32,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = (5, 6, 7, 8)
 
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2"}
@@ -90,20 +91,7 @@ def open_image(
         ImageError: the image is missing, empty, too large, truncated, or not an image.
     """
     name = _name(source, where)
-    payload = _fetch(source, name)
-    if isinstance(payload, Image.Image):
-        image = payload
-    else:
-        data = _read(payload, name, max_bytes)
-        try:
-            Image.init()
-            image = Image.open(BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ImageError(name, f"too many pixels ({error})", "resize it before training") from error
-        except Exception as error:  # Pillow's plugins raise a dozen different types on broken headers
-            why = f"not an image that can be read ({len(data)} bytes, starts with {data[:8]!r})"
-            raise ImageError(name, why, f"re-save it as PNG or JPEG; formats read: {', '.join(FORMATS)}") from error
-
+    image = _undecoded(source, name, max_bytes)
     width, height = image.size
     if width * height > max_pixels:
         why = f"{width} x {height} is {width * height:,} pixels, more than the {max_pixels:,} allowed"
@@ -115,6 +103,32 @@ def open_image(
     except Exception as error:  # as above: decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
         raise ImageError(name, f"truncated or damaged ({error})", "download or save it again") from error
     return _to_rgb(_upright(image), name)
+
+
+def image_size(source: ImageSource, *, where: str = "", max_bytes: int = MAX_BYTES) -> tuple[int, int]:
+    """`(height, width)` of what `open_image` would give, from the header; no pixel is decoded.
+
+    Raises:
+        ImageError: the image is missing, empty or too large, or not an image.
+    """
+    image = _undecoded(source, _name(source, where), max_bytes)
+    return (image.width, image.height) if _orientation(image) in _ON_ITS_SIDE else (image.height, image.width)
+
+
+def _undecoded(source: ImageSource, name: str, max_bytes: int) -> Image.Image:
+    """An image whose header has been read."""
+    payload = _fetch(source, name)
+    if isinstance(payload, Image.Image):
+        return payload
+    data = _read(payload, name, max_bytes)
+    try:
+        Image.init()
+        return Image.open(BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(name, f"too many pixels ({error})", "resize it before training") from error
+    except Exception as error:  # Pillow's plugins raise a dozen different types on broken headers
+        why = f"not an image that can be read ({len(data)} bytes, starts with {data[:8]!r})"
+        raise ImageError(name, why, f"re-save it as PNG or JPEG; formats read: {', '.join(FORMATS)}") from error
 
 
 def chunks(groups: Iterable[tuple[_T, list[Image.Image]]]) -> Iterator[list[tuple[_T, list[Image.Image]]]]:
@@ -193,11 +207,15 @@ def _read(payload: str | bytes, name: str, max_bytes: int) -> bytes:
         raise ImageError(name, f"cannot be read ({error.strerror})", "check the file and its permissions") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int | None:
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION)
+        return image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # a damaged EXIF block says nothing about the pixels; viewers show such an image unrotated too
-        return image
+        return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
