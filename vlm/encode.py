@@ -44,17 +44,17 @@ def run(
     if dtype not in DTYPES:
         raise UserError(f"there is no --dtype {dtype}; {nearest(dtype, DTYPES)}")
     images = find_images(patterns)
-    import torch
+    with console.status("loading the encoder"):  # and libraries, which takes seconds
+        import torch
 
-    from vlm.data.encoding import BATCH_IMAGES, encode_images
-    from vlm.data.feature_file import FeatureFile
-    from vlm.encoder import encode
-    from vlm.precision import default_device
+        from vlm.data.encoding import BATCH_IMAGES, encode_images
+        from vlm.data.feature_file import FeatureFile
+        from vlm.encoder import encode
+        from vlm.precision import default_device
 
-    device = default_device()
-    with console.status("loading the encoder"):
+        device = default_device()
         tower, image_processor, size = _load(encoder, image_size=image_size, pooled=not patches)
-    tower.to(device, getattr(torch, dtype)).eval()
+        tower.to(device, getattr(torch, dtype)).eval()
 
     @torch.no_grad()
     def features_of(pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:

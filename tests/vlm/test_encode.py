@@ -13,6 +13,8 @@ from transformers import (
     AutoModel,
     BitImageProcessor,
     Dinov2Config,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
     TimmWrapperConfig,
     ViTConfig,
     ViTForImageClassification,
@@ -117,6 +119,15 @@ def test_an_encoder_without_its_pooling_layer_is_refused(encoders, photos, tmp_p
     with pytest.raises(UserError, match=r"lacks weights of ViTModel: pooler.*--patches does without"):
         run([photos], encoders / "vit", tmp_path / "f")
     assert run([photos], encoders / "vit", tmp_path / "f", patches=True)[0].shape == (19, 16, 24)
+
+
+def test_an_encoder_that_does_not_pool_is_refused(encoders, photos, tmp_path):
+    config = SiglipVisionConfig(**SIZE, intermediate_size=48, vision_use_head=False)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "siglip")
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "siglip")
+    with pytest.raises(UserError, match="does not pool what it sees into one vector; use --patches"):
+        run([photos], tmp_path / "siglip", tmp_path / "f")
+    assert not (tmp_path / "f").exists()
 
 
 @pytest.mark.parametrize(
