@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from vlm import generation
 from vlm.errors import UserError
-from vlm.interop import FAMILIES, family_of, to_stock
+from vlm.interop import FAMILIES, family_of, gguf, to_stock
 from vlm.modeling import VLMForConditionalGeneration
 
 
@@ -21,13 +21,20 @@ def run(name: str, target: str, output: Path | None, *, console: Any) -> None:
 
     Raises UserError as [`to_stock`] does, for an unknown target, and for a folder that is not empty.
     """
-    family_of(target)
+    if target != "gguf":
+        family_of(target)
     folder = output or Path(generation.checkpoint_of(name)).parent / f"exported-{target}"
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name another folder with --output")
     model, processor = generation.load(name, device="cpu")
     if not isinstance(model, VLMForConditionalGeneration):
         raise UserError(f"{name} is a {model.config.model_type} model of transformers already")
+    if target == "gguf":
+        language, vision = gguf.write(model, processor, folder)
+        console.print(f"{language} and {vision}, for llama.cpp")
+        if notice := gguf.notice(model):
+            console.print(f"Note: {notice}")
+        return
     stock, stock_processor = to_stock(model, processor, target)
     save(stock, stock_processor, folder)
     console.print(f"{folder}: {type(stock).__name__}, equal to {name} on a question about an image")

@@ -79,8 +79,12 @@ def test_a_model_that_llava_cannot_be_is_refused(changes, message):
 
 
 def test_a_stock_model_of_another_kind_is_refused():
-    with pytest.raises(UserError, match="no counterpart of 'qwen2_vl'"):
+    with pytest.raises(UserError, match=r"no counterpart of qwen2_vl among ours: .* \(M-RoPE\)"):
         from_stock(stock("qwen2_vl")[0])
+    with pytest.raises(UserError, match=r"no counterpart of paligemma among ours: .* both ways"):
+        from_stock(stock("paligemma")[0])
+    with pytest.raises(UserError, match="no counterpart of 'blip' among ours; "):
+        from_stock(stock("blip")[0])
 
 
 def test_an_activation_that_ours_does_not_have_is_refused():
