@@ -35,7 +35,19 @@ FLOORS: list[set[str]] = [
     {"session"},
     {"eval"},
     {"recipe", "recipe_source", "recipe_errors", "recipe_paths", "recipe_train", "recipes", "training"},
-    {"cache", "chat", "predict", "evaluate", "data_check", "export", "hub", "serve", "quickstart", "tour"},
+    {
+        "cache",
+        "chat",
+        "predict",
+        "evaluate",
+        "data_check",
+        "export",
+        "remote_code",
+        "hub",
+        "serve",
+        "quickstart",
+        "tour",
+    },
     {"cli", "__main__"},
 ]
 """The names are modules and packages inside `vlm`; the empty one is `vlm/__init__.py`."""

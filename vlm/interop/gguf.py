@@ -88,7 +88,8 @@ def write(model: VLMForConditionalGeneration, processor: Any, folder: Path) -> t
     if importlib.util.find_spec("gguf") is None:
         raise UserError("writing for llama.cpp needs a package: pip install gguf")
     check_expressible(model, processor)
-    tokenizer = _tokenizer(processor, len(model.get_input_embeddings().weight))
+    embeddings: Any = model.get_input_embeddings()
+    tokenizer = _tokenizer(processor, embeddings.num_embeddings)
     weights = folded(model)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "model.gguf", folder / "mmproj.gguf"
