@@ -58,6 +58,21 @@ def test_there_and_back_is_the_same_bit_for_bit(pair):
     assert all(torch.equal(weights[name], tensor) for name, tensor in back.items())
 
 
+@pytest.mark.parametrize("tie_word_embeddings", [True, False])
+@pytest.mark.parametrize("decoder", ["llama", "qwen3", "mistral", "gemma3"])
+def test_any_decoder_becomes_that_of_llava_and_comes_back(decoder, tie_word_embeddings):
+    model, processor = tiny(decoder, vision_feature_layer=-2, tie_word_embeddings=tie_word_embeddings)
+    fit(model)
+    stock_model, stock_processor = to_stock(model, processor, "llava")
+    inputs = batch(stock_processor, *BATCHES["padded batch"])
+    wanted = logits(model, **inputs)
+    seen = inputs["attention_mask"].bool()
+    for other in (stock_model, from_stock(stock_model)):
+        assert (logits(other, **inputs) - wanted)[seen].abs().max() < 1e-4
+    tied = stock_model.get_output_embeddings().weight is stock_model.get_input_embeddings().weight
+    assert tied == tie_word_embeddings
+
+
 # --- what cannot be expressed
 
 
@@ -67,6 +82,8 @@ def test_there_and_back_is_the_same_bit_for_bit(pair):
         ({"projector": "linear", "vision_feature_layer": -2}, "the projector is linear"),
         ({"fusion": "cross_attention", "vision_feature_layer": -2}, "fusion is cross_attention"),
         ({"decoder": "granite", "vision_feature_layer": -2}, "computes something else"),
+        ({"decoder": "gemma2", "vision_feature_layer": -2}, "computes something else"),  # it caps its logits
+        ({"decoder": "gpt2", "vision_feature_layer": -2, "tie_word_embeddings": True}, "embed_tokens alone"),
     ],
 )
 def test_a_model_that_llava_cannot_be_is_refused(changes, message):

@@ -124,4 +124,7 @@ def _finish(made: PreTrainedModel, source: PreTrainedModel) -> None:
     made.eval().requires_grad_(False)
     made.generation_config = copy.deepcopy(source.generation_config)
     made.config.dtype = source.dtype
+    # Of the whole, which sets that of its parts, and then of the parts: some cannot compute it as the others do.
     made.config._attn_implementation = source.config._attn_implementation
+    for part in ("vision_config", "text_config"):
+        getattr(made.config, part)._attn_implementation = getattr(source.config, part)._attn_implementation
