@@ -43,7 +43,8 @@ def build(
 
     `image_size` and `image_aspect_ratio` are those of [`load_vision`]. `chat_template` is `auto`, the language model's
     own, or `chatml`, plain ChatML turns without a system prompt. `image_markers` are written before and after each
-    image; what is in angle brackets in them becomes a token. Weights are float32.
+    image; what is in angle brackets in them becomes a token. `image_attention` is that of [`VLMConfig`]. Weights are
+    float32.
 
     Raises ValueError for an unknown projector or option, a decoder that has no place for cross-attention, a tokenizer
     without the tokens of the chat template, an image processor whose images differ in size, and encoders whose grids

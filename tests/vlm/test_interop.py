@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.counterparts import COUNTERPARTS, counterpart, for_ours
+from tests.counterparts import COUNTERPARTS, EXPRESSIBLE, IDEFICS3_MARKERS, counterpart, for_ours, siglip
 from tests.stock import stock
-from tests.tiny import continuation, encode, image, logits, tiny, user
+from tests.tiny import continuation, encode, image, image_processor, logits, small_projector, tiny, user
 from vlm.errors import UserError
 from vlm.interop import FAMILIES, from_stock, to_stock
 
@@ -93,6 +93,33 @@ def test_a_model_that_llava_cannot_be_is_refused(changes, message):
         model.language_model.logits_scaling = 3.0
     with pytest.raises(UserError, match=message):
         to_stock(model, processor, "llava")
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "message"),
+    [
+        ("idefics3", {}, r"only a model trained so .* image_markers: \["),
+        (
+            "idefics3",
+            {"image_markers": IDEFICS3_MARKERS, "vision_feature_layer": -2},
+            "patches of its encoder's output",
+        ),
+        ("idefics3", {"image_markers": IDEFICS3_MARKERS, "pictures": image_processor()}, "makes other pixels"),
+        ("gemma3", {"projector": "average_pool"}, "image_attention is causal"),
+        ("internvl", {"projector": "pixel_shuffle_mlp"}, "has InternViT and no other"),
+    ],
+)
+def test_a_model_that_another_architecture_cannot_be_is_refused(target, changes, message):
+    projector = small_projector(changes.pop("projector", "pixel_shuffle"))
+    with pytest.raises(UserError, match=message):
+        to_stock(*siglip(projector, **changes), target)
+
+
+def test_statistics_that_fit_nowhere_are_refused():
+    model, processor = EXPRESSIBLE["internvl"]()
+    fit(model)
+    with pytest.raises(UserError, match="data_dependent_init: false"):
+        to_stock(model, processor, "internvl")
 
 
 def test_a_stock_model_of_another_kind_is_refused():
