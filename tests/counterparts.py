@@ -59,7 +59,7 @@ def squares(vision: Any, projector: Any, **options: Any) -> tuple[Any, Any]:
     tower = AutoModel.from_config(vision)
     decoder = options.pop("decoder", "llama")
     language_model = AutoModelForCausalLM.from_config(text_config(decoder))
-    pictures = SiglipImageProcessor(size={"height": 32, "width": 32})
+    pictures = options.pop("pictures", None) or SiglipImageProcessor(size={"height": 32, "width": 32})
     tokenizer = byte_level_tokenizer()
     model, processor = assemble(tower, language_model, pictures, tokenizer, projector=projector, **options)
     open_gates(model)

@@ -45,6 +45,7 @@ FLOORS: list[set[str]] = [
         "encode",
         "encoders",
         "export",
+        "remote_code",
         "hub",
         "serve",
         "quickstart",

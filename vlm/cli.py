@@ -239,12 +239,12 @@ def push(
 @app.command()
 def export(
     model: ModelArgument,
-    to: Annotated[str, typer.Option(help="The model type of transformers, such as llava.")],
+    to: Annotated[str, typer.Option(help="llava, idefics3, smolvlm, gemma3, internvl, gguf or remote_code.")],
     output: Annotated[
         Path | None, typer.Option(help="Folder for the checkpoint. Default: exported-TYPE in the run folder.")
     ] = None,
 ) -> None:
-    """Write a model as a checkpoint of transformers' own, which loads without vlm."""
+    """Write a model so that it loads without vlm: in transformers, or in llama.cpp."""
     from vlm import export as exporting
 
     exporting.run(model, to, output, console=console)

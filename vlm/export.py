@@ -1,4 +1,4 @@
-"""`vlm export`: a model as a checkpoint of transformers' own, which loads without this package."""
+"""`vlm export`: a model as one of transformers' own, as files for llama.cpp, or with its code."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from vlm import generation
-from vlm.errors import UserError
-from vlm.interop import FAMILIES, family_of, to_stock
+from vlm import generation, remote_code
+from vlm.errors import UserError, nearest
+from vlm.interop import FAMILIES, REASONS, family_of, gguf, to_stock
 from vlm.modeling import VLMForConditionalGeneration
+
+OTHERS = ("gguf", "remote_code")
+"""What a model can be exported to besides the architectures of `FAMILIES`."""
 
 
 def run(name: str, target: str, output: Path | None, *, console: Any) -> None:
@@ -21,13 +24,26 @@ def run(name: str, target: str, output: Path | None, *, console: Any) -> None:
 
     Raises UserError as [`to_stock`] does, for an unknown target, and for a folder that is not empty.
     """
-    family_of(target)
+    if target not in (*FAMILIES, *OTHERS) and target not in REASONS:
+        raise UserError(f"a model cannot be exported to {target!r}; {nearest(target, (*FAMILIES, *OTHERS))}")
+    if target not in OTHERS:
+        family_of(target)
     folder = output or Path(generation.checkpoint_of(name)).parent / f"exported-{target}"
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name another folder with --output")
     model, processor = generation.load(name, device="cpu")
     if not isinstance(model, VLMForConditionalGeneration):
         raise UserError(f"{name} is a {model.config.model_type} model of transformers already")
+    if target == "gguf":
+        language, vision = gguf.write(model, processor, folder)
+        console.print(f"{language} and {vision}, for llama.cpp")
+        if notice := gguf.notice(model):
+            console.print(f"Note: {notice}")
+        return
+    if target == "remote_code":
+        remote_code.write(model, processor, folder)
+        console.print(f"{folder}: loads without vlm, with trust_remote_code=True")
+        return
     stock, stock_processor = to_stock(model, processor, target)
     save(stock, stock_processor, folder)
     console.print(f"{folder}: {type(stock).__name__}, equal to {name} on a question about an image")

@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from rich.console import Console
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, set_seed
 from typer.testing import CliRunner
 
 from tests.tiny import image, small_projector
@@ -168,6 +168,17 @@ def test_the_saved_model_loads_and_answers_as_it_was_evaluated(finished):
     model = AutoModelForImageTextToText.from_pretrained(folder / "model").eval()
     processor = AutoProcessor.from_pretrained(folder / "model")
     assert not any("lora" in name for name, _ in model.named_parameters())
+    answers = generation.generate(model, processor, REQUESTS, max_new_tokens=4)
+    rows = [json.loads(line) for line in (folder / "evaluation/predictions.jsonl").read_text().splitlines()]
+    assert answers == [row["prediction"] for row in rows]
+
+
+def test_exported_as_a_model_of_transformers_it_answers_as_it_was_evaluated(finished, tmp_path):
+    folder, _ = finished
+    result = CliRunner().invoke(app, ["export", str(folder), "--to", "llava", "--output", str(tmp_path / "llava")])
+    assert result.exit_code == 0, result.output
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "llava")
     answers = generation.generate(model, processor, REQUESTS, max_new_tokens=4)
     rows = [json.loads(line) for line in (folder / "evaluation/predictions.jsonl").read_text().splitlines()]
     assert answers == [row["prediction"] for row in rows]

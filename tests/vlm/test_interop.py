@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.counterparts import COUNTERPARTS, counterpart, for_ours
+from tests.counterparts import COUNTERPARTS, EXPRESSIBLE, IDEFICS3_MARKERS, counterpart, for_ours, siglip
 from tests.stock import stock
-from tests.tiny import continuation, encode, image, logits, tiny, user
+from tests.tiny import continuation, encode, image, image_processor, logits, small_projector, tiny, user
 from vlm.errors import UserError
 from vlm.interop import FAMILIES, from_stock, to_stock
 
@@ -63,6 +63,21 @@ def test_there_and_back_is_the_same_bit_for_bit(pair):
     assert all(torch.equal(weights[name], tensor) for name, tensor in back.items())
 
 
+@pytest.mark.parametrize("tie_word_embeddings", [True, False])
+@pytest.mark.parametrize("decoder", ["llama", "qwen3", "mistral", "gemma3"])
+def test_any_decoder_becomes_that_of_llava_and_comes_back(decoder, tie_word_embeddings):
+    model, processor = tiny(decoder, vision_feature_layer=-2, tie_word_embeddings=tie_word_embeddings)
+    fit(model)
+    stock_model, stock_processor = to_stock(model, processor, "llava")
+    inputs = batch(stock_processor, *BATCHES["padded batch"])
+    wanted = logits(model, **inputs)
+    seen = inputs["attention_mask"].bool()
+    for other in (stock_model, from_stock(stock_model)):
+        assert (logits(other, **inputs) - wanted)[seen].abs().max() < 1e-4
+    tied = stock_model.get_output_embeddings().weight is stock_model.get_input_embeddings().weight
+    assert tied == tie_word_embeddings
+
+
 # --- what cannot be expressed
 
 
@@ -72,6 +87,8 @@ def test_there_and_back_is_the_same_bit_for_bit(pair):
         ({"projector": "linear", "vision_feature_layer": -2}, "the projector is linear"),
         ({"fusion": "cross_attention", "vision_feature_layer": -2}, "fusion is cross_attention"),
         ({"decoder": "granite", "vision_feature_layer": -2}, "computes something else"),
+        ({"decoder": "gemma2", "vision_feature_layer": -2}, "computes something else"),  # it caps its logits
+        ({"decoder": "gpt2", "vision_feature_layer": -2, "tie_word_embeddings": True}, "embed_tokens alone"),
     ],
 )
 def test_a_model_that_llava_cannot_be_is_refused(changes, message):
@@ -83,9 +100,40 @@ def test_a_model_that_llava_cannot_be_is_refused(changes, message):
         to_stock(model, processor, "llava")
 
 
+@pytest.mark.parametrize(
+    ("target", "changes", "message"),
+    [
+        ("idefics3", {}, r"only a model trained so .* image_markers: \["),
+        (
+            "idefics3",
+            {"image_markers": IDEFICS3_MARKERS, "vision_feature_layer": -2},
+            "patches of its encoder's output",
+        ),
+        ("idefics3", {"image_markers": IDEFICS3_MARKERS, "pictures": image_processor()}, "makes other pixels"),
+        ("gemma3", {"projector": "average_pool"}, "image_attention is causal"),
+        ("internvl", {"projector": "pixel_shuffle_mlp"}, "has InternViT and no other"),
+    ],
+)
+def test_a_model_that_another_architecture_cannot_be_is_refused(target, changes, message):
+    projector = small_projector(changes.pop("projector", "pixel_shuffle"))
+    with pytest.raises(UserError, match=message):
+        to_stock(*siglip(projector, **changes), target)
+
+
+def test_statistics_that_fit_nowhere_are_refused():
+    model, processor = EXPRESSIBLE["internvl"]()
+    fit(model)
+    with pytest.raises(UserError, match="data_dependent_init: false"):
+        to_stock(model, processor, "internvl")
+
+
 def test_a_stock_model_of_another_kind_is_refused():
-    with pytest.raises(UserError, match="no counterpart of 'qwen2_vl'"):
+    with pytest.raises(UserError, match=r"no counterpart of qwen2_vl among ours: .* \(M-RoPE\)"):
         from_stock(stock("qwen2_vl")[0])
+    with pytest.raises(UserError, match=r"no counterpart of paligemma among ours: .* both ways"):
+        from_stock(stock("paligemma")[0])
+    with pytest.raises(UserError, match="no counterpart of 'blip' among ours; "):
+        from_stock(stock("blip")[0])
 
 
 def test_an_activation_that_ours_does_not_have_is_refused():

@@ -36,7 +36,23 @@ FAMILIES: dict[str, Family] = {
 """By `model_type` of the stock configuration."""
 
 
+REASONS = {
+    "paligemma": "its image and question see each other both ways, which no image_attention of ours does",
+    "blip-2": "its encoder is no model of its own in transformers, and its processor has no chat template",
+    "idefics2": "its images keep their proportions, and its resampler normalises in another way",
+    "llava_next": "its images are cut into tiles",
+    "mllama": "its encoder sees tiles together with their proportions",
+    "qwen2_vl": "its tokens have positions in three directions (M-RoPE)",
+    "qwen2_5_vl": "its tokens have positions in three directions (M-RoPE)",
+    "qwen3_vl": "its tokens have positions in three directions (M-RoPE)",
+}
+"""Why the best known of the others are not among `FAMILIES`."""
+
+
 def family_of(name: str) -> Family:
+    """Raises UserError for an architecture that there is no description of, with the reason if one is known."""
+    if name in REASONS:
+        raise UserError(f"there is no counterpart of {name} among ours: {REASONS[name]}")
     if name not in FAMILIES:
         raise UserError(f"there is no counterpart of {name!r} among ours; {nearest(name, FAMILIES)}")
     return FAMILIES[name]
@@ -108,4 +124,7 @@ def _finish(made: PreTrainedModel, source: PreTrainedModel) -> None:
     made.eval().requires_grad_(False)
     made.generation_config = copy.deepcopy(source.generation_config)
     made.config.dtype = source.dtype
+    # Of the whole, which sets that of its parts, and then of the parts: some cannot compute it as the others do.
     made.config._attn_implementation = source.config._attn_implementation
+    for part in ("vision_config", "text_config"):
+        getattr(made.config, part)._attn_implementation = getattr(source.config, part)._attn_implementation

@@ -171,6 +171,11 @@ class Family:
                 f"image_attention is {config.image_attention}; {self.architecture} has {self.image_attention} and no "
                 "other"
             )
+        if config.tie_word_embeddings and not hasattr(model.language_model.base_model, "embed_tokens"):
+            raise UserError(
+                f"{self.architecture} can tie its output layer to embed_tokens alone, and "
+                f"{type(model.language_model).__name__}, whose output layer is tied, has none"
+            )
         head: Any = model.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
             raise UserError(
