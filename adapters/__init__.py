@@ -7,12 +7,15 @@ from vlm.adapters.cross_attention import (
     VisionStates,
 )
 from vlm.adapters.projectors import PROJECTORS, build_projector, unknown_name
+from vlm.adapters.tiles import AnyresMerger, TilePositions
 
 __all__ = [
     "PROJECTORS",
+    "AnyresMerger",
     "FlamingoCrossAttention",
     "GatedCrossAttention",
     "MllamaCrossAttention",
+    "TilePositions",
     "VisionStates",
     "build_projector",
     "unknown_name",

@@ -65,6 +65,9 @@ class CAbstractorProjector(Projector):
         check_pool("c_abstractor", self.side, grid)
         return self.side**2
 
+    def token_grid(self, grid: Grid) -> Grid:
+        return self.side, self.side
+
     def project(self, features: Tensor, grid: Grid) -> Tensor:
         image = self.before(features.unflatten(1, grid)).permute(0, 3, 1, 2)
         image = self.after(F.adaptive_avg_pool2d(image, self.side).permute(0, 2, 3, 1))

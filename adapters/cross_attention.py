@@ -1,6 +1,6 @@
 """Gated cross-attention: text tokens look at visual tokens from inside the decoder.
 
-Shapes: B rows, L text tokens, I images a row (padded), M visual tokens an image, S = I * M, D hidden size, H heads, K
+Shapes: B rows, L text tokens, M visual tokens an image, S those of a row's images (padded), D hidden size, H heads, K
 heads of keys and values, d width of a head.
 Follows Flamingo (arXiv 2204.14198, section 3.2): tanh gates that start at zero, so that an untouched language model's
 output is unchanged, and each text token sees the latest image before it.
@@ -8,11 +8,16 @@ output is unchanged, and each text token sees the latest image before it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+NOBODY = -2
+"""The image that padding belongs to; nobody looks at it."""
 
 
 @dataclass
@@ -22,46 +27,42 @@ class VisionStates:
     Attributes:
         states: `[B, S, D]` visual tokens of each row's images, one image after the other.
         mask: `[B, L, S]` boolean, which of them each text token sees.
-        tokens_per_image: M.
         keys_values: keys and values of `states` by block, kept while generating so that an image's are computed once.
         read_by: the blocks that have looked, so that a decoder that drops keyword arguments is noticed.
     """
 
     states: Tensor
     mask: Tensor
-    tokens_per_image: int
     keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     read_by: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, visual_tokens: Tensor, image_index: Tensor) -> VisionStates:
-        """From `visual_tokens [images, M, D]`, all rows' images in order, and `image_index [B, L]`, which of them
+    def of(cls, visual_tokens: Sequence[Tensor], image_index: Tensor) -> VisionStates:
+        """From `visual_tokens`, `[M, D]` of each image, all rows' in order, and `image_index [B, L]`, which of them
         (-1: none) each text token sees."""
-        tokens = visual_tokens.shape[1]
         per_row = [row[row >= 0].unique().tolist() for row in image_index]
-        width = max(1, max(len(images) for images in per_row))
-        padded = [images + [-1] * (width - len(images)) for images in per_row]
-        gather = torch.tensor(padded, device=image_index.device)
-        states = visual_tokens[gather.clamp(min=0)].flatten(1, 2)
-        sees = (image_index[:, :, None] == gather[:, None, :]) & (gather >= 0)[:, None, :]
-        return cls(states, sees.repeat_interleave(tokens, dim=2), tokens)
+        rows = [torch.cat([visual_tokens[i] for i in images]) if images else visual_tokens[0][:1] for images in per_row]
+        numbers = [[i for i in images for _ in range(len(visual_tokens[i]))] or [NOBODY] for images in per_row]
+        owner = pad_sequence([torch.tensor(n) for n in numbers], batch_first=True, padding_value=NOBODY)
+        owner = owner.to(image_index.device)
+        return cls(pad_sequence(rows, batch_first=True), image_index[:, :, None] == owner[:, None, :])
 
     def for_next_tokens(self, length: int) -> VisionStates:
         """For `length` tokens generated after these: they see what the last token saw."""
         latest = self.mask[:, -1:].expand(-1, length, -1)
-        return VisionStates(self.states, latest, self.tokens_per_image, self.keys_values)
+        return VisionStates(self.states, latest, self.keys_values)
 
     def followed_by(self, later: VisionStates) -> VisionStates:
         """For the tokens of `later`, which come after these: those before their first image see what the last token
         here saw."""
         sees_later = later.mask.any(dim=-1, keepdim=True)
         mask = torch.cat([self.mask[:, -1:] & ~sees_later, later.mask], dim=2)
-        return VisionStates(torch.cat([self.states, later.states], dim=1), mask, self.tokens_per_image)
+        return VisionStates(torch.cat([self.states, later.states], dim=1), mask)
 
     def select(self, rows: Tensor) -> VisionStates:
         """The rows with the numbers `rows [R]`, which may repeat; what is computed of their images comes along."""
         keys_values = {index: (keys[rows], values[rows]) for index, (keys, values) in self.keys_values.items()}
-        return VisionStates(self.states[rows], self.mask[rows], self.tokens_per_image, keys_values)
+        return VisionStates(self.states[rows], self.mask[rows], keys_values)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> VisionStates:
         """On `device`, for models spread over several: accelerate moves a layer's arguments by this method."""

@@ -65,6 +65,10 @@ class Projector(nn.Module):
         """What M is. Raises ValueError for a number of prefix tokens or a grid that the projector cannot take."""
         return num_prefix + grid[0] * grid[1]
 
+    def token_grid(self, grid: Grid) -> Grid | None:
+        """The grid on which the visual tokens of patches lie, row by row; None if they lie on none."""
+        return grid
+
     def forward(self, features: Tensor, grid: Grid) -> Tensor:
         return self.project(self.standardize(features, grid), grid)
 

@@ -70,6 +70,9 @@ class PixelShuffleProjector(Projector):
             )
         return (h // self.scale_factor) * (w // self.scale_factor)
 
+    def token_grid(self, grid: Grid) -> Grid:
+        return grid[0] // self.scale_factor, grid[1] // self.scale_factor
+
     def project(self, features: Tensor, grid: Grid) -> Tensor:
         (h, w), s = grid, self.scale_factor
         batch, _, dim = features.shape
@@ -111,6 +114,9 @@ class AveragePoolProjector(Projector):
     def num_tokens(self, num_prefix: int, grid: Grid) -> int:
         check_pool("average_pool", self.side, grid)
         return num_prefix + self.side**2
+
+    def token_grid(self, grid: Grid) -> Grid:
+        return self.side, self.side
 
     def project(self, features: Tensor, grid: Grid) -> Tensor:
         prefix, patches = split_prefix(features, grid)

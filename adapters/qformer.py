@@ -86,6 +86,9 @@ class QFormerProjector(Projector):
     def num_tokens(self, num_prefix: int, grid: Grid) -> int:
         return len(self.query_tokens)
 
+    def token_grid(self, grid: Grid) -> None:
+        return None
+
     def project(self, features: Tensor, grid: Grid) -> Tensor:
         queries = self.norm(self.query_tokens).expand(len(features), -1, -1)
         for layer in self.layers:

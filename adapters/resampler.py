@@ -60,6 +60,9 @@ class ResamplerProjector(Projector):
     def num_tokens(self, num_prefix: int, grid: Grid) -> int:
         return len(self.latents)
 
+    def token_grid(self, grid: Grid) -> None:
+        return None
+
     def project(self, features: Tensor, grid: Grid) -> Tensor:
         features = self.proj_in(features)
         latents = self.latents.expand(len(features), -1, -1)

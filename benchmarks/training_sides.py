@@ -109,7 +109,7 @@ class Ours:
         keys = hash_images(sources)
         encode = encoder_of(self.model, self.args)
         images = dict(zip(keys, sources, strict=True))
-        keep(cache, encode_images(images, self.processor.image_processor, encode, broken={}))
+        keep(cache, encode_images(images, self.processor, encode, broken={}))
         items, _ = make_items(
             examples,
             self.processor,

@@ -145,16 +145,22 @@ def _score(metrics: Sequence[str], predictions: list[str], items: Sequence[Item]
 
 
 def _blind_sources(examples: Sequence[Example], items: Sequence[Item], seed: int) -> tuple[list[Example] | None, str]:
-    """For each item the example whose images it is shown blind, or None and the reason why there is none."""
+    """For each item the example whose images it is shown blind, or None and the reason why there is none.
+
+    The images are those of an example with as many; one without images is asked as it is.
+    """
     first = {item.image_id: item.example for item in reversed(items)}
-    if len(first) < 2:
-        return None, "only one image: there is no other image to show instead"
-    counts = {len(examples[item.example].images) for item in items}
-    if len(counts) > 1:
-        return None, f"examples differ in their number of images ({sorted(counts)}): they cannot be swapped"
-    if counts == {0}:
+    by_count: dict[int, list[str]] = {}
+    for image_id, position in first.items():
+        by_count.setdefault(len(examples[position].images), []).append(image_id)
+    other = {image_id: image_id for image_id in by_count.pop(0, [])}
+    if not by_count:
         return None, "the examples have no images"
-    other = derangement([item.image_id for item in items], seed)
+    for count, image_ids in sorted(by_count.items()):
+        if len(image_ids) < 2:
+            alone = "only one image" if len(first) == 1 else f"only one example has {count} image{'s' * (count > 1)}"
+            return None, f"{alone}: there is no other to show instead"
+        other |= derangement(image_ids, seed)
     return [examples[first[other[item.image_id]]] for item in items], ""
 
 

@@ -12,14 +12,22 @@ from typing import Any
 
 import pytest
 import typer
+from PIL import Image, ImageChops, ImageStat
 
 from vlm import recipe
 from vlm.cli import app
+from vlm.data import augmentation
 from vlm.recipe_source import read_yaml
 
 ROOT = Path(__file__).parents[1]
 GUIDES = {path.relative_to(ROOT).as_posix(): path for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in GUIDES.items()}
+
+
+SECTIONS = (
+    recipe.Model, recipe.Adapter, recipe.Data, recipe.Lora, recipe.Evaluation,
+    augmentation.Augmentation, augmentation.RandomResizedCrop, augmentation.ColorJitter,
+)  # fmt: skip
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -171,7 +179,7 @@ def test_a_shown_bridge_is_valid(snippet: str) -> None:
     assert bridge.fusion in ("prefix", "cross_attention", "prefix+cross_attention")
 
 
-@pytest.mark.parametrize("section", [recipe.Model, recipe.Adapter, recipe.Data, recipe.Lora, recipe.Evaluation])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_every_key_of_a_recipe_is_explained(section: Any) -> None:
     text = TEXTS["docs/training.md"]
     missing = [key for key in section.model_fields if f"`{key}`" not in text and f" {key}:" not in text]
@@ -188,12 +196,14 @@ def test_tables_list_all_there_is_and_nothing_else() -> None:
     from vlm.adapters import PROJECTORS
     from vlm.data.readers import READERS
     from vlm.eval import METRICS
+    from vlm.presets import PRESETS
     from vlm.recipe import PARTS
 
     assert first_column(TEXTS["README.md"], "projector") == set(PROJECTORS)
     assert first_column(TEXTS["README.md"], "format") == set(READERS)
     assert first_column(TEXTS["docs/training.md"], "projector") == set(PROJECTORS)
     assert first_column(TEXTS["docs/training.md"], "part") == set(PARTS)
+    assert first_column(TEXTS["docs/bridges.md"], "preset") == set(PRESETS)
     assert first_column(TEXTS["docs/using.md"], "metric") == set(METRICS)
 
 
@@ -207,6 +217,22 @@ def test_the_guide_to_bridges_has_them_all_and_their_sizes(capsys: pytest.Captur
     assert blocks(text, "text") == [capsys.readouterr().out]
 
 
+def test_the_guide_to_tiling_has_its_keys_and_counts_right(capsys: pytest.CaptureFixture[str]) -> None:
+    text = TEXTS["docs/tiling.md"]
+    assert first_column(text, "key") == set(recipe.Tiling.model_fields)
+    changed, _ = read_yaml(blocks(text, "yaml")[0], "docs/tiling.md")
+    assert recipe.from_dict(the_recipe() | changed).model.tiling == recipe.Tiling()
+    exec(compile(blocks(text, "python")[0], "docs/tiling.md", "exec"), {})
+    assert blocks(text, "text") == [capsys.readouterr().out]
+
+
+def test_the_picture_of_tiling_is_as_drawn() -> None:
+    drawn = runpy.run_path(str(ROOT / "docs" / "images" / "tiling.py"))["draw"]()
+    with Image.open(ROOT / "docs" / "images" / "tiling.png") as kept:
+        apart = ImageChops.difference(kept.convert("RGB"), drawn)
+    assert ImageStat.Stat(apart).mean < [2, 2, 2], "but for the number of colours, and how letters are drawn"
+
+
 def test_the_projector_to_add_works() -> None:
     import torch
 
@@ -217,6 +243,7 @@ def test_the_projector_to_add_works() -> None:
     projector.initialize(features, (4, 6), 0.5)
     tokens = projector(features, (4, 6))
     assert tokens.shape == (9, projector.num_tokens(0, (4, 6)), 20)
+    assert projector.token_grid((4, 6)) == (2, 2)
     assert tokens.square().mean().sqrt().item() == pytest.approx(0.5, rel=1e-3)
 
 

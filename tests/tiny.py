@@ -183,8 +183,7 @@ def tiny(
         tokenizer or byte_level_tokenizer(),
         projector=projector,
         fusion=fusion,
-        cross_attention_every=2,
-        **options,
+        **{"cross_attention_every": 2, **options},
     )
     if gates:
         open_gates(model)

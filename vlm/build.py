@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,13 +11,14 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from vlm.adapters import build_projector
+from vlm.adapters import build_projector, unknown_name
 from vlm.configuration import VLMConfig
 from vlm.encoder import encode, load_vision_tower, resize_positions
-from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, load_image_processor
+from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, keep_tiles_whole, load_image_processor
 from vlm.loading import load_quietly
 from vlm.modeling import VLMForConditionalGeneration
 from vlm.processing import CHATML, IMAGE_TOKEN, PLAIN_TURNS, VLMProcessor, chat_template_for, tokens_of
+from vlm.tiling import Tiler
 from vlm.vision_towers import VisionTowers, side_by_side
 
 
@@ -25,31 +26,27 @@ def build(
     vision: str | Sequence[str],
     language: str,
     *,
-    projector: dict[str, Any] | str = "mlp",
-    fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix",
-    cross_attention_every: int = 4,
-    cross_attention_layers: list[int] | None = None,
-    vision_feature_layer: int | list[int] | None = None,
-    vision_feature_select_strategy: Literal["default", "full"] = "default",
     image_size: ImageSize | Sequence[ImageSize] | None = None,
     image_aspect_ratio: ImageAspectRatio = "square",
     chat_template: Literal["auto", "chatml"] = "auto",
     image_markers: Sequence[str] | None = None,
-    image_attention: Literal["causal", "bidirectional"] = "causal",
     trust_remote_code: bool = False,
+    **bridge: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """Join the encoder `vision` and the decoder `language`, each a folder or a Hub name; several encoders of a list see
     an image side by side ([`vlm.vision_towers`]).
 
-    `image_size` and `image_aspect_ratio` are those of [`load_vision`]. `chat_template` is `auto`, the language model's
-    own, or `chatml`, plain ChatML turns without a system prompt. `image_markers` are written before and after each
-    image; what is in angle brackets in them becomes a token. `image_attention` is that of [`VLMConfig`]. Weights are
-    float32.
+    `bridge` are arguments of [`VLMConfig`], such as `projector`, `fusion` and `vision_feature_layer`, and `tiling`,
+    which is `{"type": "tiles" | "anyres", "max_tiles": ...}` (see [`vlm.tiling.Tiler`]). `image_size` and
+    `image_aspect_ratio` are those of [`load_vision`]. `chat_template` is `auto`, the language model's own, or `chatml`,
+    plain ChatML turns without a system prompt. `image_markers` are written before and after each image; what is in
+    angle brackets in them becomes a token. Weights are float32.
 
     Raises ValueError for an unknown projector or option, a decoder that has no place for cross-attention, a tokenizer
-    without the tokens of the chat template, an image processor whose images differ in size, and encoders whose grids
-    differ.
+    without the tokens of the chat template, an image processor whose images differ in size, encoders whose grids
+    differ, and tiling that does not go with the projector or the fusion.
     """
+    require_arguments(bridge)  # before the weights are read
     vision_tower, image_processor = load_vision(
         vision, image_size=image_size, image_aspect_ratio=image_aspect_ratio, trust_remote_code=trust_remote_code
     )
@@ -60,15 +57,9 @@ def build(
         language_model,
         image_processor,
         tokenizer,
-        projector=projector,
-        fusion=fusion,
-        cross_attention_every=cross_attention_every,
-        cross_attention_layers=cross_attention_layers,
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=vision_feature_select_strategy,
         chat_template=chat_template,
         image_markers=image_markers,
-        image_attention=image_attention,
+        **bridge,
     )
 
 
@@ -77,19 +68,21 @@ def load_vision(
     *,
     image_size: ImageSize | Sequence[ImageSize] | None = None,
     image_aspect_ratio: ImageAspectRatio = "square",
+    pooled: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """A vision encoder and its image processor, or several as one.
 
     `image_size` is the side in pixels that images are brought to, `{"height": ..., "width": ...}`, or a list with one
     for each encoder; None is the encoder's own. `image_aspect_ratio` is `square`, the encoder's own resize and crop, or
-    `pad`, which pads to a square with the mean colour. Raises ValueError as [`load_image_processor`].
+    `pad`, which pads to a square with the mean colour. Raises ValueError as [`load_image_processor`] and
+    [`load_vision_tower`], whose `pooled` this is.
     """
     names = [names] if isinstance(names, str) else names
     sizes = image_size if isinstance(image_size, list | tuple) else [image_size] * len(names)
     if len(sizes) != len(names):
         raise ValueError(f"image_size has {len(sizes)} sizes for {len(names)} encoders; give each one, or one for all")
-    towers = [load_vision_tower(name, trust_remote_code=trust_remote_code) for name in names]
+    towers = [load_vision_tower(name, pooled=pooled, trust_remote_code=trust_remote_code) for name in names]
     image_processors = [
         load_image_processor(
             name, image_size=size, image_aspect_ratio=image_aspect_ratio, trust_remote_code=trust_remote_code
@@ -107,55 +100,63 @@ def assemble(
     image_processor: Any,
     tokenizer: Any,
     *,
-    projector: dict[str, Any] | str = "mlp",
-    fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix",
-    cross_attention_every: int = 4,
-    cross_attention_layers: list[int] | None = None,
-    vision_feature_layer: int | list[int] | None = None,
-    vision_feature_select_strategy: Literal["default", "full"] = "default",
+    tiling: dict[str, Any] | None = None,
     chat_template: Literal["auto", "chatml"] = "auto",
     image_markers: Sequence[str] | None = None,
-    image_attention: Literal["causal", "bidirectional"] = "causal",
+    **bridge: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
     """As [`build`], from loaded parts. The image token is added to the tokenizer and to the embeddings if need be."""
-    spec = {"type": projector} if isinstance(projector, str) else dict(projector)
-    if vision_feature_select_strategy == "full" and isinstance(vision_tower, VisionTowers):
-        raise ValueError(
-            "vision_feature_select_strategy full is for one encoder: several have no class token in common"
-        )
+    require_arguments(bridge)
     template = chat_template_for(tokenizer, chatml=chat_template == "chatml", image_markers=image_markers or ("", ""))
     add_image_token(tokenizer, language_model, tokens_of(image_markers or ()))
-    num_tokens, width = probe_encoder(
-        vision_tower,
-        image_processor,
-        spec,
-        vision_feature_layer=vision_feature_layer,
-        keep_prefix=vision_feature_select_strategy == "full",
-    )
+    if tiling is not None:
+        image_processor = keep_tiles_whole(image_processor)
+    vision_config, text_config = copy.deepcopy((vision_tower.config, language_model.config))
+    untiled = VLMConfig(vision_config=vision_config, text_config=text_config, **bridge)
+    num_tokens, width, token_grid = probe_encoder(vision_tower, image_processor, untiled)
+    if tiling is not None:
+        tiling = {**tiling, "tile_size": image_size_of(image_processor)}
+        if tiling["type"] == "anyres":
+            if token_grid is None:
+                raise ValueError(
+                    "tiling of type anyres lays tokens out on a grid, and those of this projector "
+                    f"({untiled.projector['type']}) lie on none, or class tokens are among them: choose another "
+                    "projector, vision_feature_select_strategy: default, or tiling of type tiles"
+                )
+            tiling["token_grid"] = token_grid
+        add_markers(tokenizer, language_model, Tiler(**tiling).markers())
     attention = [part.config._attn_implementation for part in (vision_tower, language_model)]
-    vlm_config = VLMConfig(
+    config = VLMConfig(
         vision_config=vision_tower.config,
         text_config=language_model.config,
-        projector=spec,
-        fusion=fusion,
-        cross_attention_every=cross_attention_every,
-        cross_attention_layers=cross_attention_layers,
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=vision_feature_select_strategy,
+        tiling=tiling,
         vision_hidden_size=width,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=num_tokens if "prefix" in fusion else 1,
-        image_attention=image_attention,
+        image_seq_length=num_tokens if untiled.uses_prefix else 1,
+        **bridge,
     )
     # A nesting configuration resets the attention implementation that each part was loaded with.
     for part, implementation in zip((vision_tower, language_model), attention, strict=True):
         part.config._attn_implementation = implementation
-    model = VLMForConditionalGeneration(vlm_config, vision_tower, language_model)
+    model = VLMForConditionalGeneration(config, vision_tower, language_model)
     model.generation_config = generation_config_for(language_model, tokenizer, template)
+    if model.tiler is not None:
+        model.generation_config.suppress_tokens += tokenizer.convert_tokens_to_ids(list(model.tiler.markers()))
     processor = VLMProcessor(
-        image_processor, tokenizer, template, vlm_config.image_seq_length, image_attention=image_attention
+        image_processor,
+        tokenizer,
+        template,
+        config.image_seq_length,
+        tiling=tiling,
+        image_attention=config.image_attention,
     )
     return model, processor
+
+
+def require_arguments(bridge: Mapping[str, Any]) -> None:
+    """Raise ValueError for an argument that [`VLMConfig`] does not know: it would keep it in silence."""
+    for name in bridge.keys() - VLMConfig.__annotations__.keys():
+        raise unknown_name("option", name, VLMConfig.__annotations__)
 
 
 def add_image_token(tokenizer: Any, language_model: PreTrainedModel, others: Sequence[str] = ()) -> None:
@@ -170,6 +171,24 @@ def add_image_token(tokenizer: Any, language_model: PreTrainedModel, others: Seq
         if tokenizer.eos_token is None:
             raise ValueError("the tokenizer has neither a padding token nor an end-of-sequence token; set one of them")
         tokenizer.pad_token = tokenizer.eos_token
+    embed_all_tokens(tokenizer, language_model)
+
+
+@torch.no_grad()
+def add_markers(tokenizer: Any, language_model: PreTrainedModel, markers: dict[str, str]) -> None:
+    """Give the tokenizer the markers of tiles, and the language model an embedding for each: the mean of those of its
+    words, so that a language model that stays frozen can tell one from another too. Those it knows stay as they are."""
+    new = [marker for marker in markers if marker not in tokenizer.get_added_vocab()]
+    tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
+    embed_all_tokens(tokenizer, language_model)
+    weight: Any = language_model.get_input_embeddings().weight
+    for marker in new:
+        words = tokenizer(markers[marker], add_special_tokens=False)["input_ids"]
+        weight[tokenizer.convert_tokens_to_ids(marker)] = weight[words].mean(dim=0)
+
+
+def embed_all_tokens(tokenizer: Any, language_model: PreTrainedModel) -> None:
+    """Make room for tokens that were added to the tokenizer."""
     embeddings: Any = language_model.get_input_embeddings()
     if len(tokenizer) > embeddings.num_embeddings:
         verbosity = logging.get_verbosity()
@@ -197,24 +216,30 @@ def generation_config_for(language_model: PreTrainedModel, tokenizer: Any, templ
 
 @torch.no_grad()
 def probe_encoder(
-    vision_tower: PreTrainedModel,
-    image_processor: Any,
-    projector: dict[str, Any],
-    *,
-    vision_feature_layer: int | list[int] | None,
-    keep_prefix: bool,
-) -> tuple[int, int]:
-    """How many visual tokens an image becomes, and how wide the encoder's features are.
+    vision_tower: PreTrainedModel, image_processor: Any, config: VLMConfig
+) -> tuple[int, int, tuple[int, int] | None]:
+    """How many visual tokens an image becomes, how wide the encoder's features are, and the grid that the tokens lie on
+    (None if they lie on none).
 
-    Found by running the encoder on a blank image: no configuration says it for every encoder.
+    Found by running the encoder on a blank image: no configuration says it for every encoder. Raises ValueError for
+    class tokens of several encoders.
     """
+    keep_prefix = config.vision_feature_select_strategy == "full"
+    if keep_prefix and isinstance(vision_tower, VisionTowers):
+        raise ValueError(
+            "vision_feature_select_strategy full is for one encoder: several have no class token in common"
+        )
     image_size_of(image_processor)  # one for all images, or an error
     blank = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
     training = vision_tower.training
-    features = encode(vision_tower.eval(), blank.to(vision_tower.device, vision_tower.dtype), vision_feature_layer)
+    pixels = blank.to(vision_tower.device, vision_tower.dtype)
+    features = encode(vision_tower.eval(), pixels, config.vision_feature_layer)
     vision_tower.train(training)
     width = features.patches.shape[-1]
     num_prefix = features.prefix.shape[1] if keep_prefix else 0
     with torch.device("meta"):
-        num_tokens: int = build_projector(projector, width, width).num_tokens(num_prefix, features.grid)
-    return num_tokens, width
+        projector = build_projector(config.projector, width, width)
+    num_tokens: int = projector.num_tokens(num_prefix, features.grid)
+    token_grid = projector.token_grid(features.grid)
+    on_grid = token_grid is not None and token_grid[0] * token_grid[1] == num_tokens  # no class tokens among them
+    return num_tokens, width, token_grid if on_grid else None

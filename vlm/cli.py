@@ -42,6 +42,7 @@ app.add_typer(data_app, name="data", help="Look at data before training on it.")
 app.add_typer(cache_app, name="cache", help="Features of frozen encoders that are kept on disk.")
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint folder, or Hub name.")]
+ImagesArgument = Annotated[list[str], typer.Argument(help="Files, folders, or globs in quotes.")]
 MaxBatchTokens = Annotated[
     int, typer.Option(min=1, help="Tokens at a time, prompts and answers together; lower it if memory runs out.")
 ]
@@ -116,6 +117,44 @@ def clear_cache(
     cache.clear(keys or [], yes=yes, console=console)
 
 
+@app.command()
+def encoders() -> None:
+    """List families of vision encoders, with their tokens an image and their sizes."""
+    from vlm import encoders as families
+
+    families.run(console)
+
+
+@app.command()
+def encode(
+    images: ImagesArgument,
+    encoder: Annotated[str, typer.Option(help="The vision encoder: Hub name (timm/... too) or folder.")],
+    output: Annotated[Path, typer.Option(help="A .safetensors file that is not there yet.")],
+    patches: Annotated[
+        bool, typer.Option("--patches", help="All patch embeddings of an image, in place of one pooled vector.")
+    ] = False,
+    vision_feature_layer: Annotated[
+        list[int] | None,
+        typer.Option(help="With --patches: which hidden state, such as -2; several are concatenated on channels."),
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side in pixels. Default: the encoder's own.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: computed and written in it.")] = "float32",
+) -> None:
+    """Write what a vision encoder sees in many images into one file."""
+    from vlm import encode as encoding
+
+    encoding.run(
+        images,
+        encoder=encoder,
+        output=output,
+        patches=patches,
+        vision_feature_layer=vision_feature_layer,
+        image_size=image_size,
+        dtype=dtype,
+        console=console,
+    )
+
+
 @app.command("eval")
 def evaluate(
     model: ModelArgument,
@@ -162,7 +201,7 @@ def chat(
 @app.command()
 def predict(
     model: ModelArgument,
-    images: Annotated[list[str], typer.Argument(help="Files, folders, or globs in quotes.")],
+    images: ImagesArgument,
     prompt: Annotated[str, typer.Option(help="What to ask about each image.")],
     output: Annotated[Path, typer.Option(help="A .jsonl file; one that is there already is continued.")],
     max_batch_tokens: MaxBatchTokens = MAX_BATCH_TOKENS,

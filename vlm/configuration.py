@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from vlm.adapters import PROJECTORS, unknown_name
+from vlm.tiling import tiler_of
 
 FUSIONS = ("prefix", "cross_attention", "prefix+cross_attention")
 IMAGE_ATTENTIONS = ("causal", "bidirectional")
@@ -19,20 +20,23 @@ class VLMConfig(PreTrainedConfig):
     Args:
         vision_config: any configuration `AutoModel` knows, timm's through `TimmWrapperConfig`.
         text_config: any configuration `AutoModelForCausalLM` knows.
-        projector: `{"type": NAME, **options}` with a name of [`vlm.adapters.PROJECTORS`] and that projector's options.
+        projector: `{"type": NAME, **options}` with a name of [`vlm.adapters.PROJECTORS`] and that projector's options,
+            or the name alone.
         fusion: `prefix` puts the visual tokens into the sequence (LLaVA), `cross_attention` lets decoder layers attend
             to them (Flamingo), `prefix+cross_attention` does both (NVLM-H).
         cross_attention_every: with cross-attention, every how many decoder layers a block of Flamingo is inserted.
         cross_attention_layers: where layers as Llama 3.2 Vision's stand instead, as in `MllamaTextConfig`: positions in
-            the list of all layers, these among them.
+            the list of all layers, these among them; `mllama` is its own, 3, 8, 13 ... to the end of the decoder.
         image_token_id: the token that holds an image's place in `input_ids`.
-        image_seq_length: how many such tokens an image takes: the projector's tokens with `prefix`, else 1.
+        image_seq_length: how many such tokens an image, or with tiling each of its tiles, takes: the projector's tokens
+            with `prefix`, else 1.
         image_attention: whom an image's tokens see with `prefix`: what is before them, as words do (`causal`), or their
             whole image too (`bidirectional`, as in Gemma 3).
         vision_feature_layer: which hidden state of the encoder is used, as in LLaVA (-2 there), or a list of them,
             concatenated on channels. `None` is the encoder's own `last_hidden_state`, after its final norm; for SigLIP
             that is not the same as -1.
         vision_feature_select_strategy: `default` leaves the class and register tokens out, `full` keeps them.
+        tiling: how images are cut into tiles, the attributes of [`vlm.tiling.Tiler`]; `None`: an image is one image.
         vision_hidden_size: the width of the features that the projector reads; `None` asks the encoder.
     """
 
@@ -48,23 +52,33 @@ class VLMConfig(PreTrainedConfig):
     projector: Any = None
     fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix"
     cross_attention_every: int = 4
-    cross_attention_layers: list[int] | None = None
+    cross_attention_layers: list[int] | Literal["mllama"] | None = None
     image_token_id: int = 0
     image_seq_length: int = 1
     image_attention: Literal["causal", "bidirectional"] = "causal"
     vision_feature_layer: int | list[int] | None = None
     vision_feature_select_strategy: Literal["default", "full"] = "default"
+    tiling: Any = None
     vision_hidden_size: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.projector = dict(self.projector or {"type": "mlp"})
+        projector = self.projector or "mlp"
+        self.projector = {"type": projector} if isinstance(projector, str) else dict(projector)
         if self.projector.get("type") not in PROJECTORS:
             raise unknown_name("projector", str(self.projector.get("type")), PROJECTORS)
         if self.fusion not in FUSIONS:
             raise unknown_name("fusion", str(self.fusion), FUSIONS)
         if self.image_attention not in IMAGE_ATTENTIONS:
             raise unknown_name("image_attention", str(self.image_attention), IMAGE_ATTENTIONS)
+        if (tiler := tiler_of(self.tiling)) is not None and tiler.type == "anyres":
+            if not self.uses_prefix:
+                raise ValueError(
+                    "tiling of type anyres puts the tokens of all tiles into reading order, which cross_attention does "
+                    "not see: choose type tiles"
+                )
+            if tiler.token_grid is None:
+                raise ValueError("tiling of type anyres needs the token_grid of a tile")
         super().__post_init__(**kwargs)
         # The head belongs to the language model, whose own configuration says whether it is tied.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))

@@ -47,7 +47,7 @@ def _reading(model: str, max_length: int) -> dict[str, Any]:
 
     from vlm.data.conversation import tokenize_branch
     from vlm.data.example import Example
-    from vlm.data.images import open_image
+    from vlm.data.images import image_size, open_image
     from vlm.generation import checkpoint_of
     from vlm.processing import VLMProcessor
 
@@ -58,9 +58,11 @@ def _reading(model: str, max_length: int) -> dict[str, Any]:
         raise UserError(f"--model {model}: no processor there: {error}") from None
 
     def tokenize(example: Example) -> list[tuple[list[int], list[int]]]:
-        ours = isinstance(processor, VLMProcessor)  # which knows the length of an image without its pixels
-        images = None if ours else [open_image(source, where=example.where) for source in example.images]
-        rows = [tokenize_branch(processor, branch, images) for branch in example.branches]
+        if isinstance(processor, VLMProcessor):  # which knows the length of an image without its pixels
+            images, sizes = None, [image_size(source, where=example.where) for source in example.images]
+        else:
+            images, sizes = [open_image(source, where=example.where) for source in example.images], []
+        rows = [tokenize_branch(processor, branch, images, sizes) for branch in example.branches]
         return [(row.input_ids, row.labels) for row in rows]
 
     return {"tokenize": tokenize, "decode": processor.tokenizer.decode, "max_length": max_length}

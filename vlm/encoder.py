@@ -40,10 +40,15 @@ def vision_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
     return getattr(config, "vision_config", None) or config
 
 
-def load_vision_tower(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The vision encoder `name`, a folder or a Hub name, without the text half if it has one."""
+def load_vision_tower(name: str, *, pooled: bool = False, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The vision encoder `name`, a folder or a Hub name, without the text half if it has one.
+
+    Raises ValueError if weights are missing; those of its pooling layer only if it is to be `pooled`.
+    """
     config = vision_config_of(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
-    return load_quietly(AutoModel, name, config=config, dtype="float32", trust_remote_code=trust_remote_code)
+    return load_quietly(
+        AutoModel, name, pooled=pooled, config=config, dtype="float32", trust_remote_code=trust_remote_code
+    )
 
 
 def vision_hidden_size(vision_tower: PreTrainedModel) -> int:

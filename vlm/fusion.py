@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,9 @@ def _takes_kwargs(function: Any) -> bool:
 
 
 def insert_cross_attention(
-    language_model: PreTrainedModel, every: int, cross_attention_layers: Sequence[int] | None = None
+    language_model: PreTrainedModel,
+    every: int,
+    cross_attention_layers: Sequence[int] | Literal["mllama"] | None = None,
 ) -> None:
     """Put a block of Flamingo before every `every`-th decoder layer, or those of Mllama where `cross_attention_layers`
     says, in place.
@@ -131,12 +133,16 @@ def insert_cross_attention(
         layers[index] = FusedDecoderLayer(layers[index], block)
 
 
-def _places(depth: int, every: int, cross_attention_layers: Sequence[int] | None) -> Sequence[int]:
+def _places(depth: int, every: int, cross_attention_layers: Sequence[int] | Literal["mllama"] | None) -> Sequence[int]:
     """The decoder's own layers, of which there are `depth`, that a block stands before."""
     if cross_attention_layers is None:
         if not 1 <= every <= depth:
             raise ValueError(f"cross_attention_every is {every}; this language model has {depth} layers")
         return range(every - 1, depth, every)
+    if cross_attention_layers == "mllama":
+        if depth < 4:
+            raise ValueError(f"cross_attention_layers mllama needs 4 layers; this language model has {depth}")
+        return range(3, depth, 4)  # every fifth of all layers is every fourth of the decoder's own
     places = [layer - earlier for earlier, layer in enumerate(sorted(cross_attention_layers))]
     if not places or min(places) < 0 or max(places) >= depth or places != sorted(set(places)):
         raise ValueError(

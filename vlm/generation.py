@@ -21,6 +21,7 @@ from vlm.errors import UserError
 from vlm.loading import no_loading_bar
 from vlm.precision import default_device
 from vlm.shared_prefix import SharedPrefixLayer, can_share_prefix, shared_prefix
+from vlm.tiling import size_of
 
 Request = tuple[list[Image.Image], list[Message]]
 """Images, and messages that end with the user's. Image parts take the images in order."""
@@ -69,7 +70,8 @@ def require_supported(model: Any, processor: Any) -> None:
 
 
 def fixed_image_tokens(model: Any, processor: Any) -> bool:
-    """Whether ids do not depend on pixels and images are encoded apart from them, as in our own models."""
+    """Whether ids do not depend on pixels, but on the images' sizes at most, and images are encoded apart from them, as
+    in our own models."""
     return hasattr(model, "get_vision_features") and getattr(processor, "fixed_image_tokens", False)
 
 
@@ -86,24 +88,30 @@ def tokenize(processor: Any, requests: Sequence[Request], *, pixels: bool = Fals
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     options: dict[str, Any] = {"return_tensors": "pt", "padding": True}
+    if not pixels:
+        options |= {"pixels": False, "image_sizes": [size_of(image) for images, _ in requests for image in images]}
     return processor.apply_chat_template(
         [with_images(messages, images) if pixels else messages for images, messages in requests],
         tokenize=True,
         return_dict=True,
         add_generation_prompt=True,
         **template_options(processor, *(messages for _, messages in requests)),
-        processor_kwargs=options if pixels else {**options, "pixels": False},
+        processor_kwargs=options,
     )
 
 
 @torch.no_grad()
-def encode_images(model: Any, processor: Any, images: Sequence[Image.Image]) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Features `[images, P + h * w, D_v]` and their grid `(h, w)`. An image that comes twice is encoded once."""
+def encode_images(
+    model: Any, processor: Any, images: Sequence[Image.Image]
+) -> tuple[list[torch.Tensor], tuple[int, int]]:
+    """Features of each image, `[1, P + h * w, D_v]`, or one for each of its tiles, and their grid `(h, w)`. An image
+    that comes twice is encoded once."""
     distinct = {id(image): image for image in images}
-    order = {key: position for position, key in enumerate(distinct)}
-    pixels = processor.image_processor(list(distinct.values()), return_tensors="pt")["pixel_values"]
+    pixels = processor.prepare_images(list(distinct.values()))["pixel_values"]
     features, grid = model.get_vision_features(pixels.to(model.device))
-    return features[[order[id(image)] for image in images]], grid
+    of_image = features.split([processor.num_tiles(image) for image in distinct.values()])
+    by_identity = dict(zip(distinct, of_image, strict=True))
+    return [by_identity[id(image)] for image in images], grid
 
 
 def encode_requests(model: Any, processor: Any, requests: Sequence[Request]) -> Any:
@@ -115,7 +123,8 @@ def encode_requests(model: Any, processor: Any, requests: Sequence[Request]) -> 
     inputs = tokenize(processor, requests, pixels=not fixed).to(model.device)
     images = [image for row, _ in requests for image in row]
     if fixed and images:
-        inputs["vision_features"], inputs["vision_grid"] = encode_images(model, processor, images)
+        features, inputs["vision_grid"] = encode_images(model, processor, images)
+        inputs["vision_features"] = torch.cat(features)
     return inputs
 
 
@@ -144,8 +153,12 @@ def prompt_lengths(model: Any, processor: Any, requests: Sequence[Request]) -> l
 
 def prompt_shapes(processor: Any, requests: Sequence[Request]) -> list[Any]:
     """What requests that stand in one batch have in common. With a chat template nothing, since they are padded; in
-    Mllama the number of images, of which the padding would be seen. Without one the shape of all their inputs, since
-    the models of that age count padding as positions (BLIP, GIT)."""
+    Mllama the number of images, of which the padding would be seen; with tiling what images are cut into, so that rows
+    begin alike and [share][`share_trunk`] that. Without one the shape of all their inputs, since the models of that age
+    count padding as positions (BLIP, GIT)."""
+    if (tiler := getattr(processor, "tiler", None)) is not None:
+        sizes = [[size_of(image) for image in images] for images, _ in requests]
+        return [tuple((tiler.grid(size), tiler.num_image_tokens(size, 1)) for size in row) for row in sizes]
     if has_chat_template(processor):
         counts = "cross_attention_mask" in processor.model_input_names
         return [len(images) if counts else 0 for images, _ in requests]
@@ -200,9 +213,13 @@ def share_trunk(model: Any, inputs: Any, requests: Sequence[Request], max_new_to
         return inputs
     trunk, images = heads[0, :length], {}
     if "vision_features" in inputs:
-        features = inputs["vision_features"].split([len(key) for key in keys])
+        tiles = [sum(model.num_tiles([size_of(image) for image in images])) for images, _ in requests]
+        features = inputs["vision_features"].split(tiles)
         images["vision_features"] = torch.cat([features[row] for row in first.values()])
         images["vision_grid"] = inputs["vision_grid"]
+        if "image_sizes" in inputs:
+            sizes = inputs["image_sizes"].split([len(key) for key in keys])
+            images["image_sizes"] = torch.cat([sizes[row] for row in first.values()])
     outputs = model(input_ids=trunk.expand(len(first), -1), use_cache=True, logits_to_keep=1, **images)
     order = {key: position for position, key in enumerate(first)}
     chosen = torch.tensor([order[key] for key in keys], device=trunk.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -150,3 +151,32 @@ def padding(image_processor: Any) -> LlavaImageProcessor:
                 "in a way of its own"
             )
     return padded
+
+
+def keep_tiles_whole(image_processor: Any) -> Any:
+    """An image processor that leaves an image of its own size as it is, but for its colours.
+
+    Many scale an image up and cut its edges off (DINOv2's to 256, of which 224 are left), which would leave gaps
+    between tiles. Raises ValueError for one that cannot be kept from it.
+    """
+    image_processor = copy.deepcopy(image_processor)
+    if hasattr(image_processor, "image_processors"):  # several encoders side by side
+        image_processor.image_processors = [keep_tiles_whole(each) for each in image_processor.image_processors]
+        return image_processor
+    height, width = size = image_size_of(image_processor)
+    if hasattr(image_processor, "crop_pct"):  # ConvNeXt's, which knows the shortest edge only
+        image_processor.crop_pct = 1.0
+    else:
+        image_processor.do_center_crop = False
+        image_processor.size = SizeDict(height=height, width=width)
+    black, white, framed = (Image.new("RGB", (width, height), colour) for colour in ("black", "white", "white"))
+    framed.paste("black", (1, 1, width - 1, height - 1))
+    dark, light, seen = image_processor([black, white, framed], return_tensors="pt")["pixel_values"]
+    expected = light.clone()
+    expected[:, 1:-1, 1:-1] = dark[:, 1:-1, 1:-1]
+    if tuple(seen.shape[-2:]) != size or not torch.allclose(seen, expected):
+        raise ValueError(
+            f"{type(image_processor).__name__} scales or cuts images that have its size already, so that tiles would "
+            "lose their edges: leave tiling out, or use another encoder"
+        )
+    return image_processor

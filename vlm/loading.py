@@ -8,6 +8,9 @@ from typing import Any
 
 from transformers.utils import logging
 
+SHOWN = 4
+"""So many missing weights are named: enough to know what they belong to."""
+
 
 @contextmanager
 def no_loading_bar() -> Iterator[None]:
@@ -19,11 +22,13 @@ def no_loading_bar() -> Iterator[None]:
         logging.set_tqdm_hook(before)
 
 
-def load_quietly(auto_class: Any, name: str, **kwargs: Any) -> Any:
+def load_quietly(auto_class: Any, name: str, *, pooled: bool = False, **kwargs: Any) -> Any:
     """`auto_class.from_pretrained(name, ...)` without a table of what the checkpoint has beyond the model's weights.
 
     A vision tower taken out of CLIP leaves the text half and the projection behind, as it should. Weights that are
-    *missing* are an error: transformers would make them up and warn. Raises ValueError naming them.
+    *missing* are an error: transformers would make them up and warn. Those of a pooling layer, which some checkpoints
+    are saved without (ViT, BEiT, DeiT), are missed only if its output is wanted, `pooled`. Raises ValueError with
+    their names.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -32,8 +37,8 @@ def load_quietly(auto_class: Any, name: str, **kwargs: Any) -> Any:
             model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
-    # A pooling layer that a checkpoint was saved without (ViT, BEiT, DeiT) is not read here.
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key.split("."))
+    missing = sorted(key for key in info["missing_keys"] if pooled or "pooler" not in key.split("."))
     if missing:
-        raise ValueError(f"{name} lacks weights of {type(model).__name__}: {', '.join(missing)}")
+        more = f" and {len(missing) - SHOWN} others" if len(missing) > SHOWN else ""
+        raise ValueError(f"{name} lacks weights of {type(model).__name__}: {', '.join(missing[:SHOWN])}{more}")
     return model

@@ -3,6 +3,7 @@
 pixel_values [images, 3, H, W]
     -> vision_tower           [images, N, D_v]   any encoder, see `vlm.encoder`
     -> multi_modal_projector  [images, M, D_t]   visual tokens, see `vlm.adapters`
+       with tiling, all this of tiles, whose tokens then make up those of images, see `vlm.tiling`
     -> prefix                 in place of the image tokens of `input_ids` [B, L]
        and/or cross_attention gated blocks between the decoder's layers, see `vlm.fusion`
     -> language_model         logits [B, L, V]   any AutoModelForCausalLM
@@ -10,7 +11,10 @@ pixel_values [images, 3, H, W]
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -20,11 +24,12 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from vlm.adapters import VisionStates, build_projector
+from vlm.adapters import AnyresMerger, TilePositions, VisionStates, build_projector
 from vlm.configuration import VLMConfig
 from vlm.encoder import encode, vision_hidden_size
 from vlm.fusion import insert_cross_attention
 from vlm.image_attention import bidirectional_image_masks
+from vlm.tiling import Size, Tiler, tiler_of
 
 
 @dataclass
@@ -61,6 +66,11 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         layers = len(config.vision_feature_layer) if isinstance(config.vision_feature_layer, list) else 1
         hidden_size = config.vision_hidden_size or vision_hidden_size(self.vision_tower) * layers
         self.multi_modal_projector = build_projector(config.projector, hidden_size, config.text_config.hidden_size)
+        self.tiler = tiler_of(config.tiling)
+        if self.tiler is not None and self.tiler.type == "anyres":
+            self.anyres_merger = AnyresMerger(config.text_config.hidden_size)
+        if self.tiler is not None and config.uses_cross_attention:
+            self.tile_positions = TilePositions(self.tiler.max_tiles, config.text_config.hidden_size)
         if config.uses_cross_attention:
             insert_cross_attention(self.language_model, config.cross_attention_every, config.cross_attention_layers)
         self.post_init()
@@ -92,10 +102,13 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         vision_features: Tensor | None = None,
         vision_grid: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """Visual tokens `[images, M, D_t]` of pixels, or of features that `get_vision_features` gave earlier.
+        image_sizes: Tensor | None = None,
+    ) -> Sequence[Tensor]:
+        """Visual tokens `[images, M, D_t]` of pixels, or of features that `get_vision_features` gave earlier; with
+        tiling a list, of `[tokens, D_t]` for each image.
 
-        Raises ValueError if images of this size do not become the tokens that stand for an image in `input_ids`.
+        Raises ValueError if images of this size do not become the tokens that stand for an image in `input_ids`, and if
+        tiles and `image_sizes` do not match.
         """
         if vision_features is None and pixel_values is not None:
             vision_features, vision_grid = self.get_vision_features(pixel_values)
@@ -108,7 +121,45 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"images with a grid of {vision_grid[0]} x {vision_grid[1]} become {visual_tokens.shape[1]} tokens; "
                 f"this model's take {self.config.image_seq_length}. Let its own processor prepare the images."
             )
-        return visual_tokens
+        if self.tiler is None:
+            return visual_tokens
+        return self._of_images(visual_tokens, self._sizes(image_sizes, 0), self.tiler)
+
+    def num_tiles(self, image_sizes: Sequence[Size]) -> list[int]:
+        """How many rows of `pixel_values` each image is: 1 without tiling."""
+        return [1 if self.tiler is None else self.tiler.num_tiles(size) for size in image_sizes]
+
+    def image_tokens(self, image_sizes: Sequence[Size]) -> list[int]:
+        """How many tokens of `input_ids` stand for each image. Sizes, `(height, width)`, only matter with tiling."""
+        length = self.config.image_seq_length
+        return [length if self.tiler is None else self.tiler.num_image_tokens(size, length) for size in image_sizes]
+
+    def _sizes(self, image_sizes: Tensor | None, num_images: int) -> list[Size]:
+        """`image_sizes [images, 2]` as a list; without tiling, where they say nothing, one for each image."""
+        if self.tiler is None:
+            return [(0, 0)] * num_images
+        if image_sizes is None:
+            raise ValueError("images that come in tiles need image_sizes, which the processor gives with pixel_values")
+        return [(height, width) for height, width in image_sizes.tolist()]
+
+    def _of_images(self, visual_tokens: Tensor, sizes: list[Size], tiler: Tiler) -> list[Tensor]:
+        """The tokens `[tokens, D_t]` of each image, from those of all tiles `[tiles, M, D_t]`."""
+        tiles = self.num_tiles(sizes)
+        if sum(tiles) != len(visual_tokens):
+            raise ValueError(
+                f"{len(tiles)} images of these image_sizes have {sum(tiles)} tiles, and {len(visual_tokens)} came. "
+                "Let the processor cut the images."
+            )
+        if self.config.uses_cross_attention:
+            places = [place for size in sizes for place in tiler.places(size)]
+            visual_tokens = self.tile_positions(visual_tokens, torch.tensor(places, device=visual_tokens.device))
+        images = visual_tokens.split(tiles)
+        if tiler.type == "tiles":
+            return [image.flatten(0, 1) for image in images]
+        return [
+            self.anyres_merger(image, tiler.grid(size), tiler.token_grid, tiler.unpadded(size))
+            for image, size in zip(images, sizes, strict=True)
+        ]
 
     @can_return_tuple
     def forward(
@@ -122,6 +173,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         vision_features: Tensor | None = None,
         vision_grid: tuple[int, int] | None = None,
+        image_sizes: Tensor | None = None,
         vision_states: VisionStates | None = None,
         logits_to_keep: int | Tensor = 0,
         token_type_ids: Tensor | None = None,
@@ -130,7 +182,8 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Logits of `input_ids [B, L]`, whose image tokens stand for the images of `pixel_values [images, 3, H, W]`.
 
         `attention_mask` is `[B, L]`, or `[B, 1, L, L]` boolean for rows that hold several conversations.
-        `vision_features` and `vision_grid` (see `get_vision_features`) may come in place of `pixel_values`. With a
+        `vision_features` and `vision_grid` (see `get_vision_features`) may come in place of `pixel_values`. With tiling
+        both are of tiles, and `image_sizes [images, 2]`, each `(height, width)`, says which are one image. With a
         `cache`, images are those of the new tokens, and `vision_states` what the tokens in it left to look at.
         `token_type_ids` are for those who make masks; here `input_ids` say where images are.
         Raises ValueError if image tokens and images do not match.
@@ -138,22 +191,24 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None or vision_features is not None:
-            visual_tokens = self.get_image_features(pixel_values, vision_features, vision_grid).to(inputs_embeds)
-            image_mask = self._image_mask(input_ids, len(visual_tokens))
+            images = self.get_image_features(pixel_values, vision_features, vision_grid, image_sizes)
+            images = [visual_tokens.to(inputs_embeds) for visual_tokens in images]
+            image_tokens = self.image_tokens(self._sizes(image_sizes, len(images)))
+            image_mask = self._image_mask(input_ids, image_tokens)
             if self.config.uses_prefix:
-                inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), visual_tokens)
+                inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), torch.cat(images))
                 whole = isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4)
                 if self.config.image_attention == "bidirectional" and not whole:
                     attention_mask = bidirectional_image_masks(
                         self.config, inputs_embeds, attention_mask, cache, position_ids, image_mask.long()
                     )
             if self.config.uses_cross_attention:
-                latest = VisionStates.of(visual_tokens, self._image_index(image_mask, attention_mask))
+                latest = VisionStates.of(images, self._image_index(image_mask, image_tokens, attention_mask))
                 vision_states = vision_states.followed_by(latest) if vision_states is not None else latest
         elif vision_states is not None:
             vision_states = vision_states.for_next_tokens(inputs_embeds.shape[1])
         elif input_ids is not None and (cache is None or not cache.get_seq_length()):
-            self._image_mask(input_ids, 0)
+            self._image_mask(input_ids, [])
         if vision_states is not None:
             kwargs["vision_states"] = vision_states
         outputs = self.language_model(
@@ -176,26 +231,32 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             vision_states=vision_states,
         )
 
-    def _image_mask(self, input_ids: Tensor | None, num_images: int) -> Tensor:
-        """`[B, L]`, where the image tokens are. Raises ValueError unless they make `num_images` whole images."""
+    def _image_mask(self, input_ids: Tensor | None, image_tokens: list[int]) -> Tensor:
+        """`[B, L]`, where the image tokens are. Raises ValueError unless they make whole images, of `image_tokens`
+        tokens each."""
         if input_ids is None:
             raise ValueError("images need input_ids, whose image tokens say where they belong; inputs_embeds have none")
         image_mask = input_ids == self.config.image_token_id
-        size, counts = self.config.image_seq_length, image_mask.sum(dim=1).tolist()
-        if sum(counts) != num_images * size:
+        counts = image_mask.sum(dim=1).tolist()
+        if sum(counts) != sum(image_tokens):
+            same = set(image_tokens) or {self.config.image_seq_length}
+            of = f" of {same.pop()} tokens" if len(same) == 1 else ""
             raise ValueError(
-                f"input_ids hold {sum(counts)} image tokens; {num_images} images of {size} tokens need "
-                f"{num_images * size}. Let the processor expand the image tokens, and pass its pixel_values."
+                f"input_ids hold {sum(counts)} image tokens; {len(image_tokens)} images{of} need {sum(image_tokens)}. "
+                "Let the processor expand the image tokens, and pass its pixel_values."
             )
-        for row, count in enumerate(counts):
-            if count % size:
-                raise ValueError(f"row {row} of input_ids holds {count} image tokens, and an image takes {size}")
+        ends = set(accumulate(image_tokens, initial=0))
+        for row, end in enumerate(accumulate(counts)):
+            if end not in ends:
+                image = image_tokens[bisect_left([*accumulate(image_tokens)], end)]
+                raise ValueError(f"row {row} of input_ids holds {counts[row]} image tokens, and an image takes {image}")
         return image_mask
 
-    def _image_index(self, image_mask: Tensor, attention_mask: Any) -> Tensor:
+    def _image_index(self, image_mask: Tensor, image_tokens: list[int], attention_mask: Any) -> Tensor:
         """`[B, L]`: the number, over all rows, of the latest image that each token may look at; -1 for none."""
-        ordinal = (image_mask.flatten().cumsum(0).view_as(image_mask) - 1) // self.config.image_seq_length
-        ordinal = ordinal.masked_fill(~image_mask, -1)
+        tokens = torch.tensor(image_tokens, device=image_mask.device)
+        ordinal = torch.full(image_mask.shape, -1, device=image_mask.device)
+        ordinal[image_mask] = torch.arange(len(tokens), device=image_mask.device).repeat_interleave(tokens)
         if isinstance(attention_mask, dict):  # of a decoder that has sliding layers, made for a static cache
             attention_mask = attention_mask["full_attention"]
         if attention_mask is None or attention_mask.ndim == 2:
@@ -223,7 +284,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not kwargs.get("use_cache", True):
             inputs["vision_states"] = None
         elif not kwargs.get("is_first_iteration"):
-            inputs["pixel_values"] = inputs["vision_features"] = None
+            inputs["pixel_values"] = inputs["vision_features"] = inputs["image_sizes"] = None
         return inputs
 
     def _update_model_kwargs_for_generation(
@@ -235,12 +296,19 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         """Repeat rows for beams and samples; a row's images stay together and in order."""
-        images: dict[str, Tensor] = {}
-        for name in ("pixel_values", "vision_features"):
-            if expand_size > 1 and (value := kwargs.pop(name, None)) is not None:
-                image_mask = self._image_mask(kwargs.get("input_ids"), len(value))
-                counts = (image_mask.sum(dim=1) // self.config.image_seq_length).tolist()
+        expanded: dict[str, Tensor] = {}
+        given = {name: kwargs.pop(name, None) for name in ("pixel_values", "vision_features", "image_sizes")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if expand_size > 1 and given:
+            sizes = self._sizes(given.get("image_sizes"), len(next(iter(given.values()))))
+            image_tokens = self.image_tokens(sizes)
+            image_mask = self._image_mask(kwargs.get("input_ids"), image_tokens)
+            ends = [0, *accumulate(image_tokens)]
+            last = [ends.index(end) for end in accumulate(image_mask.sum(dim=1).tolist(), initial=0)]
+            for name, value in given.items():
+                parts = [1] * len(sizes) if name == "image_sizes" else self.num_tiles(sizes)
+                counts = [sum(parts[start:end]) for start, end in pairwise(last)]
                 rows = [row.repeat(expand_size, *[1] * (row.ndim - 1)) for row in value.split(counts)]
-                images[name] = torch.cat(rows)
+                expanded[name] = torch.cat(rows)
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[misc]
-        return input_ids, {**kwargs, **images}
+        return input_ids, {**kwargs, **given, **expanded}

@@ -1,6 +1,5 @@
 """`vlm predict`: the same prompt on many images, one JSON row each, in a file that a second run continues."""
 
-import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlm.batches import MAX_BATCH_TOKENS
 from vlm.data.example import Message
-from vlm.data.images import ImageError, chunks, open_image
+from vlm.data.images import ImageError, chunks, find_images, open_image
 from vlm.errors import UserError
 
 Request = tuple[list[Image.Image], list[Message]]
 Generate = Callable[[list[Request]], list[str]]
 """From requests to one answer each (vlm.generation.generate)."""
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2"}
 
 
 @dataclass(frozen=True)
@@ -30,27 +27,6 @@ class Counts:
     done: int
     earlier: int
     broken: int
-
-
-def find_images(patterns: Sequence[str]) -> list[str]:
-    """Return the files that `patterns` name, each once: files, folders (with what is in their folders), and globs.
-
-    Raises UserError for a pattern that finds nothing.
-    """
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            files = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        elif path.exists():  # before the glob: `photo[1].jpg` may be a file of that name
-            files = [str(path)]
-        else:
-            files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
-        if not files:
-            what = "has no images in it" if path.is_dir() else "is no file or folder, and no file matches it"
-            raise UserError(f"{pattern} {what}")
-        found |= dict.fromkeys(files)
-    return list(found)
 
 
 def predict(

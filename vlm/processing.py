@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import _MARKED_RE
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END
+
+from vlm.tiling import Size, size_of, tiler_of
 
 IMAGE_TOKEN = "<image>"
 
@@ -44,13 +49,15 @@ class VLMProcessor(ProcessorMixin):
     """An image processor and a tokenizer in one (as `LlavaProcessor`).
 
     Args:
-        image_seq_length: how many image tokens stand for an image in `input_ids`; equal to the model's.
+        image_seq_length: how many image tokens stand for an image, or each of its tiles, in `input_ids`; equal to the
+            model's.
         image_attention: equal to the model's; with `bidirectional`, `token_type_ids` are given, 1 at image tokens.
         image_token: the placeholder in text. One placeholder an image, in order; it is expanded here.
+        tiling: equal to the model's; see [`vlm.tiling.Tiler`].
     """
 
     fixed_image_tokens = True
-    """An image takes `image_seq_length` tokens whatever it shows, so ids do not depend on pixels."""
+    """An image's tokens follow from its size, and without tiling not even from that, so ids do not depend on pixels."""
 
     def __init__(
         self,
@@ -60,9 +67,11 @@ class VLMProcessor(ProcessorMixin):
         image_seq_length: int = 1,
         image_token: str = IMAGE_TOKEN,
         image_attention: str = "causal",
+        tiling: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.image_seq_length = image_seq_length
+        self.tiling, self.tiler = tiling, tiler_of(tiling)
         self.image_attention = image_attention
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -73,20 +82,66 @@ class VLMProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         names = ["input_ids", "attention_mask", "pixel_values"]
+        names += ["image_sizes"] if self.tiler is not None else []
         return [*names, "token_type_ids"] if self.image_attention == "bidirectional" else names
 
-    def __call__(self, images: Any = None, text: Any = None, *, pixels: bool = True, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        images: Any = None,
+        text: Any = None,
+        *,
+        pixels: bool = True,
+        image_sizes: Sequence[Size] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As in `ProcessorMixin`. With `pixels=False` image placeholders are expanded although no image is given: the
-        ids of a text whose pixels, or features, come from elsewhere."""
+        ids of a text whose pixels, or features, come from elsewhere. Tiling then needs the images' `image_sizes`, each
+        `(height, width)`, and gives them back as the model takes them, `[images, 2]`.
+        Raises ValueError if placeholders and images, or their sizes, do not match."""
         texts = [text] if isinstance(text, str) else text
         if kwargs.get("sanitize_control_tokens"):
             # Taken out for counting, the token that a user wrote into `<im<image>age>` would leave another behind.
             texts = [sample.replace(_CONTROL_TOKEN_END, 2 * _CONTROL_TOKEN_END) for sample in texts]
         if pixels:
             return self._with_types(super().__call__(images=images, text=texts, **kwargs))
-        num_images = sum(sample.count(self.image_token) for sample in texts)
-        texts, _ = self.get_text_with_replacements(texts, [self.replace_image_token({}, 0)] * num_images)
-        return self._with_types(BatchFeature(dict(self.tokenizer(texts, **kwargs))))
+        if self.tiler is None:
+            replacements = [self.image_token * self.image_seq_length] * sum(s.count(self.image_token) for s in texts)
+        else:
+            replacements = [self._tiled_text(*size) for size in image_sizes or ()]
+            wanted = sum(_MARKED_RE.sub("", sample).count(self.image_token) for sample in texts)
+            if len(replacements) != wanted:
+                raise ValueError(
+                    f"{wanted} {self.image_token} placeholders, and the sizes of {len(replacements)} images: with "
+                    "tiling ids follow from the sizes; pass image_sizes, one for each image"
+                )
+        texts, _ = self.get_text_with_replacements(texts, replacements)
+        inputs = BatchFeature(dict(self.tokenizer(texts, **kwargs)))
+        if self.tiler is not None and image_sizes:
+            inputs["image_sizes"] = torch.tensor(image_sizes)
+        return self._with_types(inputs)
+
+    def prepare_images(self, images: Sequence[Image.Image]) -> BatchFeature:
+        """`pixel_values [images, 3, H, W]`; with tiling, of all tiles of all images, and `image_sizes [images, 2]`."""
+        if self.tiler is None:
+            return self.image_processor(images, return_tensors="pt")
+        tiles = [tile for image in images for tile in self.tiler.split(image)]
+        inputs = self.image_processor(tiles, return_tensors="pt")
+        return BatchFeature({**inputs, "image_sizes": torch.tensor([size_of(image) for image in images])})
+
+    def num_tiles(self, image: Image.Image) -> int:
+        """How many rows of `pixel_values` an image is."""
+        return 1 if self.tiler is None else self.tiler.num_tiles(size_of(image))
+
+    def _process_images(self, images: Any, **kwargs: Any) -> Any:
+        if self.tiler is None:
+            return super()._process_images(images, **kwargs)
+        flat: Any = make_flat_list_of_images(images)
+        inputs = self.prepare_images([to_pil_image(image).convert("RGB") for image in flat])
+        return inputs, [self._tiled_text(*size) for size in inputs["image_sizes"].tolist()]
+
+    def _tiled_text(self, height: int, width: int) -> str:
+        assert self.tiler is not None
+        return self.tiler.text((height, width), self.image_token, self.image_seq_length)
 
     def _with_types(self, inputs: BatchFeature) -> BatchFeature:
         if self.image_attention == "bidirectional" and "input_ids" in inputs:

@@ -28,7 +28,9 @@ from pydantic import (
 
 from vlm import recipe_train
 from vlm.batches import MAX_BATCH_TOKENS
+from vlm.data.augmentation import Augmentation
 from vlm.errors import nearest
+from vlm.presets import PRESETS, with_preset
 from vlm.recipe_errors import FoundError, findings, to_recipe_error
 from vlm.recipe_paths import expand, expand_source, home
 from vlm.recipe_source import COMMAND_LINE, KeyPath, Places, RecipeError, apply_overrides, read_yaml
@@ -64,8 +66,9 @@ class Adapter(_Section):
     """With `prefix`: tokens of an image see what is before them, as words do, or their whole image too (Gemma 3)."""
     cross_attention_every: int = Field(default=4, ge=1)
     """With cross-attention: one block of Flamingo for every so many decoder layers."""
-    cross_attention_layers: list[int] | None = None
-    """With cross-attention: layers as Llama 3.2 Vision's instead, at these positions among all layers, from 0."""
+    cross_attention_layers: list[int] | Literal["mllama"] | None = None
+    """With cross-attention: layers as Llama 3.2 Vision's instead, at these positions among all layers, from 0; `mllama`
+    is its own 3, 8, 13 ... to the end of the language model."""
     data_dependent_init: bool = True
     """Before training, fit the projector to the features of some training images and to the size of word embeddings."""
 
@@ -108,9 +111,21 @@ class Adapter(_Section):
         raise FoundError([(("cross_attention_layers",), why)])
 
 
+class Tiling(_Section):
+    """Images in more detail than the encoder's input has room for: cut into tiles, with a thumbnail of the whole."""
+
+    type: Literal["tiles", "anyres"] = "tiles"
+    """`tiles` keeps tiles apart, a marker before each (Idefics3, SmolVLM); `anyres` puts their tokens together to one
+    grid again, without the padding (LLaVA-NeXT)."""
+    max_tiles: int = Field(default=6, ge=2)
+    """The most tiles an image is cut into, beside the thumbnail. Each takes the tokens of an image without tiling."""
+
+
 class Model(_Section):
     """Either `pretrained`, a vision-language model as it is, or `vision` and `language`, joined by `adapter`."""
 
+    preset: str | None = None
+    """A published model whose bridge is the default of the keys below: `llava`, `flamingo` ... (vlm/presets.py)."""
     pretrained: str | None = None
     """A whole vision-language model to fine-tune: Hub name or folder."""
     vision: str | list[str] | None = None
@@ -130,6 +145,8 @@ class Model(_Section):
     image_aspect_ratio: Literal["square", "pad"] = "square"
     """In LLaVA's words: `square` is the encoder's own way, mostly a resize and a crop; `pad` pads to a square with the
     mean colour, so that nothing is lost at the edges."""
+    tiling: Tiling | None = None
+    """Cut large images into tiles of that size; null gives the encoder each image as one."""
     chat_template: Literal["auto", "chatml"] = "auto"
     """`auto` is the language model's own; `chatml` is plain ChatML turns without a system prompt, which is shorter."""
     image_markers: list[str] | None = Field(default=None, min_length=2, max_length=2)
@@ -137,6 +154,15 @@ class Model(_Section):
     token. Some architectures that a model can be exported to have markers of their own."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model from the Hub. Only for a model whose code you have read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(name := raw.get("preset"), str) or raw.get("pretrained"):
+            return raw
+        if name not in PRESETS:
+            raise FoundError([(("preset",), f"there is none called '{name}'; {nearest(name, PRESETS)}")])
+        return with_preset(raw, name)
 
     @field_validator("vision", "vision_feature_layer", "image_size", mode="before")
     @classmethod
@@ -166,9 +192,24 @@ class Model(_Section):
         if encoders > 1 and self.vision_feature_select_strategy == "full":
             why = "full is for one encoder: several have no class token in common"
             found.append((("vision_feature_select_strategy",), why))
+        if self.tiling:
+            found += self._beside_tiling(self.tiling)
         if found:
             raise FoundError(found)
         return self
+
+    def _beside_tiling(self, tiling: Tiling) -> list[tuple[KeyPath, str]]:
+        found: list[tuple[KeyPath, str]] = []
+        if self.image_aspect_ratio == "pad":
+            why = "pad does not go with `tiling`, whose tiles are square already; anyres pads the whole image itself"
+            found.append((("image_aspect_ratio",), why))
+        if tiling.type == "anyres" and self.adapter.fusion == "cross_attention":
+            why = "anyres puts tokens in reading order, which `fusion: cross_attention` does not see; choose tiles"
+            found.append((("tiling", "type"), why))
+        if tiling.type == "anyres" and self.vision_feature_select_strategy == "full":
+            why = "full keeps class tokens, which have no place on the grid of `tiling` anyres; choose default"
+            found.append((("vision_feature_select_strategy",), why))
+        return found
 
     @property
     def encoders(self) -> list[str]:
@@ -229,6 +270,8 @@ class Data(_Section):
     faster than encoding anew, and there is room."""
     max_cache_size: float = Field(default=50, gt=0, allow_inf_nan=False)
     """How large the folder of kept features may become, in GB. 90 % of the free disk is a limit too."""
+    augmentation: Augmentation | None = None
+    """Random changes to the images of training, others in each epoch; an encoder's features are then not kept."""
 
     @field_validator("cache_features", mode="before")
     @classmethod
@@ -236,6 +279,13 @@ class Data(_Section):
         if value != "auto" and not isinstance(value, bool):
             raise ValueError(f"must be auto, true or false, not {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _kept(self) -> "Data":
+        if self.augmentation and self.cache_features is True:
+            why = "does not go with `augmentation`, which changes the images in each epoch; remove one of them"
+            raise FoundError([(("cache_features",), why)])
+        return self
 
     @field_validator("train", "validation")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from threading import Event, Thread
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, T
 
 from vlm.adapters import VisionStates
 from vlm.generation import Request, encode_images, fixed_image_tokens, has_plain_generate, to_generate, tokenize
+from vlm.tiling import size_of
 
 CAUSAL_INPUTS = {
     "input_ids",
@@ -52,7 +54,8 @@ class Session:
         self._images: list[Image.Image] = []
         """The images of the last request, and maybe of tokens in the cache."""
         self._features: dict[int, torch.Tensor] = {}
-        """By the identity of an image of `_images`, what our own model's encoder made of it: `[1, P + h * w, D_v]`."""
+        """By the identity of an image of `_images`, what our own model's encoder made of it: `[1, P + h * w, D_v]`, or
+        one for each tile."""
         self._grid: Any = None
 
     def stream(self, request: Request, *, max_new_tokens: int = 256, **generate_kwargs: Any) -> Iterator[str]:
@@ -117,7 +120,7 @@ class Session:
         pairs = zip(self._ids, ids[:-1], strict=False)  # one is left to predict from
         length = next((n for n, (old, new) in enumerate(pairs) if old != new), min(len(self._ids), len(ids) - 1))
         known = 0
-        for first, last, count in _places(self.model.config, ids, len(images), fixed):
+        for first, last, count in _places(self.model, ids, images, fixed):
             old, new = self._images[known : known + count], images[known : known + count]
             same = len(old) == len(new) == count and all(a is b for a, b in zip(old, new, strict=True))
             if not same or last >= length:
@@ -136,19 +139,28 @@ class Session:
         new = {id(image): image for image in images if id(image) not in self._features}
         if new:
             features, self._grid = encode_images(self.model, self.processor, list(new.values()))
-            self._features |= dict(zip(new, features.split(1), strict=True))
+            self._features |= dict(zip(new, features, strict=True))
         self._images = list(images)  # holds them, so that nothing else gets their identity
         self._features = {id(image): self._features[id(image)] for image in images}
         inputs: dict[str, Any] = {}
         if known < len(images):
             inputs["vision_features"] = torch.cat([self._features[id(image)] for image in images[known:]])
             inputs["vision_grid"] = self._grid
+            inputs |= self._sizes(images[known:])
         if known and self.model.config.uses_cross_attention:
             latest = self._features[id(images[known - 1])]
-            visual_tokens = self.model.get_image_features(vision_features=latest, vision_grid=self._grid)
+            visual_tokens = self.model.get_image_features(
+                vision_features=latest, vision_grid=self._grid, **self._sizes(images[known - 1 : known])
+            )
             first = torch.zeros(1, 1, dtype=torch.long, device=latest.device)
             inputs["vision_states"] = VisionStates.of(visual_tokens, first)
         return inputs
+
+    def _sizes(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """The `image_sizes` that a model with tiling is given of `images`."""
+        if self.processor.tiling is None:
+            return {}
+        return {"image_sizes": torch.tensor([size_of(image) for image in images], device=self.model.device)}
 
 
 def _is_causal(model: Any, inputs: Any) -> bool:
@@ -157,12 +169,12 @@ def _is_causal(model: Any, inputs: Any) -> bool:
     return plain and set(inputs) <= CAUSAL_INPUTS and getattr(model.config, "image_token_id", None) is not None
 
 
-def _places(config: Any, ids: Sequence[int], num_images: int, fixed: bool) -> list[tuple[int, int, int]]:
+def _places(model: Any, ids: Sequence[int], images: Sequence[Image.Image], fixed: bool) -> list[tuple[int, int, int]]:
     """Where images stand in `ids`: the first token, the last one, and how many images. The images of a stock model,
     whose tokens and inputs are its own affair, are one place with all that comes before: known together or not at all.
     """
-    tokens = [place for place, token in enumerate(ids) if token == config.image_token_id]
+    tokens = [place for place, token in enumerate(ids) if token == model.config.image_token_id]
     if not fixed:
-        return [(0, tokens[-1], max(num_images, 1))] if tokens else []
-    size = config.image_seq_length
-    return [(tokens[n], tokens[n + size - 1], 1) for n in range(0, len(tokens), size)]
+        return [(0, tokens[-1], max(len(images), 1))] if tokens else []
+    ends = accumulate(model.image_tokens([size_of(image) for image in images]))
+    return [(tokens[start], tokens[end - 1], 1) for start, end in pairwise([0, *ends])]

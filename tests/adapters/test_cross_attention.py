@@ -58,7 +58,7 @@ def test_flamingos_equals_the_formula_by_hand():
 
 
 @torch.no_grad()
-def test_flamingos_equals_that_of_idefics():
+def test_flamingos_equals_that_of_idefics(parity):
     """What differs: Idefics' visual tokens come normalised from its resampler, and its feed-forward has a gate, so ours
     gets none of the first and Idefics' own of the second; and a token that sees no image has a feed-forward there."""
     torch.manual_seed(0)
@@ -84,6 +84,7 @@ def test_flamingos_equals_that_of_idefics():
     found = block(hidden, vision)
     sees = index >= 0
     assert (expected - hidden)[sees].std() > 0.1
+    parity("Flamingo", "gated cross-attention, that of Idefics", (found - expected)[sees].abs().max())
     assert (found - expected)[sees].abs().max() < 1e-5
     unseeing = hidden + stock.alpha_dense.tanh() * stock.mlp(stock.post_attention_layernorm(hidden))
     assert (unseeing - expected)[~sees].abs().max() < 1e-5
@@ -101,7 +102,7 @@ def take_weights(block, stock, attention, attention_gate, feed_forward_gate):
 
 
 @torch.no_grad()
-def test_a_decoder_with_mllamas_layers_equals_mllama():
+def test_a_decoder_with_mllamas_layers_equals_mllama(parity):
     """The whole decoder, with layers of its own as Llama's. What differs: in Mllama a token that sees no image attends
     to all of them, so here each sees one."""
     torch.manual_seed(0)
@@ -149,6 +150,7 @@ def test_a_decoder_with_mllamas_layers_equals_mllama():
     found = ours(ids, vision_states=vision).logits
     without = ours(ids).logits
     assert (without - expected).abs().max() > 0.1
+    parity("Llama 3.2 Vision", "logits of its decoder", (found - expected).abs().max())
     assert (found - expected).abs().max() < 1e-5
 
 

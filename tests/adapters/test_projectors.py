@@ -57,6 +57,24 @@ def test_every_projector_takes_any_grid_that_fits(name):
         assert tokens.shape == (1, projector.num_tokens(0, grid), 20)
 
 
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_tokens_on_a_grid_are_as_many_as_it_has_places(name):
+    """And they lie on it as the patches do: one of the upper left sees nothing but patches of the upper left."""
+    projector = small(name)
+    for grid in ((4, 6), (6, 4), (8, 8)):
+        token_grid = projector.token_grid(grid)
+        if token_grid is None:  # of latents, which look at everything
+            return
+        assert token_grid[0] * token_grid[1] == projector.num_tokens(0, grid)
+        features = torch.randn(1, grid[0] * grid[1], 12, requires_grad=True)
+        tokens = projector(features, grid).view(*token_grid, 20)
+        tokens[: token_grid[0] // 2, 0].square().sum().backward()
+        rows, columns = features.grad.abs().sum(-1).view(grid).nonzero().unbind(1)
+        if name != "c_abstractor":  # whose convolutions look around
+            assert rows.max() < grid[0] / 2
+            assert columns.max() < grid[1] / 2
+
+
 def test_pixel_shuffle_puts_squares_of_neighbours_into_one_token_and_loses_nothing():
     projector = build_projector({"type": "pixel_shuffle", "scale_factor": 2}, 1, 4)
     with torch.no_grad():

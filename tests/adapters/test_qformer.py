@@ -44,7 +44,7 @@ def take_weights(projector, stock):
 
 @pytest.mark.parametrize("width", [12, 16], ids=["encoder narrower", "encoder as wide"])
 @pytest.mark.parametrize("frequency", [1, 2, 3])
-def test_equals_that_of_blip_2(width, frequency):
+def test_equals_that_of_blip_2(width, frequency, parity):
     torch.manual_seed(0)
     config = Blip2QFormerConfig(
         hidden_size=16,
@@ -71,4 +71,5 @@ def test_equals_that_of_blip_2(width, frequency):
         expected = projector.language_projection(expected)
         found = projector(features, (4, 6))
     assert expected.std() > 0.1
+    parity("BLIP-2", "Q-Former", (found - expected).abs().max())
     assert (found - expected).abs().max() < 1e-5

@@ -9,7 +9,7 @@ from vlm.adapters import build_projector
 
 
 @torch.no_grad()
-def test_equals_that_of_idefics():
+def test_equals_that_of_idefics(parity):
     """Idefics has no layer in front, no bias outside its norms, and ReLU where ours has GELU. So our layer
     in front is the identity here, our biases are zero, and its ReLU is a GELU."""
     torch.manual_seed(0)
@@ -40,4 +40,6 @@ def test_equals_that_of_idefics():
         features = torch.randn(2, grid[0] * grid[1], width)
         expected = stock(features)
         assert expected.std() > 0.1
-        assert (projector(features, grid) - expected).abs().max() < 1e-5
+        difference = (projector(features, grid) - expected).abs().max()
+        parity("Idefics", "resampler", difference)
+        assert difference < 1e-5

@@ -42,6 +42,21 @@ def test_shown_files_are_read_as_the_text_says(name, tmp_path):
         assert all(open_image(image).size == (8, 8) for image in example.images)
 
 
+def test_shown_rows_of_several_images_are_read(tmp_path):
+    [rows] = re.findall(
+        r"```jsonl\n(.*?)```", SECTIONS["Several images, few-shot prompts, text alone"], flags=re.DOTALL
+    )
+    (tmp_path / "metadata.jsonl").write_text(rows, encoding="utf-8")
+    for name in ("cat.jpg", "dog.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    examples, problems = read({"format": "image_folder", "path": str(tmp_path)}, base_dir=tmp_path)
+    assert problems == []
+    assert [len(example.images) for example in examples] == [2, 2, 0]
+    first, second = (example.branches[0].messages for example in examples[:2])
+    assert [part["type"] for part in first[0]["content"]] == ["text", "image", "text", "image"]
+    assert [message["role"] for message in second] == ["user", "assistant"] * 2
+
+
 def test_each_option_of_each_format_is_named():
     for name, source in READERS.items():
         for option in source.model_fields:

@@ -43,7 +43,7 @@ def fill(cache, vlm, sources, num_workers=0):
         for sha, source in zip(found, sources, strict=True)
         if not isinstance(sha, ImageError) and sha not in cache
     }
-    keep(cache, encode_images(missing, processor.image_processor, encode, broken=broken, num_workers=num_workers))
+    keep(cache, encode_images(missing, processor, encode, broken=broken, num_workers=num_workers))
     return found, broken, len(seen)
 
 

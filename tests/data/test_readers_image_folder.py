@@ -70,6 +70,15 @@ def test_several_images_and_messages(tmp_path):
     assert [p["type"] for p in examples[1].branches[0].messages[0]["content"]] == ["image", "image", "text"]
 
 
+def test_rows_of_text_alone(tmp_path):
+    chat = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A model."}]
+    rows = [{"file_names": [], "messages": chat}, {"file_names": [], "messages": chat}]
+    examples, problems = read_folder(tmp_path, rows)
+    assert problems == []
+    assert [(example.images, len(example.branches)) for example in examples] == [((), 1), ((), 1)]
+    assert examples[0].image_id != examples[1].image_id
+
+
 def test_limit_counts_images(tmp_path):
     rows = [{"file_name": n, "caption": c} for n, c in [("a.png", "1"), ("b.png", "2"), ("c.png", "3"), ("a.png", "4")]]
     examples, problems = read_folder(tmp_path, rows, limit=2)

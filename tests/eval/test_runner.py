@@ -153,6 +153,31 @@ def test_why_the_blind_score_is_missing(tmp_path: Path, number: int, blind: bool
     assert "blind_prediction" not in (tmp_path / "predictions.jsonl").read_text()
 
 
+def test_examples_of_several_images_are_swapped_among_themselves(tmp_path: Path) -> None:
+    def several(*colours: str) -> Example:
+        parts = [*[{"type": "image"}] * len(colours), {"type": "text", "text": "Describe."}]
+        branch = Branch(({"role": "user", "content": parts}, assistant(f"a {' and '.join(colours)} square")))
+        pictures = tuple(Image.new("RGB", (24, 16), colour) for colour in colours)
+        return Example(pictures, (branch,), image_id=" ".join(colours), where="here")
+
+    asked: list[int] = []
+
+    def all_seeing(requests: list[Request]) -> list[str]:
+        asked.extend(len(images) for images, _ in requests)
+        seen = [[NAME_OF[image.getpixel((0, 0))] for image in images] for images, _ in requests]
+        return [f"a {' and '.join(colours)} square" for colours in seen]
+
+    examples = [*map(several, COLOURS[:4]), several("red", "blue"), several("pink", "gray"), several()]
+    summary = evaluate(examples, all_seeing, ["exact_match"], output_dir=tmp_path)
+    assert sorted(asked) == sorted(2 * [1, 1, 1, 1, 2, 2, 0])
+    assert summary["metrics"]["exact_match"]["score"] == 1
+    assert summary["metrics"]["exact_match"]["blind_score"] == pytest.approx(1 / 7), "the one without images"
+    summary = evaluate([*examples[:-2], several()], all_seeing, ["exact_match"], output_dir=tmp_path)
+    assert summary["blind_missing"] == "only one example has 2 images: there is no other to show instead"
+    summary = evaluate([several()], all_seeing, ["exact_match"], output_dir=tmp_path)
+    assert summary["blind_missing"] == "the examples have no images"
+
+
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     def evaluate_(predict: Any = seeing, examples: Any = (example("red"),), metrics: Any = ("exact_match",)) -> None:
         evaluate(examples, predict, metrics, output_dir=tmp_path)

@@ -351,7 +351,8 @@ def test_two_processes_choose_alike_and_encode_once(parts, tmp_path, vlm_home, m
     values = recipe_values(parts, save_images(tmp_path / "images", broken=1), tmp_path / "run") | {"evaluation": {}}
     values["train"] |= {"ddp_backend": "gloo"}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
-    script = "import vlm.training.features as f\nf.TIMED_BATCHES, f.BATCH_IMAGES = 0, 2\n"  # the rest is shared
+    # One batch of two images is timed; the rest is shared.
+    script = "import vlm.training.features as f\nf.TIMED_BATCHES, f.images_per_batch = 0, lambda processor: 2\n"
     (tmp_path / "train.py").write_text(script + TWO_PROCESSES.format(keep=keep, recipe=str(tmp_path / "mine.yaml")))
     root = Path(__file__).parents[2]
     result = subprocess.run(

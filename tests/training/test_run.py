@@ -21,6 +21,7 @@ from tests.tiny import image, small_projector
 from tests.training.helpers import TRAIN, recipe_values, save_images, save_parts
 from vlm import generation, recipe
 from vlm.cli import app
+from vlm.data.augmentation import Augmentation
 from vlm.data.check import TooManyProblems
 from vlm.errors import UserError
 from vlm.training import run as running
@@ -339,8 +340,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights(two_stages, values, tmp_
     assert logs[0] == logs[1], "the log is that of the undisturbed run too"
 
 
-def test_a_run_resumed_in_a_later_epoch_equals_one_that_was_not_stopped(values, tmp_path, monkeypatch):
-    """Each epoch has rows of its own, and the resumed run must deal those of its epoch."""
+@pytest.mark.parametrize("augmentation", [None, {"random_resized_crop": {"scale": [0.3, 0.6]}}], ids=str)
+def test_a_run_resumed_in_a_later_epoch_equals_one_that_was_not_stopped(values, tmp_path, monkeypatch, augmentation):
+    """Each epoch has rows of its own and changes images in its own way, and the resumed run must do as its epoch."""
     rows = [{"file_name": f"{n}.png", "captions": ["a cat", "no cat"]} for n in range(10)]  # alike: they change places
     for n in range(10):
         image(n).save(tmp_path / f"{n}.png")
@@ -348,8 +350,9 @@ def test_a_run_resumed_in_a_later_epoch_equals_one_that_was_not_stopped(values, 
     source = {"format": "image_folder", "path": str(tmp_path), "metadata": "train.jsonl"}
     arguments = {key: value for key, value in TRAIN.items() if key != "max_steps"}
     values |= {"train": arguments | {"num_train_epochs": 3, "eval_strategy": "no"}, "evaluation": {}}
-    values["data"] = {"train": source, "max_tokens_per_row": 100}
-    train(values | {"output_dir": str(tmp_path / "undisturbed")})
+    values["data"] = {"train": source, "max_tokens_per_row": 100, "augmentation": augmentation}
+    said = train(values | {"output_dir": str(tmp_path / "undisturbed")})
+    assert ("features: not kept on disk, since data.augmentation" in said) == bool(augmentation)
     log = (tmp_path / "undisturbed/metrics.jsonl").read_text().splitlines()
     steps = max(json.loads(line)["step"] for line in log)
     assert 9 <= steps < 30, "too few steps for a checkpoint in the middle of the last epoch, or one image a row"
@@ -361,6 +364,22 @@ def test_a_run_resumed_in_a_later_epoch_equals_one_that_was_not_stopped(values, 
     wanted, found = (generation.load(str(tmp_path / name), device="cpu")[0] for name in ("undisturbed", "run"))
     for (name, p), (_, q) in zip(wanted.named_parameters(), found.named_parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_images_are_changed_in_training_alone(values, monkeypatch):
+    """Not for the held-out loss and the scores, and not where trees are compared with rows of one answer."""
+    seeds = []
+    change = Augmentation.__call__
+
+    def changed(augment, image, seed):
+        seeds.append(seed)
+        return change(augment, image, seed)
+
+    monkeypatch.setattr(Augmentation, "__call__", changed)
+    values["data"] |= {"augmentation": {"random_resized_crop": {"scale": [0.1, 0.2]}, "color_jitter": {"hue": 0.5}}}
+    assert "no trees" not in train(values)
+    assert len(seeds) > 4
+    assert all("train.jsonl" in seed for seed in seeds)
 
 
 def test_a_changed_recipe_is_said_on_resuming(values, monkeypatch):

@@ -88,12 +88,14 @@ def plain_loss(model, processor, made):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_row_an_answer_has_the_models_own_loss(name):
+def test_a_row_an_answer_has_the_models_own_loss(name, parity):
     model, processor = stock(name)
     model.requires_grad_(True)
     wanted = own_loss(model, processor, examples(processor))
     assert any(float(grad.abs().max()) for key, grad in wanted[1].items() if "vision" in key or "visual" in key)
-    assert_close(plain_loss(model, processor, examples(processor)), wanted)
+    found = plain_loss(model, processor, examples(processor))
+    assert_close(found, wanted)
+    parity(table()[model.config.model_type]["family"], "loss in training, `pretrained`", abs(found[0] - wanted[0]))
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -34,6 +34,7 @@ from tests.tiny import (
     tiny,
     user,
 )
+from vlm import encoder
 from vlm.build import assemble, build
 from vlm.encoder import load_vision_tower
 from vlm.generation import generate
@@ -93,6 +94,19 @@ def test_build_says_nothing_and_answers(folders, vision, language, warnings, cap
         max_new_tokens=3,
     )
     assert isinstance(answers[0], str)
+
+
+@torch.no_grad()
+def test_the_vision_half_of_a_dual_encoder_says_what_the_whole_does(folders, parity):
+    clip = CLIPModel.from_pretrained(folders / "clip").eval()
+    model, processor = build(str(folders / "clip"), str(folders / "metaspace"))
+    pixels = processor.image_processor(image(), return_tensors="pt")["pixel_values"]
+    expected = clip.vision_model(pixels)
+    features = encoder.encode(model.vision_tower.eval(), pixels)
+    difference = (features.patches - expected.last_hidden_state[:, 1:]).abs().max()
+    parity("CLIP", "patch embeddings of its vision half", difference)
+    assert difference < 1e-6
+    assert (features.pooled - expected.pooler_output).abs().max() < 1e-6
 
 
 def test_weights_are_those_of_the_checkpoints(folders):
@@ -203,6 +217,16 @@ def test_encoders_whose_image_processor_is_of_another_kind(folders, vision, imag
 def test_what_does_not_fit_is_refused(folders, options, message):
     with pytest.raises(ValueError, match=message):
         build(str(folders / "clip"), str(folders / "byte_level"), **options)
+
+
+def test_an_unknown_option_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match=r"unknown option 'feature_layer'\. Did you mean 'vision_feature_layer'"):
+        build("/nowhere", "/nowhere", feature_layer=-2)
+
+
+def test_a_projector_is_its_name_or_its_options(folders):
+    named, _ = build(str(folders / "clip"), str(folders / "byte_level"), projector="linear")
+    assert named.config.projector == {"type": "linear"}
 
 
 def test_markers_around_images_are_tokens_of_their_own():

@@ -14,7 +14,7 @@ from vlm.cli import app
 
 COMMANDS = (
     ["train"], ["recipes"], ["data", "check"], ["cache", "ls"], ["cache", "clear"],
-    ["eval"], ["chat"], ["predict"], ["push"], ["quickstart"],
+    ["encode"], ["encoders"], ["eval"], ["chat"], ["predict"], ["push"], ["quickstart"],
 )  # fmt: skip
 
 

@@ -95,6 +95,28 @@ ENCODERS = {
     "timm_efficientnet_lite0": timm("tf_efficientnet_lite0", 64, 32),
     "timm_mobilenet": timm("mobilenetv3_small_050", 64, 32),
 }
+LIBRARIES = {False: "transformers", True: "timm"}
+CALLED = {
+    "vit": "ViT",
+    "deit": "DeiT",
+    "beit": "BEiT",
+    "clip": "CLIP-ViT",
+    "siglip": "SigLIP",
+    "siglip2_naflex": "SigLIP 2 NaFlex",
+    "dinov2": "DINOv2",
+    "dinov2_registers": "DINOv2 with registers",
+    "dinov3": "DINOv3",
+    "dinov3_convnext": "DINOv3 ConvNeXt",
+    "swin": "Swin",
+    "swinv2": "Swin V2",
+    "resnet": "ResNet",
+    "efficientnet": "EfficientNet",
+    "efficientnet_lite0": "EfficientNet",
+    "convnext": "ConvNeXt",
+    "mobilenet_v2": "MobileNetV2",
+    "mobilenet": "MobileNetV3",
+    "eva": "EVA-02",
+}
 SAYS_NO_WIDTH = {"mobilenet_v2"}
 CHANNELS_LAST = {"timm_swin", "timm_swinv2"}
 ANY_SIZE = {"timm_dinov3", "timm_resnet", "timm_convnext", "timm_efficientnet_lite0", "timm_mobilenet"}
@@ -140,7 +162,7 @@ def tokens_of(name, hidden):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoder_says_what_its_model_says(name, towers):
+def test_an_encoder_says_what_its_model_says(name, towers, parity):
     """Shapes, grid, no token but patches among the patches, the pooled vector, and gradients."""
     case, tower = ENCODERS[name], towers(name)
     pixels = torch.rand(2, 3, case.side, case.side)
@@ -153,6 +175,9 @@ def test_an_encoder_says_what_its_model_says(name, towers):
     assert tokens.shape[1] == case.num_prefix + side * side
     assert torch.equal(features.prefix, tokens[:, : case.num_prefix])
     assert torch.equal(features.patches, tokens[:, case.num_prefix :])
+    of_timm = name.startswith("timm_")
+    difference = (torch.cat([features.prefix, features.patches], dim=1) - tokens).abs().max()
+    parity(CALLED[name.removeprefix("timm_")], f"patch embeddings, {LIBRARIES[of_timm]}", difference)
     assert features.pooled.ndim == 2
     assert torch.equal(features.pooled, pooled)
     if name in SAYS_NO_WIDTH:

@@ -15,11 +15,16 @@ BATCHES = {
     "padded batch": [(image(0), "a cat"), (image(1), "what is in the image ?")],
 }
 
+CALLED = {"llava": "LLaVA", "idefics3": "Idefics3", "smolvlm": "SmolVLM", "internvl": "InternVL", "gemma3": "Gemma 3"}
+
 
 @pytest.fixture(scope="module", params=COUNTERPARTS)
 def pair(request):
     model, processor = counterpart(request.param)
     return model, from_stock(model), processor
+
+
+TILES = {"type": "tiles", "max_tiles": 4}
 
 
 def batch(processor, *conversations):
@@ -30,14 +35,17 @@ def test_every_family_is_tested():
     assert COUNTERPARTS.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("conversations", BATCHES.values(), ids=BATCHES)
-def test_ours_computes_what_the_stock_model_does(pair, conversations):
+@pytest.mark.parametrize("name", BATCHES)
+def test_ours_computes_what_the_stock_model_does(pair, name, parity):
     theirs, ours, processor = pair
+    conversations = BATCHES[name]
     inputs = batch(processor, *conversations)
     wanted = logits(theirs, **inputs)
+    seen = inputs["attention_mask"].bool()
     difference = (wanted - logits(ours, **for_ours(inputs))).abs()
     assert wanted.std() > 0.1
-    assert difference[inputs["attention_mask"].bool()].max() < 1e-4
+    parity(CALLED[theirs.config.model_type], "logits of ours with its weights", difference[seen].max())
+    assert difference[seen].max() < 1e-4
     other = inputs | {"pixel_values": -inputs["pixel_values"]}  # else a model blind to images would pass
     assert (logits(theirs, **other) - wanted).abs().max() > 1e-2
 
@@ -105,6 +113,7 @@ def test_a_model_that_llava_cannot_be_is_refused(changes, message):
             "patches of its encoder's output",
         ),
         ("idefics3", {"image_markers": IDEFICS3_MARKERS, "pictures": image_processor()}, "makes other pixels"),
+        ("idefics3", {"image_markers": IDEFICS3_MARKERS, "tiling": TILES}, "cut into tiles"),
         ("gemma3", {"projector": "average_pool"}, "image_attention is causal"),
         ("internvl", {"projector": "pixel_shuffle_mlp"}, "has InternViT and no other"),
     ],

@@ -188,7 +188,7 @@ def test_the_image_index_is_the_latest_image_of_the_row():
     model, _ = tiny(fusion="cross_attention")
     token = model.config.image_token_id
     ids = torch.tensor([[1, token, 2, token, 3], [4, 5, 6, 7, 8], [9, 9, token, 1, 1]])
-    index = model._image_index(ids == token, None)
+    index = model._image_index(ids == token, [1] * 3, None)
     assert index.tolist() == [[-1, 0, 0, 1, 1], [-1] * 5, [-1, -1, 2, 2, 2]]
 
 
@@ -202,9 +202,9 @@ def test_the_image_index_follows_a_tree_mask():
     for query, keys in enumerate([[0], [0, 1], [0, 1, 2], [0, 1, 3], [4], [4, 5], [4, 5, 6], [7]]):
         sees[query, keys] = True
     expected = [[0, 0, 0, 0, -1, 1, 1, -1]]
-    assert model._image_index(ids == token, sees[None, None]).tolist() == expected
+    assert model._image_index(ids == token, [1] * 2, sees[None, None]).tolist() == expected
     additive = torch.zeros(8, 8).masked_fill(~sees, torch.finfo(torch.float32).min)
-    assert model._image_index(ids == token, additive[None, None]).tolist() == expected
+    assert model._image_index(ids == token, [1] * 2, additive[None, None]).tolist() == expected
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

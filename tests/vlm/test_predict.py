@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from vlm.data.images import find_images
 from vlm.errors import UserError
-from vlm.predict import Counts, Request, find_images, predict
+from vlm.predict import Counts, Request, predict
 
 
 class Namer:

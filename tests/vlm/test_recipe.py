@@ -142,7 +142,39 @@ def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -
         (("data:\n", "  image_size: [9, 9]\ndata:\n"), 5, "model.image_size: has 2 sizes, and `vision` names 1"),
         (("data:\n", "  vision_feature_layer: []\ndata:\n"), 5, "vision_feature_layer: must be a whole number such"),
         (("data:\n", "  vision_feature_layer: [-2, x]\ndata:\n"), 5, "vision_feature_layer: must be a whole number"),
+        (("data:\n", "data:\n  augmentation: {}\n"), 6, "data.augmentation: changes nothing; name one of random_res"),
+        (("data:\n", "data:\n  augmentation: {color_jiter: {hue: 1}}\n"), 6, "color_jiter: unknown key; did you mean"),
+        (("data:\n", "data:\n  augmentation: {color_jitter: {hue: 1}}\n"), 6, "hue: must be at most 0.5, not 1"),
+        (("data:\n", "data:\n  augmentation: {random_horizontal_flip: true}\n"), 6, "flip: must be a number"),
+        (
+            ("data:\n", "data:\n  augmentation: {random_resized_crop: {scale: [0.5, 2]}}\n"),
+            6,
+            "scale: must be the least and the largest number of at most 1",
+        ),
+        (
+            ("data:\n", "data:\n  augmentation: {random_resized_crop: {ratio: 2}}\n"),
+            6,
+            "ratio: must be the least and the largest number, such as",
+        ),
+        (
+            ("data:\n", "data:\n  cache_features: true\n  augmentation: {random_horizontal_flip: 0.5}\n"),
+            6,
+            "data.cache_features: does not go with `augmentation`",
+        ),
         (("some/encoder\n", "[a, b]\n  vision_feature_select_strategy: full\n"), 4, "full is for one encoder"),
+        (("data:\n", "  tiling: {type: tile}\ndata:\n"), 5, "model.tiling.type: "),
+        (("data:\n", "  tiling: {max_tiles: 1}\ndata:\n"), 5, "model.tiling.max_tiles: "),
+        (("data:\n", "  image_aspect_ratio: pad\n  tiling: {}\ndata:\n"), 5, "pad does not go with `tiling`"),
+        (
+            ("data:\n", "  adapter: {fusion: cross_attention}\n  tiling: {type: anyres}\ndata:\n"),
+            6,
+            "model.tiling.type: anyres puts tokens in reading order",
+        ),
+        (
+            ("data:\n", "  tiling: {type: anyres}\n  vision_feature_select_strategy: full\ndata:\n"),
+            6,
+            "full keeps class tokens",
+        ),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_line(tmp_path: Path, change: tuple[str, str], line: int, message: str) -> None:
@@ -352,14 +384,20 @@ def test_several_encoders_layers_and_sizes(tmp_path: Path) -> None:
         recipe.require_models(loaded)
 
 
-def test_every_option_of_build_is_a_key_of_the_model_section() -> None:
+def test_every_option_of_a_new_model_is_a_key_of_the_model_section() -> None:
     from vlm.build import build
+    from vlm.configuration import VLMConfig
 
-    defaults = recipe.Model(vision="v", language="l")
-    keys = {**dict(defaults), **dict(defaults.adapter)}
-    for name, parameter in inspect.signature(build).parameters.items():
-        assert name in keys
-        if parameter.default is not inspect.Parameter.empty and name != "projector":
-            assert keys[name] == parameter.default
-    assert keys["projector"] == {"type": inspect.signature(build).parameters["projector"].default}
-    assert keys.keys() - inspect.signature(build).parameters.keys() == {"pretrained", "adapter", "data_dependent_init"}
+    made = recipe.Model(vision="v", language="l")
+    keys = {**dict(made), **dict(made.adapter)}
+    parameters = inspect.signature(build).parameters.values()
+    options = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+    config = VLMConfig()
+    bridge = {name: getattr(config, name) for name in VLMConfig.__annotations__}
+    assert keys.keys() - {*options, *bridge} == {"preset", "pretrained", "adapter", "data_dependent_init"}
+    found_while_building = {"image_token_id", "image_seq_length", "vision_hidden_size", "tie_word_embeddings"}
+    assert bridge.keys() - keys.keys() == {"vision_config", "text_config", *found_while_building}
+    assert options.keys() <= keys.keys()
+    for name, default in (options | bridge).items():
+        if name in keys and default is not inspect.Parameter.empty:
+            assert keys[name] == default

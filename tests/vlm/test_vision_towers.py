@@ -150,3 +150,25 @@ def test_a_run(parts, tmp_path, monkeypatch, rates):
     folder = tmp_path / "run" / "model"
     assert AutoProcessor.from_pretrained(folder).image_processor.image_processors[0].image_mean == (0.2, 0.3, 0.4)
     assert AutoModelForImageTextToText.from_pretrained(folder).config.vision_config.image_sizes == [[32, 32], [64, 64]]
+
+
+@torch.no_grad()
+def test_tiles_are_seen_whole_by_each_encoder(parts):
+    """Cut to the size of the larger one; the smaller one scales a tile down and cuts nothing off."""
+    tiling = {"type": "tiles", "max_tiles": 4}
+    model, processor = build(names(parts, "dinov2", "siglip"), str(parts / "language"), tiling=tiling, **PAIR)
+    assert processor.tiler.tile_size == (64, 64)
+    made = processor.prepare_images([image(0, (128, 64))])
+    tiles = processor.tiler.split(image(0, (128, 64)))
+    assert len(made["pixel_values"]) == len(tiles) == 3
+    alone = [AutoModel.from_pretrained(name).eval() for name in names(parts, "dinov2", "siglip")]
+    whole = {"size": {"height": 32, "width": 32}, "do_center_crop": False, "image_mean": [0.2, 0.3, 0.4]}
+    processors = BitImageProcessor(**whole), SiglipImageProcessor(size={"height": 64, "width": 64})
+    pixels = [each(tiles, return_tensors="pt")["pixel_values"] for each in processors]
+    expected = [
+        alone[0](pixels[0]).last_hidden_state[:, 1:],
+        alone[1](pixels[1], interpolate_pos_encoding=True).last_hidden_state,
+    ]
+    found, grid = model.get_vision_features(made["pixel_values"])
+    assert grid == (4, 4)
+    assert torch.allclose(found, torch.cat(expected, dim=-1), atol=1e-4)

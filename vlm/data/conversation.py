@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlm.data.example import Branch, Message
+from vlm.data.example import Branch, Message, count_image_parts
 from vlm.data.prompts import IMAGE_MASKS, QUESTION_INPUTS, TOKEN_TYPES, encode_prompt, has_chat_template
 from vlm.errors import UserError
 
@@ -78,18 +78,22 @@ def encode_conversation(
     processor: Any,
     messages: Sequence[Message],
     images: Sequence[Image.Image] | None,
+    image_sizes: Sequence[tuple[int, int]] = (),
     *,
     add_generation_prompt: bool = False,
 ) -> dict[str, Any]:
     """What the processor makes of one conversation, as lists and tensors of one row.
 
-    `images=None` asks for the ids alone, which our own processor can give without looking at a pixel. Without a chat
-    template see [`encode_prompt`][vlm.data.prompts.encode_prompt].
+    `images=None` asks for the ids alone, which our own processor can give without looking at a pixel: with tiling from
+    `image_sizes`, each `(height, width)`. Without a chat template see
+    [`encode_prompt`][vlm.data.prompts.encode_prompt].
     """
     if not has_chat_template(processor):
         return encode_prompt(processor, messages, images or [])
     conversation = list(messages) if images is None else with_images(messages, images)
-    options: dict[str, Any] = {"pixels": False} if images is None else {"return_tensors": "pt"}
+    options: dict[str, Any] = {"return_tensors": "pt"}
+    if images is None:
+        options = {"pixels": False, "image_sizes": image_sizes}
     return processor.apply_chat_template(
         conversation,
         tokenize=True,
@@ -100,8 +104,14 @@ def encode_conversation(
     )
 
 
-def tokenize_branch(processor: Any, branch: Branch, images: Sequence[Image.Image] | None = None) -> TokenizedBranch:
-    """Token ids and labels of `branch`, up to the end of its last answer.
+def tokenize_branch(
+    processor: Any,
+    branch: Branch,
+    images: Sequence[Image.Image] | None = None,
+    image_sizes: Sequence[tuple[int, int]] = (),
+) -> TokenizedBranch:
+    """Token ids and labels of `branch`, up to the end of its last answer; `images` and `image_sizes` as for
+    [`encode_conversation`].
 
     What an assistant says is found by rendering the conversation up to it, with and without it. Raises ValueError if
     the chat template does not allow that: a turn must leave the text before it as it is. And if a message holds a token
@@ -110,7 +120,8 @@ def tokenize_branch(processor: Any, branch: Branch, images: Sequence[Image.Image
 
     def encode(messages: Sequence[Message], add_generation_prompt: bool) -> dict[str, Any]:
         try:
-            return encode_conversation(processor, messages, images, add_generation_prompt=add_generation_prompt)
+            sizes = image_sizes[: count_image_parts(messages)]
+            return encode_conversation(processor, messages, images, sizes, add_generation_prompt=add_generation_prompt)
         except UserError as error:
             raise UserError(f"{branch.where}: {error}") from None
         except (NotImplementedError, ValueError) as error:

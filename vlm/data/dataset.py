@@ -13,14 +13,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from vlm.data.augmentation import Augmentation
 from vlm.data.check import image_problem
 from vlm.data.conversation import IGNORE, TokenizedBranch, tokenize_branch
 from vlm.data.example import Branch, Example, Problem
 from vlm.data.features import FeatureCache
-from vlm.data.images import ImageError, open_image
+from vlm.data.images import ImageError, image_size, open_image
 from vlm.data.tree_masks import TreeMasks, require_trees
 from vlm.data.trees import Tree, lay_out, lay_out_plain, make_tree, pack, paths, trunk_length
 from vlm.errors import UserError
+from vlm.tiling import Size, size_of
 
 T = TypeVar("T")
 Progress = Callable[[Iterable[T], int], Iterable[T]]
@@ -30,17 +32,28 @@ Progress = Callable[[Iterable[T], int], Iterable[T]]
 class TreeItem:
     """One example, ready: its tree, and where its images come from (kept features, or the images themselves).
 
-    `answers` counts the branches in the tree, `answers_of_example` those of all trees about its images.
+    `answers` counts the branches in the tree, `answers_of_example` those of all trees about its images. `features` are
+    the keys of all tiles of its images, and `image_sizes` are known, where there is tiling. `augmentation` is what is
+    done to the images, and the seed that it follows.
     """
 
     tree: Tree
     example: Example
     features: tuple[str, ...] = ()
     answers_of_example: int = 1
+    image_sizes: tuple[Size, ...] = ()
+    augmentation: tuple[Augmentation, str] | None = None
 
     @property
     def answers(self) -> int:
         return max(self.tree.branch_ids)
+
+    def open_images(self) -> list[Image.Image]:
+        images = [open_image(source, where=self.example.where) for source in self.example.images]
+        if self.augmentation is None:
+            return images
+        augment, seed = self.augmentation
+        return [augment(image, f"{seed}, {number}") for number, image in enumerate(images)]
 
 
 Row = list[TreeItem]
@@ -89,13 +102,19 @@ def make_items(
         except ImageError as error:
             report(image_problem(error, example))
             continue
-        branches = [_tokenize(processor, branch, images, memory) for branch in example.branches]
+        if not getattr(processor, "tiling", None):
+            sizes = []
+        elif features is None:
+            sizes = [size_of(image) for image in images]
+        else:
+            sizes = [image_size(source, where=example.where) for source in example.images]
+        branches = [_tokenize(processor, branch, images, sizes, memory) for branch in example.branches]
         groups = [branches] if _share_images(branches, processor) else [[branch] for branch in branches]
         kept = [fitting for group in groups if (fitting := _fit(group, max_length, too_long, example, left_out))]
         left_out.examples += not kept
         keys = features[index] if features is not None else ()
         answers = sum(map(len, kept))
-        items += [TreeItem(make_tree(group), example, keys, answers) for group in kept]
+        items += [TreeItem(make_tree(group), example, keys, answers, tuple(sizes)) for group in kept]
     return items, left_out
 
 
@@ -110,15 +129,15 @@ def _share_images(branches: list[TokenizedBranch], processor: Any) -> bool:
 
 
 def _tokenize(
-    processor: Any, branch: Branch, images: list[Image.Image], memory: dict[str, TokenizedBranch]
+    processor: Any, branch: Branch, images: list[Image.Image], sizes: list[Size], memory: dict[str, TokenizedBranch]
 ) -> TokenizedBranch:
-    # Our own processor gives an image the same number of tokens whatever it shows, so equal conversations about
-    # different images have equal ids.
+    # Our own processor gives images the same number of tokens whatever they show, with tiling if they are of one size,
+    # so equal conversations about different images have equal ids.
     if not getattr(processor, "fixed_image_tokens", False):
         return tokenize_branch(processor, branch, images)
-    key = repr(branch.messages)
+    key = repr((branch.messages, sizes))
     if key not in memory:
-        memory[key] = tokenize_branch(processor, branch)
+        memory[key] = tokenize_branch(processor, branch, image_sizes=sizes)
     return memory[key]
 
 
@@ -155,11 +174,16 @@ class TreeDataset(Dataset[Row]):
     Neighbours in the data are often alike, so rows are packed from the items in a random order, another one in each
     epoch. What is expensive, opening images or reading features, is left to the collator. The longest row is the first:
     neighbours make batches with little padding. `row_lengths` are their tokens, the same in each epoch.
+
+    `augmentation` changes the images, of an example alike wherever it stands, and in each epoch in another way.
     """
 
-    def __init__(self, items: Sequence[TreeItem], max_tokens: int, seed: int = 0) -> None:
+    def __init__(
+        self, items: Sequence[TreeItem], max_tokens: int, seed: int = 0, augmentation: Augmentation | None = None
+    ) -> None:
         self.items = random.Random(seed).sample(items, len(items))
         self.seed = seed
+        self.augmentation = augmentation
         lengths = [len(item.tree) for item in self.items]
         self._packed = sorted(pack(lengths, max_tokens), key=lambda row: -sum(lengths[i] for i in row))
         self.row_lengths = [sum(lengths[i] for i in row) for row in self._packed]
@@ -183,7 +207,12 @@ class TreeDataset(Dataset[Row]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        return self.rows[index]
+        row = self.rows[index]
+        if self.augmentation is None:
+            return row
+        # By a seed and not in turn, so that a resumed run and any number of workers see the same.
+        seeds = [f"{self.seed}, {self.epoch}, {item.example.where}" for item in row]
+        return [replace(item, augmentation=(self.augmentation, seed)) for item, seed in zip(row, seeds, strict=True)]
 
 
 @dataclass
@@ -228,8 +257,12 @@ class TreeCollator:
         """What the model sees of the items' images, in order."""
         if self.features is not None:
             kept = [self.features[key] for item in items for key in item.features]
-            return {"vision_features": torch.stack(kept), "vision_grid": self.features.grid} if kept else {}
-        rows = [[open_image(source, where=item.example.where) for source in item.example.images] for item in items]
+            if not kept:
+                return {}
+            sizes = [size for item in items for size in item.image_sizes]
+            tiled = {"image_sizes": torch.tensor(sizes)} if sizes else {}
+            return {"vision_features": torch.stack(kept), "vision_grid": self.features.grid, **tiled}
+        rows = [item.open_images() for item in items]
         return image_inputs(self.processor, rows) if any(rows) else {}
 
 
@@ -239,13 +272,16 @@ def image_inputs(processor: Any, rows: Sequence[Sequence[Image.Image]]) -> dict[
 
     Models whose layers attend to the images of their row get `[rows, images, ...]`.
     """
+    images = [image for row in rows for image in row]
+    if getattr(processor, "fixed_image_tokens", False):
+        return dict(processor.prepare_images(images))
     options = {"return_tensors": "pt", **getattr(processor, "images_kwargs", {})}
     names = set(processor.model_input_names)
     if "image_attention_mask" in names:  # Idefics' image processor gives the pixels alone
         return {"pixel_values": pad_sequence([processor.image_processor(row, **options) for row in rows], True)}
     # LLaVA-OneVision cuts an image into tiles where it is the only one, and Mllama has a place for each of a row.
     by_row = names & {"batch_num_images", "cross_attention_mask"}
-    made = processor.image_processor([*rows] if by_row else [image for row in rows for image in row], **options)
+    made = processor.image_processor([*rows] if by_row else images, **options)
     return {name: value for name, value in made.items() if name in names}
 
 

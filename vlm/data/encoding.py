@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from vlm.data.example import ImageSource
 from vlm.data.features import FeatureCache
 from vlm.data.images import ImageError, image_sha256, open_image
+from vlm.tiling import Size, size_of
 
 BATCH_IMAGES = 16
 SHARD_IMAGES = 256
@@ -25,11 +26,16 @@ Encode = Callable[[Tensor], tuple[Tensor, tuple[int, int]]]
 
 @dataclass
 class EncodedBatch:
-    """The SHA-256 of `images`, and their `features [B, N, D]` on the encoder's device."""
+    """The names of `images`, mostly their SHA-256 or the keys of their tiles, and their `features [B, N, D]` on the
+    encoder's device."""
 
     images: list[str]
     features: Tensor
     grid: tuple[int, int]
+
+    @property
+    def num_images(self) -> int:
+        return len({key.partition(":")[0] for key in self.images})
 
 
 def hash_images(sources: Sequence[ImageSource]) -> list[str | ImageError]:
@@ -51,22 +57,22 @@ def hash_images(sources: Sequence[ImageSource]) -> list[str | ImageError]:
 
 def encode_images(
     images: Mapping[str, ImageSource],
-    image_processor: Any,
+    processor: Any,
     encode: Encode,
     *,
     broken: dict[str, ImageError],
     num_workers: int = 0,
 ) -> Iterator[EncodedBatch]:
-    """Run `images`, by their SHA-256, through `encode` in batches, in order; those that do not open go to `broken`.
+    """Run `images`, by their names, through `encode` in batches, in order; those that do not open go to `broken`.
 
-    `num_workers` processes open images and run `image_processor` on them (0: this process). They hold neither the
-    model nor anything on its device.
+    `num_workers` processes open images and prepare them (0: this process). They hold neither the model nor anything on
+    its device. With tiling each tile counts as an image, under a [key of its own][`tile_keys`].
     """
     loader: DataLoader[Any] = DataLoader(
         list(images.items()),  # type: ignore[arg-type]  # a list is a data set
-        batch_size=BATCH_IMAGES,
+        batch_size=images_per_batch(processor),
         num_workers=num_workers,
-        collate_fn=partial(_prepare, image_processor),
+        collate_fn=partial(_prepare, processor),
         generator=torch.Generator(),  # nothing is drawn from the one that training draws from
     )
     for opened, pixels, failed in loader:
@@ -75,8 +81,13 @@ def encode_images(
             yield EncodedBatch(opened, *encode(pixels))
 
 
+def images_per_batch(processor: Any) -> int:
+    """How many images are encoded together: as many as make about `BATCH_IMAGES` of the encoder's inputs."""
+    return BATCH_IMAGES if processor.tiler is None else max(1, BATCH_IMAGES // (processor.tiler.max_tiles + 1))
+
+
 def _prepare(
-    image_processor: Any, batch: list[tuple[str, ImageSource]]
+    processor: Any, batch: list[tuple[str, ImageSource]]
 ) -> tuple[list[str], Tensor | None, dict[str, ImageError]]:
     opened, failed = {}, {}
     for sha, source in batch:
@@ -84,8 +95,20 @@ def _prepare(
             opened[sha] = open_image(source)
         except ImageError as error:
             failed[sha] = error
-    pixels = image_processor(list(opened.values()), return_tensors="pt")["pixel_values"] if opened else None
-    return list(opened), pixels, failed
+    pixels = processor.prepare_images(list(opened.values()))["pixel_values"] if opened else None
+    return [key for sha, image in opened.items() for key in tile_keys(processor, sha, size_of(image))], pixels, failed
+
+
+def tile_keys(processor: Any, sha: str, image_size: Size) -> tuple[str, ...]:
+    """The keys under which the features of an image are kept: its SHA-256, with tiling one for each tile."""
+    if processor.tiler is None:
+        return (sha,)
+    return tuple(f"{sha}:{number}" for number in range(processor.tiler.num_tiles(image_size)))
+
+
+def first_key(processor: Any, sha: str) -> str:
+    """The key that is there if those of the whole image are, since a batch is kept whole or not at all."""
+    return sha if processor.tiler is None else f"{sha}:0"
 
 
 def keep(cache: FeatureCache, batches: Iterable[EncodedBatch]) -> list[Path]:

@@ -1,10 +1,11 @@
-"""Opening images from anywhere as plain RGB, within bounds, or saying what is wrong with them."""
+"""Finding images, and opening them from anywhere as plain RGB, within bounds, or saying what is wrong with them."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
@@ -31,7 +32,11 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = (5, 6, 7, 8)
 
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2"}
+"""What a file in a folder is called if it is an image."""
 
 CHUNK = 64
 CHUNK_PIXELS = 2**26  # 192 MB of RGB
@@ -50,6 +55,27 @@ class ImageError(UserError):
         return f"{self.where}: {self.why}; {self.fix}"
 
 
+def find_images(patterns: Sequence[str]) -> list[str]:
+    """Return the files that `patterns` name, each once: files, folders (with what is in their folders), and globs.
+
+    Raises UserError for a pattern that finds nothing.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            files = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        elif path.exists():  # before the glob: `photo[1].jpg` may be a file of that name
+            files = [str(path)]
+        else:
+            files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+        if not files:
+            what = "has no images in it" if path.is_dir() else "is no file or folder, and no file matches it"
+            raise UserError(f"{pattern} {what}")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
 def open_image(
     source: ImageSource, *, where: str = "", max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
 ) -> Image.Image:
@@ -65,20 +91,7 @@ def open_image(
         ImageError: the image is missing, empty, too large, truncated, or not an image.
     """
     name = _name(source, where)
-    payload = _fetch(source, name)
-    if isinstance(payload, Image.Image):
-        image = payload
-    else:
-        data = _read(payload, name, max_bytes)
-        try:
-            Image.init()
-            image = Image.open(BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ImageError(name, f"too many pixels ({error})", "resize it before training") from error
-        except Exception as error:  # Pillow's plugins raise a dozen different types on broken headers
-            why = f"not an image that can be read ({len(data)} bytes, starts with {data[:8]!r})"
-            raise ImageError(name, why, f"re-save it as PNG or JPEG; formats read: {', '.join(FORMATS)}") from error
-
+    image = _undecoded(source, name, max_bytes)
     width, height = image.size
     if width * height > max_pixels:
         why = f"{width} x {height} is {width * height:,} pixels, more than the {max_pixels:,} allowed"
@@ -90,6 +103,32 @@ def open_image(
     except Exception as error:  # as above: decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
         raise ImageError(name, f"truncated or damaged ({error})", "download or save it again") from error
     return _to_rgb(_upright(image), name)
+
+
+def image_size(source: ImageSource, *, where: str = "", max_bytes: int = MAX_BYTES) -> tuple[int, int]:
+    """`(height, width)` of what `open_image` would give, from the header; no pixel is decoded.
+
+    Raises:
+        ImageError: the image is missing, empty or too large, or not an image.
+    """
+    image = _undecoded(source, _name(source, where), max_bytes)
+    return (image.width, image.height) if _orientation(image) in _ON_ITS_SIDE else (image.height, image.width)
+
+
+def _undecoded(source: ImageSource, name: str, max_bytes: int) -> Image.Image:
+    """An image whose header has been read."""
+    payload = _fetch(source, name)
+    if isinstance(payload, Image.Image):
+        return payload
+    data = _read(payload, name, max_bytes)
+    try:
+        Image.init()
+        return Image.open(BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(name, f"too many pixels ({error})", "resize it before training") from error
+    except Exception as error:  # Pillow's plugins raise a dozen different types on broken headers
+        why = f"not an image that can be read ({len(data)} bytes, starts with {data[:8]!r})"
+        raise ImageError(name, why, f"re-save it as PNG or JPEG; formats read: {', '.join(FORMATS)}") from error
 
 
 def chunks(groups: Iterable[tuple[_T, list[Image.Image]]]) -> Iterator[list[tuple[_T, list[Image.Image]]]]:
@@ -168,11 +207,15 @@ def _read(payload: str | bytes, name: str, max_bytes: int) -> bytes:
         raise ImageError(name, f"cannot be read ({error.strerror})", "check the file and its permissions") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int | None:
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION)
+        return image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # a damaged EXIF block says nothing about the pixels; viewers show such an image unrotated too
-        return image
+        return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 

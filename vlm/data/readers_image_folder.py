@@ -31,10 +31,10 @@ class ImageFolderSource(Source):
             if miss := unknown_near_miss(row, _KNOWN):
                 collector.bad(where, *miss)
                 continue
-            if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
+            if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
                 collector.bad(where, "file_name", "expected the name of an image (or several under 'file_names')")
                 continue
-            image_id = str(row.get("image_id", "|".join(names)))
+            image_id = str(row.get("image_id", "|".join(names) or where))
             if not collector.wants(image_id):
                 continue
             branches = rows.branches(row, num_images=len(names), where=where, problems=collector.problems)

@@ -20,10 +20,19 @@ from transformers import TrainingArguments
 
 from vlm.data.check import ProblemLog, image_problem
 from vlm.data.disk import GB, gigabytes, size_on_disk
-from vlm.data.encoding import BATCH_IMAGES, Encode, EncodedBatch, encode_images, hash_images, keep
+from vlm.data.encoding import (
+    Encode,
+    EncodedBatch,
+    encode_images,
+    first_key,
+    hash_images,
+    images_per_batch,
+    keep,
+    tile_keys,
+)
 from vlm.data.example import Example, ImageSource
 from vlm.data.features import FeatureCache, FeaturesTooLarge, cache_key, stored_bytes
-from vlm.data.images import ImageError, open_image
+from vlm.data.images import ImageError, image_size, open_image
 from vlm.errors import UserError
 from vlm.image_processors import image_size_of
 from vlm.recipe import Recipe
@@ -57,17 +66,17 @@ def kept_features(
     hashes = [hash_images(group) for group in sources]
     pairs = [pair for group in zip(hashes, sources, strict=True) for pair in zip(*group, strict=True)]
     images = {sha: source for sha, source in pairs if isinstance(sha, str)}
-    missing = {sha: source for sha, source in images.items() if sha not in cache}
+    missing = {sha: source for sha, source in images.items() if first_key(processor, sha) not in cache}
     broken: dict[str, ImageError] = {}
 
     def encoded(some: Mapping[str, ImageSource]) -> Iterator[EncodedBatch]:
         workers = args.dataloader_num_workers
         encode = encoder_of(model, args)
-        return encode_images(some, processor.image_processor, encode, broken=broken, num_workers=workers)
+        return encode_images(some, processor, encode, broken=broken, num_workers=workers)
 
     choice = [Choice(True, "none to encode")]
     if processes.is_main_process and missing:
-        trial = dict(islice(missing.items(), (1 + TIMED_BATCHES) * BATCH_IMAGES))
+        trial = dict(islice(missing.items(), (1 + TIMED_BATCHES) * images_per_batch(processor)))
         choice = [
             choose(
                 cache,
@@ -86,14 +95,15 @@ def kept_features(
         return None, [None] * len(groups)
 
     cache.refresh()
-    mine = {sha: source for sha, source in missing.items() if sha not in cache and _is_share_of(sha, processes)}
-    batches, total = encoded(mine), -(-len(mine) // BATCH_IMAGES)
+    left = {sha: source for sha, source in missing.items() if first_key(processor, sha) not in cache}
+    mine = {sha: source for sha, source in left.items() if _is_share_of(sha, processes)}
+    batches, total = encoded(mine), -(-len(mine) // images_per_batch(processor))
     keep(cache, track(batches, "encoding images", total, console=console, transient=True) if mine else [])
     broken = dict(gather_object(list(broken.items())))  # also waits until all have written
     cache.refresh()
     if images and processes.is_main_process:
         cache.describe(about(recipe, model, processor, args))
-    return cache, [_keys(group, found, broken, log) for group, found in zip(groups, hashes, strict=True)]
+    return cache, [_keys(group, found, broken, log, processor) for group, found in zip(groups, hashes, strict=True)]
 
 
 def _is_share_of(sha: str, processes: PartialState) -> bool:
@@ -128,7 +138,7 @@ def choose(
     first = next(batches, None)
     if first is None:  # not one image opens, which is said elsewhere
         return Choice(True, f"{count:,} images, none of which opens")
-    size = count * stored_bytes(first.features)
+    size = count * stored_bytes(first.features) * len(first.images) // first.num_images
     free = shutil.disk_usage(_existing(cache.folder)).free
     if too_large := _too_large(size, free, cache.folder.parent, max_cache_size):
         if mode is True:
@@ -182,7 +192,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _rate(batches: Sequence[EncodedBatch], seconds: float) -> float:
-    return sum(len(batch.images) for batch in batches) / max(seconds, 1e-9)
+    return sum(batch.num_images for batch in batches) / max(seconds, 1e-9)
 
 
 def _wait_for(device: torch.device) -> None:
@@ -213,6 +223,7 @@ def cache_for(model: Any, processor: Any, args: TrainingArguments, folder: Path)
         config.vision_feature_layer,
         config.vision_feature_select_strategy,
         _precision(args),
+        *([config.tiling] if config.tiling else []),
     )
     return FeatureCache(folder / key)
 
@@ -223,17 +234,22 @@ def _precision(args: TrainingArguments) -> str:
 
 def about(recipe: Recipe, model: Any, processor: Any, args: TrainingArguments) -> dict[str, Any]:
     """What `vlm cache ls` says of the features."""
-    layer = model.config.vision_feature_layer
+    layer, tiler = model.config.vision_feature_layer, processor.tiler
+    image_size = "x".join(map(str, image_size_of(processor.image_processor)))
     return {
         "encoder": " + ".join(recipe.model.encoders) or recipe.model.pretrained,
-        "image_size": "x".join(map(str, image_size_of(processor.image_processor))),
+        "image_size": image_size if tiler is None else f"{image_size} {tiler.type} {tiler.max_tiles}",
         "layer": "last" if layer is None else str(layer),
         "precision": _precision(args),
     }
 
 
 def _keys(
-    examples: Sequence[Example], found: Sequence[str | ImageError], broken: Mapping[str, ImageError], log: ProblemLog
+    examples: Sequence[Example],
+    found: Sequence[str | ImageError],
+    broken: Mapping[str, ImageError],
+    log: ProblemLog,
+    processor: Any,
 ) -> Keys:
     """The keys of each example whose images are whole; the others are reported."""
     keys: Keys = {}
@@ -246,7 +262,11 @@ def _keys(
         if errors:
             log.add(image_problem(_with_row(errors[0], example), example))
         else:
-            keys[index] = tuple(value for value in seen if isinstance(value, str))
+            whole = [value for value in seen if isinstance(value, str)]
+            if processor.tiler is not None:  # how many tiles an image has follows from its size
+                sizes = [image_size(source, where=example.where) for source in example.images]
+                whole = [k for sha, size in zip(whole, sizes, strict=True) for k in tile_keys(processor, sha, size)]
+            keys[index] = tuple(whole)
     return keys
 
 

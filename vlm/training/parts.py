@@ -18,6 +18,8 @@ PARTS = ("vision", "projector", "fusion", "language", "lora")
 _VISION = ("vision_tower", "vision_model", "visual", "image_encoder")
 _PROJECTOR = (
     "multi_modal_projector",
+    "anyres_merger",
+    "tile_positions",
     "connector",
     "modality_projection",
     "qformer",

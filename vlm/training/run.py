@@ -33,7 +33,7 @@ from vlm.eval import evaluate
 from vlm.eval.summary import show
 from vlm.loading import no_loading_bar
 from vlm.precision import default_device, generation_in_bfloat16
-from vlm.recipe import Recipe, require_models
+from vlm.recipe import Recipe, Stage, require_models
 from vlm.training.features import Keys, kept_features
 from vlm.training.report import environment, plot_losses
 from vlm.training.stage import Batches, initialize_projector, merged, run_stage, training_arguments
@@ -78,14 +78,21 @@ def train(
         args = training_arguments(recipe, stage, folder / "checkpoints" / stage.name)
         frozen = "vision" not in stage.learning_rates and hasattr(model, "get_vision_features")
         wants_loss = args.eval_strategy != "no"
+        trained_on = _to_learn_from(train_examples, stage, console)
         held_out = validation_examples if wants_loss else []
         cache, keys, held_out_keys = None, None, None
-        if frozen and recipe.data.cache_features:
+        if frozen and recipe.data.augmentation:
+            console.print(
+                "features: not kept on disk, since data.augmentation shows the encoder other images in each epoch",
+                highlight=False,
+                soft_wrap=True,
+            )
+        elif frozen and recipe.data.cache_features:
             cache, (keys, held_out_keys) = kept_features(
-                recipe, (train_examples, held_out), model, processor, args, log, console
+                recipe, (trained_on, held_out), model, processor, args, log, console
             )
         batches = Batches(
-            _items(recipe, train_examples, processor, keys, log, console, "training"),
+            _items(recipe, trained_on, processor, keys, log, console, "training"),
             _items(recipe, held_out, processor, held_out_keys, log, console, "held out") if wants_loss else [],
             TreeCollator(processor, cache, TreeMasks(model), answer_weighting=recipe.data.answer_weighting),
         )
@@ -171,6 +178,21 @@ def _read(recipe: Recipe, source: dict[str, Any], log: ProblemLog) -> list[Examp
     return result.examples
 
 
+def _to_learn_from(examples: list[Example], stage: Stage, console: Console) -> list[Example]:
+    """Without those of text alone where the language model is frozen: nothing that learns sees them."""
+    if {"language", "lora"} & stage.learning_rates.keys():
+        return examples
+    shown = [example for example in examples if example.images]
+    if not shown:
+        raise UserError("the examples have no images, and with a frozen language model nothing learns from text alone")
+    if left_out := len(examples) - len(shown):
+        console.print(
+            f"{left_out:,} examples without images left out: with a frozen language model nothing learns from them",
+            highlight=False,
+        )
+    return shown
+
+
 def _finished_stages(folder: Path, recipe: Recipe) -> int:
     """How many stages need not run again."""
     if (folder / "model" / "config.json").is_file():
@@ -191,7 +213,7 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
         source = generation.checkpoint_of(spec.pretrained)
     else:
         return build(
-            **spec.model_dump(exclude={"pretrained", "adapter"}),
+            **spec.model_dump(exclude={"preset", "pretrained", "adapter"}),
             **spec.adapter.model_dump(exclude={"data_dependent_init"}),
         )
     trust = spec.trust_remote_code

@@ -27,8 +27,8 @@ from vlm.training.step import flops_per_token, seconds_per_step
 from vlm.training.throughput import in_words
 from vlm.training.trainer import VLMTrainer
 
-INITIALIZATION_EXAMPLES = 256
-"""So many are enough for a mean and a deviation per channel: an image has hundreds of patches."""
+INITIALIZATION_IMAGES = 256
+"""So many, or tiles, are enough for a mean and a deviation per channel: an image has hundreds of patches."""
 
 
 @dataclass
@@ -99,7 +99,7 @@ def run_stage(
             highlight=False,
         )
         batches = batches.one_row_an_answer()
-    rows = TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed)
+    rows = TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed, recipe.data.augmentation)
     trainer = VLMTrainer(
         model=trained,
         args=args,
@@ -155,11 +155,13 @@ def run_stage(
 @torch.no_grad()
 def initialize_projector(model: Any, batches: Batches, device: torch.device, seed: int) -> None:
     """Fit a new model's projector to a random sample of the training images, and to the size of its words."""
-    items = random.Random(seed).sample(batches.train, min(len(batches.train), INITIALIZATION_EXAMPLES))
+    items = random.Random(seed).sample(batches.train, min(len(batches.train), INITIALIZATION_IMAGES))
     model.to(device).eval()
     features: list[torch.Tensor] = []
     grid = (0, 0)
     for start in range(0, len(items), 16):
+        if sum(map(len, features)) >= INITIALIZATION_IMAGES:
+            break
         images = batches.collator.images(items[start : start + 16])
         if "pixel_values" in images:
             seen, grid = model.get_vision_features(images["pixel_values"].to(device))

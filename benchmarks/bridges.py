@@ -1,0 +1,129 @@
+"""Bridges side by side: `python -m benchmarks.bridges [easy_vqa] [stamps]`.
+
+The quickstart's two models are joined by each bridge and trained on the same images in the same order, for the same
+number of steps, at the same rates, three seeds each. Prints and writes `runs/benchmarks/bridges.md` and `.png`: the
+score on held-out images, the score with another image in place of the right one (blind), tokens an image and minutes of
+CPU time, of all cores together, for training and scoring. Needs what `vlm quickstart` fetches; what is finished already
+is not run again.
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vlm import recipe
+from vlm.training.run import train
+
+OUTPUT = Path("runs/benchmarks/bridges")
+SEEDS = (0, 1, 2)
+BRIDGES: dict[str, dict[str, Any]] = {
+    "linear": {"projector": "linear"},
+    "mlp": {"projector": "mlp"},
+    "pixel_shuffle": {"projector": "pixel_shuffle"},
+    "average_pool": {"projector": {"type": "average_pool", "num_image_tokens": 49}},
+    "resampler": {"projector": "resampler"},
+    "qformer": {"projector": "qformer"},
+    "cross_attention": {"projector": "resampler", "fusion": "cross_attention"},
+}
+TASKS = {"easy_vqa": ("easy_vqa", "exact_match"), "stamps": ("quickstart", "cider_d")}
+"""A recipe and its metric."""
+
+SAME = [
+    "model.vision_feature_select_strategy=default",  # no class token, for which some bridges have no place
+    "data.train.limit=400",
+    "data.validation.limit=100",
+    "data.max_tokens_per_row=1",  # an image a row, so that all take the same steps
+    "train.per_device_train_batch_size=8",
+    "train.num_train_epochs=1",
+    "train.save_strategy=no",
+    "train.eval_strategy=no",
+    "train.warmup_steps=5",
+    "lora.learning_rate=5.0e-4",
+]
+
+
+def run(task: str, bridge: str, seed: int, console: Console) -> dict[str, Any]:
+    """The row of the metric in the run's summary, with the tokens an image and the minutes of CPU time."""
+    name, metric = TASKS[task]
+    folder = OUTPUT / f"{task}-{bridge}-{seed}"
+    kept = folder / "result.json"
+    if kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    parts = ["projector", *(["fusion"] if "fusion" in BRIDGES[bridge] else [])]
+    overrides = [
+        *SAME,
+        f"model.adapter={json.dumps(BRIDGES[bridge])}",
+        f"trainable={json.dumps(dict.fromkeys(parts, 1e-3))}",
+        f"evaluation.metrics=[{metric}]",
+        f"seed={seed}",
+        f"output_dir={folder}",
+    ]
+    start = time.process_time()
+    train(recipe.load(name, overrides), overwrite=True, console=console)
+    minutes = (time.process_time() - start) / 60
+    summary = json.loads((folder / "evaluation" / "summary.json").read_text(encoding="utf-8"))
+    projector = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
+    result = {**summary["metrics"][metric], "tokens": projector["image_seq_length"], "minutes": minutes}
+    kept.write_text(json.dumps(result), encoding="utf-8")
+    return result
+
+
+def table(found: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
+    """Means over the seeds, and their range."""
+    lines = [
+        "| task | bridge | tokens | score (seeds) | blind | CPU minutes |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (task, bridge), rows in found.items():
+        scores = [row["score"] for row in rows]
+        lines.append(
+            f"| {task}, {TASKS[task][1]} | {bridge} | {rows[0]['tokens']} "
+            f"| {statistics.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f}) "
+            f"| {statistics.mean(row['blind_score'] for row in rows):.3f} "
+            f"| {statistics.mean(row['minutes'] for row in rows):.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: dict[tuple[str, str], list[dict[str, Any]]], path: Path) -> None:
+    """Scores of all seeds against the CPU time that they took, one panel a task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = list(dict.fromkeys(task for task, _ in found))
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4.2), squeeze=False)
+    for axes, task in zip(panels[0], tasks, strict=True):
+        for (_, bridge), rows in ((key, rows) for key, rows in found.items() if key[0] == task):
+            label = f"{bridge} ({rows[0]['tokens']})"
+            axes.plot([r["minutes"] for r in rows], [r["score"] for r in rows], "o", label=label)
+        blind = [row["blind_score"] for key, rows in found.items() if key[0] == task for row in rows]
+        axes.axhspan(min(blind), max(blind), alpha=0.2, color="grey", label="blind")
+        axes.set(title=task, xlabel="minutes of CPU time", ylabel=TASKS[task][1], xlim=(0, None))
+        axes.grid(alpha=0.3)
+    panels[0][-1].legend(title="bridge (tokens an image)", fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(names: list[str]) -> None:
+    console = Console()
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for seed in SEEDS:
+        for task in names or TASKS:
+            for bridge in BRIDGES:
+                found.setdefault((task, bridge), []).append(run(task, bridge, seed, console))
+                OUTPUT.with_suffix(".md").write_text(table(found), encoding="utf-8")
+                plot(found, OUTPUT.with_suffix(".png"))
+    console.print(table(found), markup=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
