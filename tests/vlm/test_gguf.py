@@ -141,6 +141,7 @@ def test_the_tokenizer_is_whole(written):
         (lambda: tiny("gpt2"), "the language model is gpt2"),
         (lambda: tiny(vision_feature_select_strategy="full"), "leaves the class token out"),
         (lambda: siglip({"type": "pixel_shuffle"}), "image_markers"),
+        (lambda: tiny(tiling={"type": "tiles", "max_tiles": 4}), "cut into tiles"),
         (lambda: tiny(tokenizer=metaspace_tokenizer()), "byte-level"),
     ],
 )

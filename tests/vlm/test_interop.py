@@ -24,6 +24,9 @@ def pair(request):
     return model, from_stock(model), processor
 
 
+TILES = {"type": "tiles", "max_tiles": 4}
+
+
 def batch(processor, *conversations):
     return encode(processor, [[user(*parts)] for parts in conversations])
 
@@ -111,6 +114,7 @@ def test_a_model_that_llava_cannot_be_is_refused(changes, message):
             "patches of its encoder's output",
         ),
         ("idefics3", {"image_markers": IDEFICS3_MARKERS, "pictures": image_processor()}, "makes other pixels"),
+        ("idefics3", {"image_markers": IDEFICS3_MARKERS, "tiling": TILES}, "cut into tiles"),
         ("gemma3", {"projector": "average_pool"}, "image_attention is causal"),
         ("internvl", {"projector": "pixel_shuffle_mlp"}, "has InternViT and no other"),
     ],

@@ -172,6 +172,8 @@ class Family:
             raise UserError(
                 f"the projector is {config.projector['type']}; {self.architecture} has {self.projector} and no other"
             )
+        if config.tiling is not None:
+            raise UserError("this model's images are cut into tiles; only one whose images are whole can be exported")
         if config.image_attention != self.image_attention:
             raise UserError(
                 f"image_attention is {config.image_attention}; {self.architecture} has {self.image_attention} and no "

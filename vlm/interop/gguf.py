@@ -49,6 +49,10 @@ def check_expressible(model: VLMForConditionalGeneration, processor: Any) -> Non
         raise UserError(f"this model cuts images into tiles ({config.tiling['type']}), which cannot be exported yet")
     if config.fusion != "prefix" or config.image_attention != "causal":
         raise UserError("llama.cpp is given models with fusion: prefix and image_attention: causal alone")
+    if config.tiling is not None:
+        raise UserError(
+            "this model's images are cut into tiles, in another way than llama.cpp's; whole ones are needed"
+        )
     if kind not in PROJECTORS:
         raise UserError(f"the projector is {kind}; for llama.cpp it has to be {' or '.join(PROJECTORS)}")
     if encoder.model_type not in ENCODERS:
