@@ -137,7 +137,6 @@ def test_the_tokenizer_is_whole(written):
     [
         (lambda: tiny(projector="linear"), "the projector is linear"),
         (lambda: tiny(fusion="cross_attention"), "fusion: prefix"),
-        (lambda: tiny(tiling={"type": "tiles", "max_tiles": 4}), "cuts images into tiles"),
         (lambda: tiny("gpt2"), "the language model is gpt2"),
         (lambda: tiny(vision_feature_select_strategy="full"), "leaves the class token out"),
         (lambda: siglip({"type": "pixel_shuffle"}), "image_markers"),

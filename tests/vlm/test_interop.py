@@ -89,7 +89,6 @@ def test_any_decoder_becomes_that_of_llava_and_comes_back(decoder, tie_word_embe
     [
         ({"projector": "linear", "vision_feature_layer": -2}, "the projector is linear"),
         ({"fusion": "cross_attention", "vision_feature_layer": -2}, "fusion is cross_attention"),
-        ({"tiling": {"type": "tiles", "max_tiles": 4}, "vision_feature_layer": -2}, "cuts images into tiles"),
         ({"decoder": "granite", "vision_feature_layer": -2}, "computes something else"),
         ({"decoder": "gemma2", "vision_feature_layer": -2}, "computes something else"),  # it caps its logits
         ({"decoder": "gpt2", "vision_feature_layer": -2, "tie_word_embeddings": True}, "embed_tokens alone"),

@@ -160,10 +160,6 @@ class Family:
     def check_ours(self, model: VLMForConditionalGeneration) -> None:
         """Raises UserError for a model of ours whose bridge the architecture does not have."""
         config = model.config
-        if config.tiling is not None:
-            raise UserError(
-                f"this model cuts images into tiles ({config.tiling['type']}), which cannot be exported yet"
-            )
         if config.vision_config.model_type == "vision_towers":
             raise UserError(f"this model has several encoders side by side; {self.architecture} has one")
         if config.fusion != "prefix":

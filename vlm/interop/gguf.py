@@ -45,8 +45,6 @@ def check_expressible(model: VLMForConditionalGeneration, processor: Any) -> Non
     """Raises UserError, naming the reason, for a model that llama.cpp has no graph for."""
     config = model.config
     kind, encoder, decoder = config.projector["type"], config.vision_config, config.text_config
-    if config.tiling is not None:
-        raise UserError(f"this model cuts images into tiles ({config.tiling['type']}), which cannot be exported yet")
     if config.fusion != "prefix" or config.image_attention != "causal":
         raise UserError("llama.cpp is given models with fusion: prefix and image_attention: causal alone")
     if config.tiling is not None:
