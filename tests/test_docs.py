@@ -14,7 +14,7 @@ import pytest
 import typer
 from PIL import Image, ImageChops, ImageStat
 
-from vlm import recipe
+from vlm import recipe, recipe_model
 from vlm.cli import app
 from vlm.data import augmentation
 from vlm.recipe_source import read_yaml
@@ -25,7 +25,7 @@ TEXTS = {name: path.read_text(encoding="utf-8") for name, path in GUIDES.items()
 
 
 SECTIONS = (
-    recipe.Model, recipe.Adapter, recipe.Data, recipe.Lora, recipe.Evaluation,
+    recipe_model.Model, recipe_model.Adapter, recipe.Data, recipe.Lora, recipe.Evaluation,
     augmentation.Augmentation, augmentation.RandomResizedCrop, augmentation.ColorJitter,
 )  # fmt: skip
 
@@ -219,9 +219,9 @@ def test_the_guide_to_bridges_has_them_all_and_their_sizes(capsys: pytest.Captur
 
 def test_the_guide_to_tiling_has_its_keys_and_counts_right(capsys: pytest.CaptureFixture[str]) -> None:
     text = TEXTS["docs/tiling.md"]
-    assert first_column(text, "key") == set(recipe.Tiling.model_fields)
+    assert first_column(text, "key") == set(recipe_model.Tiling.model_fields)
     changed, _ = read_yaml(blocks(text, "yaml")[0], "docs/tiling.md")
-    assert recipe.from_dict(the_recipe() | changed).model.tiling == recipe.Tiling()
+    assert recipe.from_dict(the_recipe() | changed).model.tiling == recipe_model.Tiling()
     exec(compile(blocks(text, "python")[0], "docs/tiling.md", "exec"), {})
     assert blocks(text, "text") == [capsys.readouterr().out]
 

@@ -2,8 +2,9 @@
 
     recipe = load("quickstart", ["train.max_steps=50"])      # a packaged recipe, or the path of a file
 
-The classes below are the reference of every key. A recipe is checked whole before any weight is loaded: an unknown key,
-a wrong type or a contradiction is reported with its file and line, all at once (RecipeError).
+The classes below, and those of `vlm.recipe_model`, are the reference of every key. A recipe is checked whole before any
+weight is loaded: an unknown key, a wrong type or a contradiction is reported with its file and line, all at once
+(RecipeError).
 
 Relative paths in a recipe are looked for beside the recipe file first, then in the current folder. `~` and
 `${VLM_HOME}` (the cache folder, ~/.cache/vlm unless the environment says otherwise) are expanded.
@@ -11,27 +12,18 @@ Relative paths in a recipe are looked for beside the recipe file first, then in 
 
 import copy
 import importlib.resources
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from vlm import recipe_train
 from vlm.batches import MAX_BATCH_TOKENS
 from vlm.data.augmentation import Augmentation
 from vlm.errors import nearest
-from vlm.presets import PRESETS, with_preset
 from vlm.recipe_errors import FoundError, findings, to_recipe_error
+from vlm.recipe_model import Model, Section
 from vlm.recipe_paths import expand, expand_source, home
 from vlm.recipe_source import COMMAND_LINE, KeyPath, Places, RecipeError, apply_overrides, read_yaml
 
@@ -48,205 +40,11 @@ __all__ = [
 
 PARTS = ("vision", "projector", "fusion", "language")
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-ImageSize = int | dict[Literal["height", "width"], int]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-
-
-class Adapter(_Section):
-    """The bridge between the two models."""
-
-    projector: dict[str, Any] = {"type": "mlp"}
-    """Its type, and the options of that type: `mlp`, or `{type: average_pool, num_image_tokens: 49}`."""
-    fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix"
-    """Visual tokens stand in the sequence, decoder layers attend to them, or both."""
-    image_attention: Literal["causal", "bidirectional"] = "causal"
-    """With `prefix`: tokens of an image see what is before them, as words do, or their whole image too (Gemma 3)."""
-    cross_attention_every: int = Field(default=4, ge=1)
-    """With cross-attention: one block of Flamingo for every so many decoder layers."""
-    cross_attention_layers: list[int] | Literal["mllama"] | None = None
-    """With cross-attention: layers as Llama 3.2 Vision's instead, at these positions among all layers, from 0; `mllama`
-    is its own 3, 8, 13 ... to the end of the language model."""
-    data_dependent_init: bool = True
-    """Before training, fit the projector to the features of some training images and to the size of word embeddings."""
-
-    @field_validator("projector", mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"type": value}
-        if isinstance(value, dict) and not isinstance(value.get("type"), str):
-            raise FoundError([(("type",), "is missing; for example `type: mlp`")])
-        return value
-
-    @field_validator("projector")
-    @classmethod
-    def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
-        from vlm.adapters import PROJECTORS
-
-        kind = value["type"]
-        if kind not in PROJECTORS:
-            raise ValueError(f"there is no projector '{kind}'; {nearest(kind, PROJECTORS)}")
-        options = [*inspect.signature(PROJECTORS[kind]).parameters][2:]  # after the two hidden sizes
-        unknown = [key for key in value if key not in ("type", *options)]
-        if unknown:
-            known = [
-                f"{kind} has no such option; {nearest(key, options) if options else 'it has none'}" for key in unknown
-            ]
-            raise FoundError([((key,), why) for key, why in zip(unknown, known, strict=True)])
-        return value
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> "Adapter":
-        if self.cross_attention_layers is None:
-            return self
-        if self.fusion == "prefix":
-            why = "does not go with `fusion: prefix`; choose cross_attention, or remove it"
-        elif "cross_attention_every" not in _at_default(self):
-            why = "does not go with `cross_attention_every`, which places blocks of another kind; remove one of them"
-        else:
-            return self
-        raise FoundError([(("cross_attention_layers",), why)])
-
-
-class Tiling(_Section):
-    """Images in more detail than the encoder's input has room for: cut into tiles, with a thumbnail of the whole."""
-
-    type: Literal["tiles", "anyres"] = "tiles"
-    """`tiles` keeps tiles apart, a marker before each (Idefics3, SmolVLM); `anyres` puts their tokens together to one
-    grid again, without the padding (LLaVA-NeXT)."""
-    max_tiles: int = Field(default=6, ge=2)
-    """The most tiles an image is cut into, beside the thumbnail. Each takes the tokens of an image without tiling."""
-
-
-class Model(_Section):
-    """Either `pretrained`, a vision-language model as it is, or `vision` and `language`, joined by `adapter`."""
-
-    preset: str | None = None
-    """A published model whose bridge is the default of the keys below: `llava`, `flamingo` ... (vlm/presets.py)."""
-    pretrained: str | None = None
-    """A whole vision-language model to fine-tune: Hub name or folder."""
-    vision: str | list[str] | None = None
-    """The vision encoder: Hub name (`timm/...` too) or folder. Several, such as `[facebook/dinov2-base,
-    google/siglip2-base-patch16-224]`, see each image side by side, as in Prismatic (arXiv 2402.07865)."""
-    language: str | None = None
-    """The language model: Hub name or folder."""
-    adapter: Adapter = Adapter()
-    vision_feature_layer: int | list[int] | None = None
-    """Which hidden state of the encoder is read, -2 in LLaVA; null is its output, after its final norm. Several,
-    such as `[-2, -8]`, are concatenated on channels."""
-    vision_feature_select_strategy: Literal["default", "full"] = "default"
-    """`default` drops the class and register tokens, `full` keeps them (the names of LLaVA's config)."""
-    image_size: ImageSize | list[ImageSize] | None = None
-    """Side of the square given to the encoder, in pixels, or `{height: ..., width: ...}`; null is the encoder's own.
-    For several encoders one for all, or a list with a side for each."""
-    image_aspect_ratio: Literal["square", "pad"] = "square"
-    """In LLaVA's words: `square` is the encoder's own way, mostly a resize and a crop; `pad` pads to a square with the
-    mean colour, so that nothing is lost at the edges."""
-    tiling: Tiling | None = None
-    """Cut large images into tiles of that size; null gives the encoder each image as one."""
-    chat_template: Literal["auto", "chatml"] = "auto"
-    """`auto` is the language model's own; `chatml` is plain ChatML turns without a system prompt, which is shorter."""
-    image_markers: list[str] | None = Field(default=None, min_length=2, max_length=2)
-    """What is written before and after each image, such as `["<img>", "</img>"]`; what is in angle brackets becomes a
-    token. Some architectures that a model can be exported to have markers of their own."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with a model from the Hub. Only for a model whose code you have read."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict) or not isinstance(name := raw.get("preset"), str) or raw.get("pretrained"):
-            return raw
-        if name not in PRESETS:
-            raise FoundError([(("preset",), f"there is none called '{name}'; {nearest(name, PRESETS)}")])
-        return with_preset(raw, name)
-
-    @field_validator("vision", "vision_feature_layer", "image_size", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any, info: ValidationInfo) -> Any:
-        """In one line, where pydantic would say of each form why it is not that."""
-        fits, form = _FORMS[str(info.field_name)]
-        if value is not None and not all(map(fits, value if isinstance(value, list) and value else [value])):
-            raise ValueError(f"must be {form}, not {value!r}")
-        return value
-
-    @model_validator(mode="after")
-    def _one_way(self) -> "Model":
-        joined = set(type(self).model_fields) - {"pretrained", "trust_remote_code"}
-        if self.pretrained:
-            if beside := sorted(joined & self.model_fields_set - _at_default(self)):
-                why = "does not go with `pretrained`, which is a whole model already; remove one of them"
-                raise FoundError([((key,), why) for key in beside])
-        elif not (self.vision and self.language):
-            gap = [key for key in ("vision", "language") if not getattr(self, key)]
-            why = "is missing; a model needs `vision` and `language`, or `pretrained` alone"
-            raise FoundError([((key,), why) for key in gap])
-        encoders = len(self.encoders)
-        found: list[tuple[KeyPath, str]] = []
-        if isinstance(self.image_size, list) and len(self.image_size) != encoders:
-            why = f"has {len(self.image_size)} sizes, and `vision` names {encoders}; give one for each, or one for all"
-            found.append((("image_size",), why))
-        if encoders > 1 and self.vision_feature_select_strategy == "full":
-            why = "full is for one encoder: several have no class token in common"
-            found.append((("vision_feature_select_strategy",), why))
-        if self.tiling:
-            found += self._beside_tiling(self.tiling)
-        if found:
-            raise FoundError(found)
-        return self
-
-    def _beside_tiling(self, tiling: Tiling) -> list[tuple[KeyPath, str]]:
-        found: list[tuple[KeyPath, str]] = []
-        if self.image_aspect_ratio == "pad":
-            why = "pad does not go with `tiling`, whose tiles are square already; anyres pads the whole image itself"
-            found.append((("image_aspect_ratio",), why))
-        if tiling.type == "anyres" and self.adapter.fusion == "cross_attention":
-            why = "anyres puts tokens in reading order, which `fusion: cross_attention` does not see; choose tiles"
-            found.append((("tiling", "type"), why))
-        if tiling.type == "anyres" and self.vision_feature_select_strategy == "full":
-            why = "full keeps class tokens, which have no place on the grid of `tiling` anyres; choose default"
-            found.append((("vision_feature_select_strategy",), why))
-        return found
-
-    @property
-    def encoders(self) -> list[str]:
-        """The names under `vision`."""
-        return [self.vision] if isinstance(self.vision, str) else self.vision or []
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_layer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_size(value: Any) -> bool:
-    if isinstance(value, dict):
-        return value.keys() == {"height", "width"} and all(map(_is_size, value.values()))
-    return _is_layer(value) and value > 0
-
-
-_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "vision": (_is_name, "a Hub name or a folder, or a list of them"),
-    "vision_feature_layer": (_is_layer, "a whole number such as -2, or a list of them"),
-    "image_size": (_is_size, "a side in pixels, {height: ..., width: ...}, or a list with one for each encoder"),
-}
-
-
-def _at_default(model: BaseModel) -> set[str]:
-    return {key for key, field in type(model).model_fields.items() if getattr(model, key) == field.default}
-
-
 Source = dict[str, Any]
 """Where examples come from: `format` and the keys of that format (see vlm.data.readers)."""
 
 
-class Data(_Section):
+class Data(Section):
     """The examples, and how they are laid out in rows."""
 
     train: Source
@@ -309,7 +107,7 @@ class Data(_Section):
         return source
 
 
-class Lora(_Section):
+class Lora(Section):
     """Low-rank adapters on the language model, in the words of peft.LoraConfig (arXiv 2106.09685)."""
 
     r: int = Field(default=16, ge=1)
@@ -330,16 +128,16 @@ class Lora(_Section):
         return value
 
 
-class Stage(_Section):
+class Stage(Section):
     """One training run over the data: which parts learn, at what rate, and how. What is not named stays frozen."""
 
     name: str = Field(default="train", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the stage's folder inside the run folder."""
-    trainable: dict[str, float | None] = {}
+    trainable: dict[str, float | None] = Field(default={})
     """Part (vision, projector, fusion, language) to learning rate. A list of parts uses `train.learning_rate` for each.
     After validation every part has a number."""
     lora: Lora | None = None
-    train: dict[str, Any] = {}
+    train: dict[str, Any] = Field(default={})
     """Fields of transformers.TrainingArguments, under their own names. After validation without `learning_rate`, which
     has been handed to the parts."""
 
@@ -403,10 +201,10 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """What is measured on `data.validation` when training is done."""
 
-    metrics: list[str] = []
+    metrics: list[str] = Field(default=[])
     """Names from vlm.eval.metrics.METRICS; empty: only the loss."""
     max_new_tokens: int = Field(default=32, ge=1)
     limit: int | None = Field(default=None, ge=1)
@@ -428,7 +226,7 @@ class Evaluation(_Section):
         return value
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """The whole recipe. A recipe with one stage may write `trainable`, `lora` and `train` at the top level instead."""
 
     shorthand: ClassVar[tuple[str, ...]] = ("trainable", "lora", "train")

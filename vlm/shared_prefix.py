@@ -16,7 +16,7 @@ a row, H heads, K heads of keys and values, D width of a head.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vlm.tree_attention import supports_tree_attention
+from vlm.attention import changes_scores, own_attention, supports_own_attention
 
 NAME = "vlm_shared_prefix"
 _cache: ContextVar[Any] = ContextVar("cache")
@@ -83,7 +83,7 @@ def shared_prefix_forward(
     With a bias by position, or what SDPA refuses, it is left to SDPA, over all of it.
     """
     layer: SharedPrefixLayer = _cache.get().layers[module.layer_idx]
-    if any(kwargs.get(name) is not None for name in ("position_bias", "softcap")):
+    if changes_scores(kwargs):
         key, value = (
             torch.cat([shared[layer.prefix_of_row], own], dim=2)
             for shared, own in ((layer.shared_keys, key), (layer.shared_values, value))
@@ -115,19 +115,16 @@ def can_share_prefix(model: nn.Module, cache: Any) -> bool:
     """Whether the decoder of `model` computes attention by SDPA, through transformers' registry, over all tokens of
     `cache`."""
     plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
-    return plain and supports_tree_attention(model)
+    return plain and supports_own_attention(model)
 
 
 @contextmanager
 def shared_prefix(model: Any, cache: DynamicCache | None) -> Iterator[None]:
     """Within it the decoder of `model` attends to a `cache` of [`SharedPrefixLayer`]s; to any other as ever."""
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    if cache is not None and isinstance(cache.layers[0], SharedPrefixLayer):
-        config._attn_implementation = NAME
+    shared = cache is not None and isinstance(cache.layers[0], SharedPrefixLayer)
     token = _cache.set(cache)
     try:
-        yield
+        with own_attention(model, NAME) if shared else nullcontext():
+            yield
     finally:
-        config._attn_implementation = before
         _cache.reset(token)

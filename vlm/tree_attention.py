@@ -15,8 +15,8 @@ keys and values, D width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from vlm.attention import changes_scores, own_attention
 
 NAME = "vlm_tree"
 PADDING = -1
@@ -49,7 +51,7 @@ def tree_attention_forward(
 
     What has no `tree_layout`, or changes the scores by more than a factor, is left to SDPA.
     """
-    if tree_layout is None or any(kwargs.get(name) is not None for name in ("position_bias", "softcap")):
+    if tree_layout is None or changes_scores(kwargs):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     batch, heads, length, width = query.shape
     device = query.device.type
@@ -201,20 +203,6 @@ def _padded(segments: list[Tensor]) -> Tensor:
     return pad_sequence(segments, batch_first=True, padding_value=PADDING)
 
 
-def supports_tree_attention(model: Any) -> bool:
-    """Whether `model`'s decoder computes attention by SDPA, and through transformers' registry."""
-    decoder = model.get_decoder()
-    return bool(decoder._supports_attention_backend) and model.config.get_text_config()._attn_implementation == "sdpa"
-
-
-@contextmanager
-def tree_attention(model: Any) -> Iterator[None]:
-    """Within it the decoder of `model` heeds `tree_layout`, if it [supports][`supports_tree_attention`] that."""
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    if supports_tree_attention(model):
-        config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+def tree_attention(model: Any) -> AbstractContextManager[None]:
+    """Within it the decoder of `model` heeds `tree_layout`, if it [supports][`supports_own_attention`] that."""
+    return own_attention(model, NAME)

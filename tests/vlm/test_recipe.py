@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from vlm import recipe, recipe_paths, recipe_train
+from vlm import recipe, recipe_model, recipe_paths, recipe_train
 from vlm.recipe import RecipeError
 from vlm.recipe_source import parse_scalar, read_yaml
 
@@ -388,7 +388,7 @@ def test_every_option_of_a_new_model_is_a_key_of_the_model_section() -> None:
     from vlm.build import build
     from vlm.configuration import VLMConfig
 
-    made = recipe.Model(vision="v", language="l")
+    made = recipe_model.Model(vision="v", language="l")
     keys = {**dict(made), **dict(made.adapter)}
     parameters = inspect.signature(build).parameters.values()
     options = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}

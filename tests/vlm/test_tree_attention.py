@@ -5,9 +5,10 @@ import torch
 
 from tests.tiny import tiny
 from vlm import tree_attention as module
+from vlm.attention import supports_own_attention
 from vlm.data.conversation import TokenizedBranch
 from vlm.data.trees import lay_out, make_tree
-from vlm.tree_attention import supports_tree_attention, tree_attention, tree_layout
+from vlm.tree_attention import tree_attention, tree_layout
 
 X = -100
 
@@ -51,7 +52,7 @@ def test_products_equal_sdpa(heads):
 
 def test_the_decoder_has_its_own_attention_back_afterwards():
     model, _ = tiny()
-    assert supports_tree_attention(model)
+    assert supports_own_attention(model)
     with tree_attention(model):
         assert model.config.text_config._attn_implementation == module.NAME
     assert model.config.text_config._attn_implementation == "sdpa"
@@ -60,7 +61,7 @@ def test_the_decoder_has_its_own_attention_back_afterwards():
 def test_a_decoder_with_another_attention_keeps_it():
     model, _ = tiny()
     model.config.text_config._attn_implementation = "eager"
-    assert not supports_tree_attention(model)
+    assert not supports_own_attention(model)
     with tree_attention(model):
         assert model.config.text_config._attn_implementation == "eager"
 

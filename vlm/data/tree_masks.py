@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_masks_for_generate
 
+from vlm.attention import supports_own_attention
 from vlm.data.prompts import IMAGE_MASKS
 from vlm.data.trees import Tree, path_places, paths
-from vlm.tree_attention import supports_tree_attention, tree_layout
+from vlm.tree_attention import tree_layout
 
 PathMasks = dict[str, Tensor | None]
 """For each kind of layer the boolean mask `[L, L]` of a path; None if it is causal and nothing else."""
@@ -50,7 +51,7 @@ class TreeMasks:
         self._config = copy.deepcopy(model.config)
         # Asked for boolean masks, which are those of SDPA, whatever the model computes attention with.
         self._config.get_text_config()._attn_implementation = "sdpa"
-        self._tree_attention = supports_tree_attention(model)
+        self._tree_attention = supports_own_attention(model)
         self._cross_attention = getattr(model.config, "uses_cross_attention", False)
         self._added = model.config.get_text_config()._attn_implementation == "eager"
 
