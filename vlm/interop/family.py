@@ -70,6 +70,7 @@ class Family:
         architecture: name of the class.
         projector: type of the projector of ours that its connector is.
         vision, connector, language: names of the parts in it.
+        towers, tower: types of encoder that it has, and what they are called; empty if it takes any.
         tensors: of the projector, our names to its.
         fields: keys of `VLMConfig` to keys of its configuration that mean the same.
         fixed: keys of its configuration that have to be so, since ours computes nothing else.
@@ -80,6 +81,8 @@ class Family:
 
     architecture: str
     projector: str
+    towers: tuple[str, ...] = ()
+    tower = ""
     vision = "model.vision_tower"
     connector = "model.multi_modal_projector"
     language = "model.language_model"
@@ -160,8 +163,11 @@ class Family:
     def check_ours(self, model: VLMForConditionalGeneration) -> None:
         """Raises UserError for a model of ours whose bridge the architecture does not have."""
         config = model.config
-        if config.vision_config.model_type == "vision_towers":
+        encoder = config.vision_config.model_type
+        if encoder == "vision_towers":
             raise UserError(f"this model has several encoders side by side; {self.architecture} has one")
+        if self.towers and encoder not in self.towers:
+            raise UserError(f"the encoder is {encoder}; {self.architecture} has {self.tower} and no other")
         if config.fusion != "prefix":
             raise UserError(f"fusion is {config.fusion}; {self.architecture} has only prefix")
         if config.projector["type"] != self.projector:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
-from transformers import Gemma3ImageProcessor, Gemma3Processor, PreTrainedConfig
+from transformers import Gemma3ImageProcessor, Gemma3Processor
 
 from vlm.errors import UserError
 from vlm.interop.family import Family, Image, Renamed
@@ -16,6 +15,8 @@ from vlm.modeling import VLMForConditionalGeneration
 class Gemma3(Family):
     architecture = "Gemma3ForConditionalGeneration"
     projector = "average_pool"
+    towers = ("siglip_vision_model",)
+    tower = "SigLIP"
     image_attention = "bidirectional"
     tensors = {  # noqa: RUF012
         "norm.weight": Renamed("mm_soft_emb_norm.weight", lambda weight: weight - 1, lambda weight: weight + 1),
@@ -52,11 +53,6 @@ class Gemma3(Family):
                 f"{image.size[1]}, {image.grid[0]} x {image.grid[1]} patches"
             )
         return {"mm_tokens_per_image": tokens}
-
-    def vision_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        if config.model_type != "siglip_vision_model":
-            raise UserError(f"the encoder is {config.model_type}; {self.architecture} has SigLIP and no other")
-        return copy.deepcopy(config)
 
     def stock_processor(self, config: Any, processor: Any, image: Image) -> Any:
         height, width = image.size

@@ -12,13 +12,12 @@ from vlm.errors import UserError
 from vlm.interop.family import Family, Image
 from vlm.modeling import VLMForConditionalGeneration
 
-TOWERS = ("siglip_vision_model", "idefics3_vision", "smolvlm_vision")
-"""Encoders that are the same for images of the size that they are made for."""
-
 
 class Idefics3(Family):
     architecture = "Idefics3ForConditionalGeneration"
     projector = "pixel_shuffle"
+    towers = ("siglip_vision_model", "idefics3_vision", "smolvlm_vision")  # the same at the size they are made for
+    tower = "SigLIP"
     vision = "model.vision_model"
     connector = "model.connector"
     language = "model.text_model"
@@ -45,8 +44,6 @@ class Idefics3(Family):
         return {"scale_factor": model.config.projector.get("scale_factor", 2)}
 
     def vision_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        if config.model_type not in TOWERS:
-            raise UserError(f"the encoder is {config.model_type}; {self.architecture} has SigLIP and no other")
         known = self.tower_config().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
         return self.tower_config(**{key: value for key, value in config.to_dict().items() if key in known})
 

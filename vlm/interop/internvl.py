@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
-from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor, PreTrainedConfig
+from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
 from vlm.errors import UserError
 from vlm.interop.family import Family, Image
@@ -15,6 +14,8 @@ from vlm.modeling import VLMForConditionalGeneration
 class InternVL(Family):
     architecture = "InternVLForConditionalGeneration"
     projector = "pixel_shuffle_mlp"
+    towers = ("internvl_vision",)
+    tower = "InternViT"
     tensors = {  # noqa: RUF012
         f"proj.{layer}.{kind}": f"{layer}.{kind}"
         for layer in ("layer_norm", "linear_1", "linear_2")
@@ -39,11 +40,6 @@ class InternVL(Family):
             "downsample_ratio": 1 / model.config.projector.get("scale_factor", 2),
             "vision_feature_layer": -1 if layer is None else layer,
         }
-
-    def vision_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        if config.model_type != "internvl_vision":
-            raise UserError(f"the encoder is {config.model_type}; {self.architecture} has InternViT and no other")
-        return copy.deepcopy(config)
 
     def stock_processor(self, config: Any, processor: Any, image: Image) -> Any:
         height, width = image.size
