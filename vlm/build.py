@@ -18,7 +18,7 @@ from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, kee
 from vlm.loading import load_quietly
 from vlm.modeling import VLMForConditionalGeneration
 from vlm.processing import CHATML, IMAGE_TOKEN, PLAIN_TURNS, VLMProcessor, chat_template_for, tokens_of
-from vlm.tiling import Tiler
+from vlm.tiling import MAX_TILES, tiler_of
 from vlm.vision_towers import VisionTowers, side_by_side
 
 
@@ -115,8 +115,8 @@ def assemble(
     untiled = VLMConfig(vision_config=vision_config, text_config=text_config, **bridge)
     num_tokens, width, token_grid = probe_encoder(vision_tower, image_processor, untiled)
     if tiling is not None:
-        tiling = {**tiling, "tile_size": image_size_of(image_processor)}
-        if tiling["type"] == "anyres":
+        tiling = {"max_tiles": MAX_TILES, **tiling, "tile_size": image_size_of(image_processor)}
+        if tiling.get("type") == "anyres":
             if token_grid is None:
                 raise ValueError(
                     "tiling of type anyres lays tokens out on a grid, and those of this projector "
@@ -124,7 +124,8 @@ def assemble(
                     "projector, vision_feature_select_strategy: default, or tiling of type tiles"
                 )
             tiling["token_grid"] = token_grid
-        add_markers(tokenizer, language_model, Tiler(**tiling).markers())
+    if (tiler := tiler_of(tiling)) is not None:
+        add_markers(tokenizer, language_model, tiler.markers())
     attention = [part.config._attn_implementation for part in (vision_tower, language_model)]
     config = VLMConfig(
         vision_config=vision_tower.config,

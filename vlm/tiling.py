@@ -13,7 +13,7 @@ are `(height, width)`, as in `image_sizes` of transformers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -25,6 +25,9 @@ from vlm.adapters import unknown_name
 Size = tuple[int, int]
 
 TILINGS = ("tiles", "anyres")
+MAX_TILES = 6
+"""Where nothing says how many."""
+
 GLOBAL_TOKEN = "<global-img>"
 
 
@@ -141,9 +144,13 @@ def marker(row: int, column: int) -> str:
 
 
 def tiler_of(tiling: dict[str, Any] | None) -> Tiler | None:
-    """The tiler of a configuration, whose tuples are lists once it has been JSON."""
+    """The tiler of a configuration, whose tuples are lists once it has been JSON. Raises ValueError for another type or
+    option than there is."""
     if tiling is None:
         return None
+    options = [field.name for field in fields(Tiler)]
+    if unknown := [key for key in tiling if key not in options]:
+        raise unknown_name("option of tiling", unknown[0], options)
     if tiling.get("type") not in TILINGS:
         raise unknown_name("tiling", str(tiling.get("type")), TILINGS)
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in tiling.items()}

@@ -20,6 +20,7 @@ from tests.vlm.test_session import Reads, assistant, both, unending
 from tests.vlm.test_session import user as asked
 from vlm import generation
 from vlm.image_processors import image_size_of, keep_tiles_whole
+from vlm.recipe_model import Tiling
 from vlm.session import Session
 from vlm.shared_prefix import SharedPrefixLayer
 
@@ -289,6 +290,13 @@ def test_what_anyres_cannot_go_with_is_refused():
         tiled(kind="anyres", vision_feature_select_strategy="full")
     with pytest.raises(ValueError, match="unknown tiling 'tilez'"):
         tiled(kind="tilez")
+    with pytest.raises(ValueError, match=r"unknown option of tiling 'max_tile'\. Did you mean 'max_tiles'"):
+        tiny(tiling={"type": "tiles", "max_tile": 4})
+
+
+def test_without_a_number_of_tiles_it_is_that_of_a_recipe():
+    model, processor = tiny(tiling={"type": "tiles"})
+    assert model.tiler.max_tiles == processor.tiler.max_tiles == Tiling().max_tiles
 
 
 @pytest.mark.parametrize("projector", ["pixel_shuffle", {"type": "average_pool", "num_image_tokens": 9}, "linear"])

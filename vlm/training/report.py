@@ -85,6 +85,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(picture, dpi=150)
     pyplot.close(figure)
