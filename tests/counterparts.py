@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, InternVLVisionConfig, SiglipImageProcessor, SiglipVisionConfig
+from typer.testing import CliRunner
 
 from tests import stock
 from tests.stock_prompted import SIGLIP
-from tests.tiny import byte_level_tokenizer, open_gates, text_config, tiny
+from tests.tiny import byte_level_tokenizer, image, open_gates, text_config, tiny
 from vlm.build import assemble
+from vlm.cli import app
 
 
 def llava() -> tuple[Any, Any]:
@@ -64,6 +68,18 @@ def squares(vision: Any, projector: Any, **options: Any) -> tuple[Any, Any]:
     model, processor = assemble(tower, language_model, pictures, tokenizer, projector=projector, **options)
     open_gates(model)
     return model.eval(), processor
+
+
+def export(model: Any, processor: Any, target: str, folder: Path) -> None:
+    """Save a model of ours in `folder`, export it to `folder/out`, and put messages there to ask it with."""
+    model.save_pretrained(folder / "run" / "model")
+    processor.save_pretrained(folder / "run" / "model")
+    image(5).save(folder / "photo.png")
+    parts = [{"type": "image", "path": str(folder / "photo.png")}, {"type": "text", "text": "what is it ?"}]
+    (folder / "messages.json").write_text(json.dumps([{"role": "user", "content": parts}]))
+    command = ["export", str(folder / "run"), "--to", target, "--output", str(folder / "out")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
 
 
 def for_ours(inputs: Any) -> dict[str, Any]:

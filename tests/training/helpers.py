@@ -1,17 +1,21 @@
-"""A few examples, and a trainer on them."""
+"""A few examples, a trainer on them, and whole runs."""
 
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments
 
 from tests.tiny import byte_level_tokenizer, clip_config, image, image_processor, text_config, tiny
+from vlm import recipe
 from vlm.data.dataset import TreeCollator, TreeDataset, make_items
 from vlm.data.example import Example, question_and_answer
+from vlm.training import run as running
 from vlm.training.parts import set_trainable
 from vlm.training.trainer import VLMTrainer
 
@@ -147,4 +151,31 @@ def recipe_values(parts: Path, images: Path, run: Path) -> dict[str, Any]:
         "train": dict(TRAIN),
         "evaluation": {"metrics": ["exact_match"], "max_new_tokens": 4},
         "output_dir": str(run),
+    }
+
+
+def train(values: dict[str, Any], **options: Any) -> str:
+    """Run a recipe; what it said."""
+    said = StringIO()
+    console = Console(file=said, width=200)
+    running.train(recipe.from_dict(values), console=console, **options)
+    return said.getvalue()
+
+
+STAGES = [
+    {"name": "align", "trainable": {"projector": 1e-2}, "train": dict(TRAIN)},
+    {
+        "name": "tune",
+        "trainable": {"projector": 1e-3},
+        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": 1e-2},
+        "train": dict(TRAIN),
+    },
+]
+
+
+def staged(values: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with two stages in place of its one."""
+    return {key: value for key, value in values.items() if key not in ("trainable", "lora", "train")} | {
+        "stages": STAGES,
+        "evaluation": {},
     }

@@ -3,22 +3,19 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
-from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, set_seed
 from typer.testing import CliRunner
 
 from tests.tiny import image, small_projector
-from tests.training.helpers import TRAIN, recipe_values, save_images, save_parts
+from tests.training.helpers import STAGES, TRAIN, recipe_values, save_images, staged, train
 from vlm import generation, recipe
 from vlm.cli import app
 from vlm.data.augmentation import Augmentation
@@ -27,34 +24,6 @@ from vlm.errors import UserError
 from vlm.training import run as running
 from vlm.training.throughput import in_words
 from vlm.training.trainer import VLMTrainer
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return save_parts(tmp_path_factory.mktemp("parts"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return save_images(tmp_path_factory.mktemp("data") / "images")
-
-
-@pytest.fixture(autouse=True)
-def vlm_home(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("VLM_HOME", str(tmp_path_factory.mktemp("home")))
-
-
-@pytest.fixture
-def values(parts, images, tmp_path):
-    return recipe_values(parts, images, tmp_path / "run")
-
-
-def train(values, **options):
-    """Run a recipe; what it said."""
-    console = Console(file=StringIO(), width=200)
-    running.train(recipe.from_dict(values), console=console, **options)
-    return console.file.getvalue()
-
 
 ASKED = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the image."}]}]
 REQUESTS = [([image(n)], ASKED) for n in range(10, 13)]
@@ -251,121 +220,6 @@ def test_a_mistake_in_the_data_leaves_the_old_run_alone(finished, values, tmp_pa
     assert not (tmp_path / "run").exists(), "so that a second try needs no flag"
 
 
-# --- stages
-
-
-STAGES = [
-    {"name": "align", "trainable": {"projector": 1e-2}, "train": dict(TRAIN)},
-    {
-        "name": "tune",
-        "trainable": {"projector": 1e-3},
-        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": 1e-2},
-        "train": dict(TRAIN),
-    },
-]
-
-
-def staged(values):
-    return {key: value for key, value in values.items() if key not in ("trainable", "lora", "train")} | {
-        "stages": STAGES,
-        "evaluation": {},
-    }
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill_in(monkeypatch, stage, step):
-    """Die at a step of a stage, as the machine would."""
-    from vlm.training.callbacks import MetricsLog
-
-    original = MetricsLog.on_log
-
-    def on_log(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
-        if (self.stage, state.global_step) == (stage, step):
-            raise Killed
-
-    monkeypatch.setattr(MetricsLog, "on_log", on_log)
-
-
-@pytest.fixture(scope="module")
-def two_stages(parts, images, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLM_HOME", str(folder.parent / "home"))
-        train(staged(recipe_values(parts, images, folder)))
-    return folder
-
-
-def test_stages_chain(two_stages):
-    """The second starts where the first ended: only its LoRA and its projector moved since."""
-    first, _ = generation.load(str(two_stages / "stages/align"), device="cpu")
-    last, _ = generation.load(str(two_stages), device="cpu")
-    moved = {
-        name
-        for (name, p), (_, q) in zip(first.named_parameters(), last.named_parameters(), strict=True)
-        if not torch.equal(p, q)
-    }
-    assert any("multi_modal_projector" in name for name in moved)
-    assert any("q_proj" in name for name in moved)
-    assert not any("vision_tower" in name or "norm" in name or "embed" in name for name in moved)
-    assert not (two_stages / "stages/align/adapter").exists()
-    assert (two_stages / "adapter/adapter_config.json").is_file()
-    entries = [json.loads(line) for line in (two_stages / "metrics.jsonl").read_text().splitlines()]
-    assert list(dict.fromkeys(entry["stage"] for entry in entries)) == ["align", "tune"]
-
-
-@pytest.mark.parametrize(("stage", "step"), [("align", 3), ("tune", 1), ("tune", 3)])
-def test_an_interrupted_run_resumes_to_the_same_weights(two_stages, values, tmp_path, monkeypatch, stage, step):
-    with monkeypatch.context() as patch:
-        kill_in(patch, stage, step)
-        with pytest.raises(Killed):
-            train(staged(values))
-    with pytest.raises(UserError, match=r"holds a stopped run.*--resume"):
-        train(staged(values))
-    with pytest.raises(UserError, match="its training did not end"):
-        generation.load(str(tmp_path / "run"))
-    torch.manual_seed(77)
-    train(staged(values), resume=True)
-    wanted, _ = generation.load(str(two_stages), device="cpu")
-    found, _ = generation.load(str(tmp_path / "run"), device="cpu")
-    for (name, p), (_, q) in zip(wanted.named_parameters(), found.named_parameters(), strict=True):
-        assert torch.equal(p, q), name
-    logs = [
-        [(e["stage"], e["step"], e["loss"]) for e in map(json.loads, path.read_text().splitlines()) if "loss" in e]
-        for path in (two_stages / "metrics.jsonl", tmp_path / "run/metrics.jsonl")
-    ]
-    assert logs[0] == logs[1], "the log is that of the undisturbed run too"
-
-
-@pytest.mark.parametrize("augmentation", [None, {"random_resized_crop": {"scale": [0.3, 0.6]}}], ids=str)
-def test_a_run_resumed_in_a_later_epoch_equals_one_that_was_not_stopped(values, tmp_path, monkeypatch, augmentation):
-    """Each epoch has rows of its own and changes images in its own way, and the resumed run must do as its epoch."""
-    rows = [{"file_name": f"{n}.png", "captions": ["a cat", "no cat"]} for n in range(10)]  # alike: they change places
-    for n in range(10):
-        image(n).save(tmp_path / f"{n}.png")
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = {"format": "image_folder", "path": str(tmp_path), "metadata": "train.jsonl"}
-    arguments = {key: value for key, value in TRAIN.items() if key != "max_steps"}
-    values |= {"train": arguments | {"num_train_epochs": 3, "eval_strategy": "no"}, "evaluation": {}}
-    values["data"] = {"train": source, "max_tokens_per_row": 100, "augmentation": augmentation}
-    said = train(values | {"output_dir": str(tmp_path / "undisturbed")})
-    assert ("features: not kept on disk, since data.augmentation" in said) == bool(augmentation)
-    log = (tmp_path / "undisturbed/metrics.jsonl").read_text().splitlines()
-    steps = max(json.loads(line)["step"] for line in log)
-    assert 9 <= steps < 30, "too few steps for a checkpoint in the middle of the last epoch, or one image a row"
-    with monkeypatch.context() as patch:
-        kill_in(patch, "train", steps - 1)
-        with pytest.raises(Killed):
-            train(values)
-    train(values, resume=True)
-    wanted, found = (generation.load(str(tmp_path / name), device="cpu")[0] for name in ("undisturbed", "run"))
-    for (name, p), (_, q) in zip(wanted.named_parameters(), found.named_parameters(), strict=True):
-        assert torch.equal(p, q), name
-
-
 def test_images_are_changed_in_training_alone(values, monkeypatch):
     """Not for the held-out loss and the scores, and not where trees are compared with rows of one answer."""
     seeds = []
@@ -380,15 +234,6 @@ def test_images_are_changed_in_training_alone(values, monkeypatch):
     assert "no trees" not in train(values)
     assert len(seeds) > 4
     assert all("train.jsonl" in seed for seed in seeds)
-
-
-def test_a_changed_recipe_is_said_on_resuming(values, monkeypatch):
-    with monkeypatch.context() as patch:
-        kill_in(patch, "train", 3)
-        with pytest.raises(Killed):
-            train(values)
-    output = train(values | {"evaluation": {}, "train": TRAIN | {"max_steps": 5}}, resume=True)
-    assert "stages.0.train.max_steps: 4, now 5" in output
 
 
 # --- before training
@@ -547,26 +392,6 @@ def test_a_model_that_ignores_the_mask_gets_no_trees(values, monkeypatch):
     assert said.count("no trees for LlamaForCausalLM, a row for each answer: several answers in a row have a loss") == 1
     assert seen[:2] == [2, 4], "one by one, then as trees"
     assert set(seen[2:]) == {2}
-
-
-def test_a_run_told_to_stop_says_how_to_go_on(values, tmp_path, monkeypatch):
-    from vlm.training.callbacks import MetricsLog
-
-    original = MetricsLog.on_log
-
-    def on_log(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
-        if state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "on_log", on_log)
-        with pytest.raises(UserError, match=r"stopped after step 2 of 4; go on with --resume"):
-            train(values)
-    assert not (tmp_path / "run/model").exists()
-    train(values, resume=True)
-    assert (tmp_path / "run/model/config.json").is_file()
-    assert (tmp_path / "run/evaluation/summary.json").is_file()
 
 
 @pytest.mark.slow

@@ -6,8 +6,7 @@ import pytest
 from PIL import Image
 
 from tests.tiny import image
-from tests.training.helpers import recipe_values, save_parts
-from tests.training.test_run import train
+from tests.training.helpers import recipe_values, train
 from vlm import generation
 from vlm.errors import UserError
 from vlm.session import Session
@@ -39,16 +38,6 @@ def save(folder):
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*one[:6], *two, *few, TEXT]))
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one[6:] + few))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def vlm_home(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("VLM_HOME", str(tmp_path_factory.mktemp("home")))
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return save_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="module")

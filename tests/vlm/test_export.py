@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from tests.counterparts import EXPRESSIBLE
+from tests.counterparts import EXPRESSIBLE, export
 from tests.tiny import encode, image, logits, user
 from tests.vlm.test_interop import fit
 from vlm.cli import app
@@ -48,14 +48,7 @@ def exported(tmp_path_factory):
         model, processor = make()
         if target != "internvl":  # whose layers can take no statistics
             fit(model)
-        model.save_pretrained(folder / "run" / "model")
-        processor.save_pretrained(folder / "run" / "model")
-        image(5).save(folder / "photo.png")
-        parts = [{"type": "image", "path": str(folder / "photo.png")}, {"type": "text", "text": "what is it ?"}]
-        (folder / "messages.json").write_text(json.dumps([{"role": "user", "content": parts}]))
-        command = ["export", str(folder / "run"), "--to", target, "--output", str(folder / "out")]
-        result = CliRunner().invoke(app, command)
-        assert result.exit_code == 0, result.output
+        export(model, processor, target, folder)
         made[target] = model, processor, folder
     folders = [str(folder) for *_, folder in made.values()]
     subprocess.run([sys.executable, "-c", WITHOUT_VLM, *folders], check=True, cwd=folder)

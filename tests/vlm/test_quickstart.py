@@ -5,9 +5,6 @@ import hashlib
 import io
 import json
 import shutil
-import subprocess
-import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +25,7 @@ from transformers import (
 
 from tests import fake_hub
 from tests.fake_hub import FakeHub
+from tests.quickstart_packages import VISION, make_deb, make_wheel, onnx_file, png, rows_of, sha256, stamp_files
 from vlm import quickstart
 from vlm.data.readers import read
 from vlm.quickstart import datasets, sources, weights
@@ -35,130 +33,6 @@ from vlm.quickstart.sources import ChecksumError, Package, SourceError
 from vlm.recipe_paths import home
 
 hub = fake_hub.hub
-
-VISION = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 1,
-    "image_size": 32,
-    "patch_size": 16,
-    "projection_dim": 8,
-}
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def make_wheel(folder: Path, name: str, version: str, files: dict[str, bytes]) -> Path:
-    """A wheel that pip accepts, with `files` in it."""
-    dist = name.replace("-", "_")
-    path = folder / f"{dist}-{version}-py3-none-any.whl"
-    info = f"{dist}-{version}.dist-info"
-    files = files | {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode(),
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"]).encode()
-    with zipfile.ZipFile(path, "w") as archive:
-        for member, content in files.items():
-            archive.writestr(member, content)
-    return path
-
-
-def make_deb(path: Path, files: dict[str, bytes]) -> Path:
-    """A Debian package: an ar archive of `debian-binary`, `control.tar.xz` and `data.tar.xz`."""
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:xz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"./{name}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        link = tarfile.TarInfo(f"./{datasets.STAMPS_PREFIX}animals/link.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
-        archive.addfile(link)
-    with open(path, "wb") as file:
-        file.write(b"!<arch>\n")
-        for name, content in (
-            ("debian-binary", b"2.0\n"),
-            ("control.tar.xz", b"odd"),
-            ("data.tar.xz", data.getvalue()),
-        ):
-            file.write(f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode())
-            file.write(content + b"\n" * (len(content) % 2))
-    return path
-
-
-def png(color: tuple[int, ...], size: tuple[int, int] = (8, 8), mode: str = "RGBA") -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, size, color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def svg(color: str, width: str = "20pt", height: str = "10pt", inside: str = "") -> bytes:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">'
-        f'<rect width="100%" height="100%" fill="{color}"/>{inside}</svg>'
-    ).encode()
-
-
-def stamp_files() -> dict[str, bytes]:
-    """A few stamps, good and bad, in the package's layout."""
-    german = "\nde.utf8=Ein Frosch.\nfr.utf8=A frog.\n"
-    files = {
-        "animals/frog.png": png((0, 255, 0, 255), (8, 4)),
-        "animals/frog.txt": ("A frog." + german).encode(),
-        "animals/frog2.png": png((0, 128, 0, 255)),
-        "animals/frog2.txt": b"a  FROG\n",
-        "animals/big.png": png((0, 0, 255, 255), (1000, 500)),
-        "animals/big.txt": b"A whale.\n",
-        "shapes/twice.png": png((255, 0, 0, 255)),
-        "shapes/twice.svg": svg("blue"),
-        "shapes/twice.txt": b"A square.\n",
-        "shapes/letter.png": png((255, 0, 0, 255)),
-        "shapes/letter.svg": svg("blue", inside="<text>A</text>"),
-        "shapes/letter.txt": b"A letter.\n",
-        "shapes/frog_mirror.png": png((0, 255, 0, 255)),
-        "shapes/white.png": png((255, 255, 255, 255)),
-        "shapes/white.txt": b"A flash.\n",
-        "shapes/clear.png": png((0, 0, 0, 0)),
-        "shapes/clear.txt": b"Nothing.\n",
-        "shapes/broken.svg": b"<svg",
-        "shapes/broken.txt": b"Broken.\n",
-        "shapes/square_desc_fr.ogg": b"sound",
-    }
-    return {datasets.STAMPS_PREFIX + name: content for name, content in files.items()}
-
-
-def onnx_file(model: CLIPVisionModelWithProjection, quantized: set[str]) -> bytes:
-    """`model` as an exporter and a dynamic quantiser write it: linear weights int8 by column, the rest as they are."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    initializers, nodes = [], []
-    state = model.state_dict()
-    for number, (key, tensor) in enumerate(state.items()):
-        array = tensor.numpy()
-        name = key if key.startswith(("vision_model.", "visual_projection.")) else f"vision_model.{key}"
-        if key not in quantized:
-            if array.dtype.kind == "f":
-                initializers.append(numpy_helper.from_array(array, name))
-            continue
-        columns = array.T  # MatMul stores [in, out]
-        scale = (np.abs(columns).max(axis=0) / 127).astype(np.float32)
-        whole = np.round(columns / scale).astype(np.int8)
-        base = f"onnx::MatMul_{number}"
-        initializers += [
-            numpy_helper.from_array(whole, f"{base}_quantized"),
-            numpy_helper.from_array(scale, f"{base}_scale"),
-            numpy_helper.from_array(np.zeros(len(scale), np.int8), f"{base}_zero_point"),
-        ]
-        module = "/" + name.removesuffix(".weight").replace(".", "/").replace("layers/", "layers.")
-        inputs = ["x", f"{base}_quantized", "x_zero_point", f"{base}_zero_point"]
-        nodes.append(helper.make_node("MatMulInteger", inputs, [f"y{number}"], name=f"{module}/MatMul_quant"))
-    x = helper.make_tensor_value_info("x", TensorProto.UINT8, [1, 1])
-    graph = helper.make_graph(nodes, "clip", [x], [], initializers)
-    return helper.make_model(graph).SerializeToString()
 
 
 @pytest.fixture
@@ -443,108 +317,6 @@ def test_vlm_home_is_the_default(monkeypatch, tmp_path):
     assert home() == tmp_path
     monkeypatch.delenv("VLM_HOME")
     assert home() == Path.home() / ".cache" / "vlm"
-
-
-@pytest.fixture
-def stamps(tmp_path) -> tuple[Path, datasets.StampCounts]:
-    deb = make_deb(tmp_path / "stamps.deb", stamp_files())
-    (tmp_path / "stamps").mkdir()
-    return tmp_path / "stamps", datasets.convert_stamps(deb, tmp_path / "stamps")
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_stamps_become_squares_on_white_with_captions(stamps):
-    root, counts = stamps
-    rows = {row["file_name"]: row for row in rows_of(root / "metadata.jsonl")}
-    assert rows["images/animals/frog.png"] == {
-        "file_name": "images/animals/frog.png",
-        "category": "animals",
-        "captions": ["A frog."],
-    }
-    frog = Image.open(root / "images/animals/frog.png")
-    assert (frog.size, frog.mode) == ((8, 8), "RGB")
-    assert [frog.getpixel((4, y)) for y in (0, 4, 7)] == [(255, 255, 255), (0, 255, 0), (255, 255, 255)]
-    assert Image.open(root / "images/animals/big.png").size == (448, 448)
-    assert Image.open(root / "images/shapes/twice.png").getpixel((224, 224)) == (0, 0, 255)  # the SVG
-    assert Image.open(root / "images/shapes/letter.png").getpixel((4, 4)) == (255, 0, 0)  # the PNG: text needs fonts
-    assert counts.kept == len(rows) == 5
-    assert counts.twins == 2
-    translations = {row["file_name"]: row["captions"] for row in rows_of(root / "translations.jsonl")}
-    assert translations["images/animals/frog.png"] == {"en": "A frog.", "de": "Ein Frosch.", "fr": "A frog."}
-
-
-def test_dropped_stamps_are_counted_and_named(stamps):
-    _, counts = stamps
-    assert set(counts.dropped) == {"shapes/frog_mirror", "shapes/white", "shapes/clear", "shapes/broken"}
-    assert counts.dropped["shapes/frog_mirror"] == "no caption"
-    assert "4 dropped" in str(counts)
-
-
-@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="there is no dpkg-deb to compare with")
-def test_deb_is_read_as_dpkg_writes_it(tmp_path):
-    """Against the real tool."""
-    tree = tmp_path / "tree"
-    (tree / "DEBIAN").mkdir(parents=True)
-    (tree / "DEBIAN" / "control").write_text(
-        "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@example.org>\nDescription: x\n"
-    )
-    (tree / "usr" / "share").mkdir(parents=True)
-    (tree / "usr" / "share" / "odd").write_bytes(b"123")
-    subprocess.run(
-        ["dpkg-deb", "--root-owner-group", "-Zxz", "--build", str(tree), str(tmp_path / "x.deb")],
-        check=True,
-        capture_output=True,
-    )
-    assert dict(datasets.deb_members(tmp_path / "x.deb")) == {"usr/share/odd": b"123"}
-
-
-def test_what_is_no_deb_says_so(tmp_path):
-    (tmp_path / "x.deb").write_bytes(b"<html>")
-    with pytest.raises(datasets.DataError, match=r"x\.deb is not a Debian package"):
-        list(datasets.deb_members(tmp_path / "x.deb"))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_no_caption_is_on_both_sides_of_the_split(stamps, seed):
-    root, _ = stamps
-    train, test = datasets.write_stamp_splits(root, seed=seed, n_test=2)
-    sides = [
-        {row["captions"][0].lower().rstrip(".").replace("  ", " ") for row in rows_of(path)} for path in (train, test)
-    ]
-    assert not sides[0] & sides[1]
-    assert len(rows_of(train)) + len(rows_of(test)) == 5
-    assert len(rows_of(test)) == 2
-    before = test.read_text()
-    datasets.write_stamp_splits(root, seed=seed, n_test=2)
-    assert test.read_text() == before
-
-
-def test_splits_differ_by_seed(stamps):
-    root, _ = stamps
-    assert len({datasets.write_stamp_splits(root, seed=seed, n_test=2)[1].read_text() for seed in range(8)}) > 1
-
-
-def test_languages_come_after_english_and_untranslated_ones_do_not(stamps):
-    root, _ = stamps
-    train, test = datasets.write_stamp_splits(root, n_test=2, languages=["fr", "de"], train_name="a", test_name="b")
-    rows = {row["file_name"]: row["captions"] for path in (train, test) for row in rows_of(path)}
-    assert (train.name, test.name) == ("a", "b")
-    assert rows["images/animals/frog.png"] == [
-        "A frog.",
-        {"prompt": "Describe the image in German.", "caption": "Ein Frosch."},
-    ]
-    assert rows["images/animals/big.png"] == ["A whale."]
-
-
-def test_an_unknown_language_and_too_many_test_rows(stamps):
-    root, _ = stamps
-    with pytest.raises(datasets.DataError, match="No prompt is known for xx"):
-        datasets.write_stamp_splits(root, languages=["xx"], n_test=2)
-    with pytest.raises(datasets.DataError, match="between 1 and 4"):
-        datasets.write_stamp_splits(root, n_test=5)
 
 
 def test_the_readers_read_both_data_sets(no_hub, packages, language_there):

@@ -1,6 +1,5 @@
 """A checkpoint with its code loads where this package cannot be imported, and answers as it does here."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,12 +7,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
+from tests.counterparts import export
 from tests.tiny import continuation, encode, image, logits, small_projector, tiny, user
 from tests.vlm.test_interop import fit
 from vlm import generation
-from vlm.cli import app
 from vlm.errors import UserError
 from vlm.modeling import VLMForConditionalGeneration
 from vlm.processing import VLMProcessor
@@ -54,14 +52,7 @@ def exported(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         model, processor = tiny(**options)
         fit(model)
-        model.save_pretrained(folder / "run" / "model")
-        processor.save_pretrained(folder / "run" / "model")
-        image(5).save(folder / "photo.png")
-        parts = [{"type": "image", "path": str(folder / "photo.png")}, {"type": "text", "text": "what is it ?"}]
-        (folder / "messages.json").write_text(json.dumps([{"role": "user", "content": parts}]))
-        command = ["export", str(folder / "run"), "--to", "remote_code", "--output", str(folder / "out")]
-        result = CliRunner().invoke(app, command)
-        assert result.exit_code == 0, result.output
+        export(model, processor, "remote_code", folder)
         made[name] = model, processor, folder
     cache = {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
     folders = [str(folder) for *_, folder in made.values()]
