@@ -7,6 +7,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments
@@ -179,3 +180,21 @@ def staged(values: dict[str, Any]) -> dict[str, Any]:
         "stages": STAGES,
         "evaluation": {},
     }
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_in(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
+    """Die at a step of a stage, as the machine would."""
+    from vlm.training.callbacks import MetricsLog
+
+    original = MetricsLog.on_log
+
+    def on_log(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        original(self, args, state, control, **kwargs)
+        if (self.stage, state.global_step) == (stage, step):
+            raise Killed
+
+    monkeypatch.setattr(MetricsLog, "on_log", on_log)

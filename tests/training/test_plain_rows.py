@@ -13,8 +13,18 @@ from tests.data.test_tree_masks import one_conversation_at_a_time, paligemma, pr
 from tests.data.test_trees import assert_close, gradients
 from tests.stock import stock
 from tests.tiny import VOCABULARY, image, text_config, tiny
-from tests.training.helpers import TRAIN, examples, recipe_values, rows_of, save_images, trainer_of, weights
-from tests.training.test_run import Killed, kill_in, train
+from tests.training.helpers import (
+    TRAIN,
+    Killed,
+    examples,
+    kill_in,
+    recipe_values,
+    rows_of,
+    save_images,
+    train,
+    trainer_of,
+    weights,
+)
 from vlm import generation
 from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, make_items, one_row_an_answer
 from vlm.data.tree_masks import TreeMasks

@@ -8,27 +8,9 @@ import pytest
 import torch
 
 from tests.tiny import image
-from tests.training.helpers import TRAIN, recipe_values, staged, train
+from tests.training.helpers import TRAIN, Killed, kill_in, recipe_values, staged, train
 from vlm import generation
 from vlm.errors import UserError
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill_in(monkeypatch, stage, step):
-    """Die at a step of a stage, as the machine would."""
-    from vlm.training.callbacks import MetricsLog
-
-    original = MetricsLog.on_log
-
-    def on_log(self, args, state, control, **kwargs):
-        original(self, args, state, control, **kwargs)
-        if (self.stage, state.global_step) == (stage, step):
-            raise Killed
-
-    monkeypatch.setattr(MetricsLog, "on_log", on_log)
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,8 @@ from transformers import (
 )
 
 from tests.tiny import byte_level_tokenizer, clip_config, image_processor, text_config
-from tests.training.helpers import TRAIN, recipe_values, rows_of, save_images
+from tests.training.helpers import TRAIN, recipe_values, rows_of, save_images, train
 from tests.training.helpers import examples as some_examples
-from tests.training.test_run import train
 from vlm import generation
 from vlm.data.conversation import IGNORE
 

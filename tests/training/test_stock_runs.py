@@ -9,8 +9,7 @@ from rich.console import Console
 from tests.stock import STOCK, stock
 from tests.stock_prompted import PROMPTED
 from tests.tiny import image
-from tests.training.helpers import TRAIN
-from tests.training.test_run import train
+from tests.training.helpers import TRAIN, train
 from vlm import chat, evaluate, generation, predict
 
 QUESTIONS = [("what is it ?", "a cat"), ("is it a dog ?", "no"), ("how many ?", "2")]
