@@ -1,0 +1,32 @@
+"""A stock processor as one of ours."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from vlm.configuration import VLMConfig
+from vlm.errors import UserError
+from vlm.interop.family import Family
+from vlm.processing import VLMProcessor
+
+
+def from_stock_processor(family: Family, config: VLMConfig, stock_processor: Any) -> VLMProcessor:
+    """The processor of ours for a model with `config` that does what a stock one does.
+
+    Raises UserError for one whose chat template writes nothing for images.
+    """
+    tokenizer = copy.deepcopy(stock_processor.tokenizer)
+    image_token, placeholder = tokenizer.convert_ids_to_tokens(config.image_token_id), family.placeholder(stock_processor)
+    template = stock_processor.chat_template
+    if placeholder not in (template or ""):
+        raise UserError(f"the chat template of this {type(stock_processor).__name__} writes no {placeholder} for images")
+    return VLMProcessor(
+        family.image_processor(stock_processor),
+        tokenizer,
+        template.replace(placeholder, image_token.join(family.markers(config.tiling))),
+        config.image_seq_length,
+        image_token,
+        config.image_attention,
+        config.tiling,
+    )
