@@ -84,7 +84,9 @@ class Tiling(Section):
     the padding (LLaVA-NeXT); `idefics3` and `internvl` do what Idefics3 and SmolVLM, and InternVL do, to the token."""
     max_tiles: int = Field(default=6, ge=2)
     """The most tiles an image is cut into, beside the thumbnail. Each takes the tokens of an image without tiling."""
-    grids: list[Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]] | None = Field(default=None, min_length=1)
+    grids: list[Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]] | None = Field(
+        default=None, min_length=1
+    )
     """With `tiles` and `anyres`, the grids to choose from, each [rows, columns]; null: all of at most `max_tiles`
     tiles."""
 

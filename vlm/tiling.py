@@ -76,7 +76,9 @@ class Tiler:
                 raise ValueError(f"a grid of {rows} x {columns} does not have 1 to {self.max_tiles} tiles (max_tiles)")
         if self.type == "idefics3" and self.tile_size[0] != self.tile_size[1]:
             height, width = self.tile_size
-            raise ValueError(f"tiles of type idefics3 are squares, and the encoder's input is {height} x {width} pixels")
+            raise ValueError(
+                f"tiles of type idefics3 are squares, and the encoder's input is {height} x {width} pixels"
+            )
 
     def grid(self, image_size: Size) -> tuple[int, int]:
         """Rows and columns. One tile would show what the thumbnail does: an image of 1 x 1 is a thumbnail alone."""

@@ -171,14 +171,14 @@ class Family:
         Raises UserError if ours does not write them.
         """
         markers = self.markers(processor.tiling)
-        written = repr(processor.image_token.join(markers))
+        written = in_template(processor.image_token.join(markers))
         if written not in processor.chat_template:
             raise UserError(
                 f"the processor of {self.architecture} writes {markers[0]!r} before an image and {markers[1]!r} after "
                 "it; only a model trained so can become one, with "
                 f"image_markers: {json.dumps(markers)} under model in its recipe"
             )
-        return processor.chat_template.replace(written, repr(placeholder))
+        return processor.chat_template.replace(written, in_template(placeholder))
 
     def check_stock(self, config: Any) -> None:
         """Raises UserError for a stock configuration that ours cannot express."""
@@ -256,3 +256,8 @@ class Family:
 
     def model_class(self) -> type[PreTrainedModel]:
         return getattr(transformers, self.architecture)
+
+
+def in_template(text: str) -> str:
+    """A text as it stands between quotes in a chat template."""
+    return repr(text)[1:-1]

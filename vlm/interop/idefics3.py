@@ -53,7 +53,9 @@ class Idefics3(Family):
         if not images.do_image_splitting:
             return None
         if not longest or longest % tile:
-            raise UserError(f"images of size {images.size} are cut into tiles of {tile} pixels, which have to divide it")
+            raise UserError(
+                f"images of size {images.size} are cut into tiles of {tile} pixels, which have to divide it"
+            )
         return {"type": "idefics3", "max_tiles": (longest // tile) ** 2, "tile_size": [tile, tile]}
 
     def image_processor(self, stock_processor: Any) -> Any:

@@ -47,7 +47,9 @@ class InternVL(Family):
         if images.min_patches != 1:
             raise UserError(f"min_patches is {images.min_patches} in this image processor; only 1 can be taken over")
         tile = [images.size["height"], images.size["width"]]
-        return {"type": "internvl", "max_tiles": images.max_patches, "tile_size": tile} if images.max_patches > 1 else None
+        return (
+            {"type": "internvl", "max_tiles": images.max_patches, "tile_size": tile} if images.max_patches > 1 else None
+        )
 
     def image_processor(self, stock_processor: Any) -> Any:
         images = stock_processor.image_processor

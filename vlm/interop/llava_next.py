@@ -17,16 +17,16 @@ class LlavaNext(Llava):
     fields = {"image_token_id": "image_token_index"}  # noqa: RUF012
     tilings = ("anyres",)
     others = {"anyres_merger.image_newline": "model.image_newline"}  # noqa: RUF012
-    older = Llava.older | {"model.image_newline": "image_newline"}
+    older = {**Llava.older, "model.image_newline": "image_newline"}  # noqa: RUF012
 
     def bridge(self, config: Any) -> dict[str, Any]:
-        side = config.vision_config.image_size
+        side, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
         patches = side // config.vision_config.patch_size
-        grids = [[height // side, width // side] for height, width in config.image_grid_pinpoints]
-        if [1, 1] in grids or [[side * r, side * c] for r, c in grids] != [list(p) for p in config.image_grid_pinpoints]:
+        grids = [[height // side, width // side] for height, width in pinpoints]
+        if [1, 1] in grids or any(pixels % side for pinpoint in pinpoints for pixels in pinpoint):
             raise UserError(
-                f"image_grid_pinpoints are {config.image_grid_pinpoints}; only multiples of the encoder's {side} pixels, "
-                "of more than one tile, can be taken over"
+                f"image_grid_pinpoints are {pinpoints}; only multiples of the encoder's {side} pixels, of several "
+                "tiles, can be taken over"
             )
         return super().bridge(config) | {
             "image_seq_length": patches * patches,
@@ -45,13 +45,13 @@ class LlavaNext(Llava):
         side = getattr(model.config.vision_config, "image_size", None)
         if image.size != (side, side):
             raise UserError(
-                f"{self.architecture} takes tiles of the size that its encoder was made for, {side} x {side} pixels, and "
-                f"this model's are {height} x {width}"
+                f"{self.architecture} takes tiles of the size that its encoder was made for, {side} x {side} pixels, "
+                f"and this model's are {height} x {width}"
             )
         if (1, 1) in model.tiler.all_grids():
             raise UserError(
-                f"{self.architecture} cuts every image, and this model shows small ones whole; only a model trained with "
-                "grids of several tiles can become one, as of `preset: llava_next`"
+                f"{self.architecture} cuts every image, and this model shows small ones whole; only a model trained "
+                "with grids of several tiles alone can become one, such as those of `preset: llava_next`"
             )
         return super().settings(model, image) | {
             "image_seq_length": model.config.image_seq_length,

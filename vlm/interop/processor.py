@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm.configuration import VLMConfig
 from vlm.errors import UserError
-from vlm.interop.family import Family
+from vlm.interop.family import Family, in_template
 from vlm.processing import VLMProcessor
 
 
@@ -16,15 +16,17 @@ def from_stock_processor(family: Family, config: VLMConfig, stock_processor: Any
 
     Raises UserError for one whose chat template writes nothing for images.
     """
-    tokenizer = copy.deepcopy(stock_processor.tokenizer)
-    image_token, placeholder = tokenizer.convert_ids_to_tokens(config.image_token_id), family.placeholder(stock_processor)
-    template = stock_processor.chat_template
+    tokenizer, template = copy.deepcopy(stock_processor.tokenizer), stock_processor.chat_template
+    image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+    placeholder = family.placeholder(stock_processor)
     if placeholder not in (template or ""):
-        raise UserError(f"the chat template of this {type(stock_processor).__name__} writes no {placeholder} for images")
+        raise UserError(
+            f"the chat template of this {type(stock_processor).__name__} writes no {placeholder} for images"
+        )
     return VLMProcessor(
         family.image_processor(stock_processor),
         tokenizer,
-        template.replace(placeholder, image_token.join(family.markers(config.tiling))),
+        template.replace(placeholder, in_template(image_token.join(family.markers(config.tiling)))),
         config.image_seq_length,
         image_token,
         config.image_attention,
