@@ -2,9 +2,9 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from vlm.errors import nearest
 from vlm.presets import PRESETS, with_preset
@@ -84,9 +84,7 @@ class Tiling(Section):
     the padding (LLaVA-NeXT); `idefics3` and `internvl` do what Idefics3 and SmolVLM, and InternVL do, to the token."""
     max_tiles: int = Field(default=6, ge=2)
     """The most tiles an image is cut into, beside the thumbnail. Each takes the tokens of an image without tiling."""
-    grids: list[Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]] | None = Field(
-        default=None, min_length=1
-    )
+    grids: list[list[int]] | None = Field(default=None, min_length=1)
     """With `tiles` and `anyres`, the grids to choose from, each [rows, columns]; null: all of at most `max_tiles`
     tiles."""
 
@@ -181,9 +179,9 @@ class Model(Section):
             found.append((("tiling", "max_tiles"), why))
         if tiling.grids is not None and tiling.type not in ("tiles", "anyres"):
             found.append((("tiling", "grids"), f"does not go with `type: {tiling.type}`, which has a rule of its own"))
-        for rows, columns in tiling.grids or ():
-            if rows * columns > tiling.max_tiles:
-                why = f"{rows} x {columns} are more tiles than `max_tiles`, {tiling.max_tiles}"
+        for grid in tiling.grids or ():
+            if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] > tiling.max_tiles:
+                why = f"each is [rows, columns], of at most `max_tiles` tiles ({tiling.max_tiles}); not {grid}"
                 found.append((("tiling", "grids"), why))
         if tiling.type == "anyres" and self.vision_feature_select_strategy == "full":
             why = "full keeps class tokens, which have no place on the grid of `tiling` anyres; choose default"

@@ -63,10 +63,10 @@ class LlavaNext(Llava):
         return self.resizing(stock_processor.image_processor, side, side)
 
     def stock_processor(self, config: Any, processor: Any, image: Image) -> Any:
-        height, width = image.size
+        side, _ = image.size
         image_processor = LlavaNextImageProcessor(
-            size={"height": height, "width": width},
-            crop_size={"height": height, "width": width},
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
             image_grid_pinpoints=config.image_grid_pinpoints,
             **self.pixels_of(processor.image_processor),
         )
