@@ -90,8 +90,12 @@ PHOTO = image(5, (90, 40))
 """What exported models are asked about: large enough to be cut into tiles."""
 
 
-def export(model: Any, processor: Any, target: str, folder: Path) -> None:
-    """Save a model of ours in `folder`, export it to `folder/out`, and put messages there to ask it with."""
+def export(model: Any, processor: Any, name: str, folder: Path) -> None:
+    """Save a model of ours in `folder`, export it to `folder/out`, and put messages there to ask it with.
+
+    `name` is what follows `--to`, or one of `EXPRESSIBLE`.
+    """
+    target = name.partition(",")[0]
     model.save_pretrained(folder / "run" / "model")
     processor.save_pretrained(folder / "run" / "model")
     PHOTO.save(folder / "photo.png")
