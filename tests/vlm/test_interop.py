@@ -124,6 +124,19 @@ def test_there_and_back_is_the_same_bit_for_bit(pair):
     assert all(torch.equal(weights[name], tensor) for name, tensor in back.items())
 
 
+@pytest.mark.parametrize("name", ["llava", "gemma3", "internvl", *IN_TILES])
+def test_a_stock_pair_becomes_ours_and_a_stock_pair_again(name):
+    """Both ways compare the two pairs; here, what the processors are told."""
+    model, processor = counterpart(name)
+    _, again = to_stock(*from_stock(model, processor), model.config.model_type)
+    first, last = (
+        {key: value for key, value in each.image_processor.to_dict().items() if key != "crop_to_patches"}
+        for each in (processor, again)
+    )
+    assert type(again) is type(processor)
+    assert last == first
+
+
 @pytest.mark.parametrize("tie_word_embeddings", [True, False])
 @pytest.mark.parametrize("decoder", ["llama", "qwen3", "mistral", "gemma3"])
 def test_any_decoder_becomes_that_of_llava_and_comes_back(decoder, tie_word_embeddings):
@@ -171,9 +184,9 @@ def test_a_model_that_llava_cannot_be_is_refused(changes, message):
             "patches of its encoder's output",
         ),
         ("idefics3", {"image_markers": IDEFICS3_MARKERS, "pictures": image_processor()}, "makes other pixels"),
-        ("idefics3", {"tiling": TILES}, "of this model is tiles; Idefics3.* needs none or tiling: {type: idefics3}"),
+        ("idefics3", {"tiling": TILES}, "tiling is tiles; Idefics3.* has none or idefics3 and no other"),
         ("idefics3", {"tiling": IDEFICS3_TILES, "pictures": image_processor(16)}, "interpolates no position"),
-        ("gemma3", {"projector": "average_pool", "tiling": TILES}, "tiling of this model is tiles; .* needs none"),
+        ("gemma3", {"projector": "average_pool", "tiling": TILES}, "tiling is tiles; .* has none and no other"),
         ("gemma3", {"projector": "average_pool"}, "image_attention is causal"),
         ("internvl", {"projector": "pixel_shuffle_mlp"}, "has InternViT and no other"),
     ],
@@ -187,7 +200,7 @@ def test_a_model_that_another_architecture_cannot_be_is_refused(target, changes,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, r"tiling of this model is none; LlavaNext.* needs tiling: \{type: anyres\}"),
+        ({}, "tiling is none; LlavaNext.* has anyres and no other"),
         ({"tiling": {"type": "anyres", "max_tiles": 4}}, "shows small ones whole; .* `preset: llava_next`"),
         ({"tiling": ANYRES, "vision_config": clip_config(image_size=48)}, "tiles of the size .*, 48 x 48 pixels"),
     ],

@@ -202,8 +202,8 @@ class Family:
             )
         tiling = config.tiling["type"] if config.tiling else None
         if tiling not in self.tilings:
-            wanted = " or ".join(f"tiling: {{type: {name}}}" if name else "none" for name in self.tilings)
-            raise UserError(f"tiling of this model is {tiling or 'none'}; {self.architecture} needs {wanted}")
+            known = " or ".join(name or "none" for name in self.tilings)
+            raise UserError(f"tiling is {tiling or 'none'}; {self.architecture} has {known} and no other")
         if config.image_attention != self.image_attention:
             raise UserError(
                 f"image_attention is {config.image_attention}; {self.architecture} has {self.image_attention} and no "
