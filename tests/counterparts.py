@@ -45,13 +45,12 @@ def internvl_in_tiles() -> tuple[Any, Any]:
 
 COUNTERPARTS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": llava,
-    "llava_next": stock.llava_next,
     "idefics3": lambda: _one_tile("idefics3"),
     "smolvlm": lambda: _one_tile("smolvlm"),
     "internvl": internvl,
     "gemma3": stock.gemma3,
 }
-"""By the names of `FAMILIES`. An image is one tile, but for LLaVA-NeXT."""
+"""By the names of `FAMILIES`; an image is one tile."""
 
 IN_TILES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava_next, tiles": stock.llava_next,
@@ -59,7 +58,7 @@ IN_TILES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "smolvlm, tiles": stock.smolvlm,
     "internvl, tiles": internvl_in_tiles,
 }
-"""Those that cut images, whose processors have one among ours too."""
+"""The same where images are cut into several; their processors become ours too."""
 
 
 def counterpart(name: str) -> tuple[Any, Any]:
@@ -109,8 +108,9 @@ def export(model: Any, processor: Any, name: str, folder: Path) -> None:
 def for_ours(inputs: Any) -> dict[str, Any]:
     """What our model takes of the stock processor's output."""
     pixels = inputs["pixel_values"]
-    given = {key: inputs[key] for key in ("input_ids", "attention_mask", "image_sizes") if key in inputs}
-    return given | {
+    return {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
         "pixel_values": pixels.flatten(0, -4)[pixels.flatten(0, -4).flatten(1).any(dim=1)],
     }
 

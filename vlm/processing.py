@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import PILImageResampling, make_flat_list_of_images
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import _MARKED_RE
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END
 
@@ -125,8 +125,7 @@ class VLMProcessor(ProcessorMixin):
         if self.tiler is None:
             return self.image_processor(images, return_tensors="pt")
         resample = getattr(self.image_processor, "resample", None)  # None: several encoders, each with its own
-        filter_ = PILImageResampling.BICUBIC if resample is None else resample
-        tiles = [tile for image in images for tile in self.tiler.split(image, filter_)]
+        tiles = [tile for image in images for tile in self.tiler.split(image, resample)]
         inputs = self.image_processor(tiles, return_tensors="pt")
         return BatchFeature({**inputs, "image_sizes": torch.tensor([size_of(image) for image in images])})
 

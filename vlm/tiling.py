@@ -110,11 +110,13 @@ class Tiler:
         rows, columns = self.grid(image_size)
         return rows * columns + 1 if rows * columns > 1 else 1
 
-    def split(self, image: Image.Image, resample: int = PILImageResampling.BICUBIC) -> list[Tensor]:
-        """The tiles and the thumbnail, `[3, height, width]` bytes of `tile_size`, in the order of their tokens.
+    def split(self, image: Image.Image, resample: int | None = None) -> list[Tensor]:
+        """The tiles and the thumbnail, `[3, height, width]` bytes of `tile_size`, in the order of their tokens; to the
+        byte as the published processors cut them.
 
-        `resample` is the filter, as in image processors: bicubic, bilinear ... To the bit as the published processors.
+        `resample` is the filter by its number in Pillow, as in image processors; None is bicubic.
         """
+        resample = PILImageResampling.BICUBIC if resample is None else resample
         pixels = pil_to_tensor(image.convert("RGB")).contiguous()
         height, width = self.tile_size
         rows, columns = self.grid(size_of(image))

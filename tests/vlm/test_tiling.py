@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from transformers.models.idefics3.image_processing_idefics3 import get_resize_ou
 from tests.stock import decoder, stock, tokenizer_with
 from tests.tiny import clip_config, image
 from vlm.adapters import AnyresMerger, TilePositions
-from vlm.tiling import FAKE_TOKEN, Tiler, tiler_of
+from vlm.recipe_model import Tiling
+from vlm.tiling import FAKE_TOKEN, TILINGS, Tiler, tiler_of
 
 SIDES = st.integers(1, 3000)
 ANYRES = Tiler("anyres", 6, (32, 32), (4, 4))
@@ -260,6 +262,10 @@ def test_tile_positions_are_added_to_every_token_of_a_tile():
     torch.nn.init.normal_(positions.column)
     moved = positions(tokens, places) - tokens
     assert torch.allclose(moved[1], (positions.row[1] + positions.column[2]).expand(5, 4), atol=1e-6)
+
+
+def test_a_recipe_knows_every_type():
+    assert get_args(Tiling.model_fields["type"].annotation) == TILINGS
 
 
 def test_a_configuration_from_json_is_the_same_tiler():
