@@ -1,4 +1,4 @@
-"""Tiny models of transformers that have a counterpart among ours, with their processors; an image is one tile."""
+"""Tiny models of transformers that have a counterpart among ours, with their processors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def llava() -> tuple[Any, Any]:
 
 def internvl() -> tuple[Any, Any]:
     model, processor = stock.STOCK["internvl"]()
-    processor.image_processor.crop_to_patches = False
+    processor.image_processor.max_patches = 1
     for name, parameter in model.named_parameters():
         if "position_embeddings" in name or "cls_token" in name:  # zero at their start
             torch.nn.init.normal_(parameter)
@@ -37,6 +37,12 @@ def _one_tile(name: str) -> tuple[Any, Any]:
     return model, processor
 
 
+def internvl_in_tiles() -> tuple[Any, Any]:
+    model, processor = internvl()
+    processor.image_processor.max_patches = 6
+    return model, processor
+
+
 COUNTERPARTS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": llava,
     "idefics3": lambda: _one_tile("idefics3"),
@@ -44,12 +50,21 @@ COUNTERPARTS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "internvl": internvl,
     "gemma3": stock.gemma3,
 }
+"""By the names of `FAMILIES`; an image is one tile."""
+
+IN_TILES: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "llava_next, tiles": stock.llava_next,
+    "idefics3, tiles": stock.idefics3,
+    "smolvlm, tiles": stock.smolvlm,
+    "internvl, tiles": internvl_in_tiles,
+}
+"""The same where images are cut into several; their processors become ours too."""
 
 
 def counterpart(name: str) -> tuple[Any, Any]:
     """A stock model in evaluation mode, and its processor."""
     torch.manual_seed(0)
-    model, processor = COUNTERPARTS[name]()
+    model, processor = (COUNTERPARTS | IN_TILES)[name]()
     return model.eval(), processor
 
 
@@ -70,11 +85,19 @@ def squares(vision: Any, projector: Any, **options: Any) -> tuple[Any, Any]:
     return model.eval(), processor
 
 
-def export(model: Any, processor: Any, target: str, folder: Path) -> None:
-    """Save a model of ours in `folder`, export it to `folder/out`, and put messages there to ask it with."""
+PHOTO = image(5, (90, 40))
+"""What exported models are asked about: large enough to be cut into tiles."""
+
+
+def export(model: Any, processor: Any, name: str, folder: Path) -> None:
+    """Save a model of ours in `folder`, export it to `folder/out`, and put messages there to ask it with.
+
+    `name` is what follows `--to`, or one of `EXPRESSIBLE`.
+    """
+    target = name.partition(",")[0]
     model.save_pretrained(folder / "run" / "model")
     processor.save_pretrained(folder / "run" / "model")
-    image(5).save(folder / "photo.png")
+    PHOTO.save(folder / "photo.png")
     parts = [{"type": "image", "path": str(folder / "photo.png")}, {"type": "text", "text": "what is it ?"}]
     (folder / "messages.json").write_text(json.dumps([{"role": "user", "content": parts}]))
     command = ["export", str(folder / "run"), "--to", target, "--output", str(folder / "out")]
@@ -102,11 +125,18 @@ def gemma3() -> tuple[Any, Any]:
 
 
 IDEFICS3_MARKERS = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
+ANYRES = {"type": "anyres", "max_tiles": 4, "grids": [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]}
 EXPRESSIBLE: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": lambda: tiny(vision_feature_layer=-2),
+    "llava_next": lambda: tiny(vision_feature_layer=-2, tiling=ANYRES),
     "idefics3": lambda: siglip({"type": "pixel_shuffle"}, image_markers=IDEFICS3_MARKERS),
+    "idefics3, tiles": lambda: siglip({"type": "pixel_shuffle"}, tiling={"type": "idefics3", "max_tiles": 9}),
     "smolvlm": lambda: siglip({"type": "pixel_shuffle"}, image_markers=IDEFICS3_MARKERS),
+    "smolvlm, tiles": lambda: siglip({"type": "pixel_shuffle"}, tiling={"type": "idefics3", "max_tiles": 9}),
     "gemma3": gemma3,
     "internvl": lambda: squares(INTERN_VIT, "pixel_shuffle_mlp", image_markers=("<img>", "</img>")),
+    "internvl, tiles": lambda: squares(
+        INTERN_VIT, "pixel_shuffle_mlp", image_markers=("<img>", "</img>"), tiling={"type": "internvl", "max_tiles": 6}
+    ),
 }
-"""Models of ours, by what they can become."""
+"""Models of ours, by what they can become, and how."""

@@ -154,7 +154,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             places = [place for size in sizes for place in tiler.places(size)]
             visual_tokens = self.tile_positions(visual_tokens, torch.tensor(places, device=visual_tokens.device))
         images = visual_tokens.split(tiles)
-        if tiler.type == "tiles":
+        if tiler.type != "anyres":
             return [image.flatten(0, 1) for image in images]
         return [
             self.anyres_merger(image, tiler.grid(size), tiler.token_grid, tiler.unpadded(size))

@@ -16,12 +16,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llava_next": {
         "adapter": {"projector": "mlp"},
         "vision_feature_layer": -2,
-        "tiling": {"type": "anyres", "max_tiles": 4},
+        "tiling": {"type": "anyres", "max_tiles": 4, "grids": [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]},
+    },
+    # Idefics3 (arXiv 2408.12637), with encoders whose grid is a multiple of 2
+    "idefics3": {
+        "adapter": {"projector": {"type": "pixel_shuffle", "scale_factor": 2}},
+        "tiling": {"type": "idefics3", "max_tiles": 16},
     },
     # SmolVLM (arXiv 2504.05299), with encoders whose grid is a multiple of 4
     "smolvlm": {
         "adapter": {"projector": {"type": "pixel_shuffle", "scale_factor": 4}},
-        "tiling": {"type": "tiles", "max_tiles": 16},
+        "tiling": {"type": "idefics3", "max_tiles": 16},
     },
     # Idefics (arXiv 2306.16527), after Flamingo
     "idefics": {
@@ -64,7 +69,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # InternVL 1.5 and later (arXiv 2404.16821)
     "internvl": {
         "adapter": {"projector": {"type": "pixel_shuffle_mlp", "scale_factor": 2}},
-        "tiling": {"type": "tiles", "max_tiles": 12},
+        "tiling": {"type": "internvl", "max_tiles": 12},
         "image_markers": ["<img>", "</img>"],
     },
     # Gemma 3 (arXiv 2503.19786)

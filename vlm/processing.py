@@ -124,7 +124,8 @@ class VLMProcessor(ProcessorMixin):
         """`pixel_values [images, 3, H, W]`; with tiling, of all tiles of all images, and `image_sizes [images, 2]`."""
         if self.tiler is None:
             return self.image_processor(images, return_tensors="pt")
-        tiles = [tile for image in images for tile in self.tiler.split(image)]
+        resample = getattr(self.image_processor, "resample", None)  # None: several encoders, each with its own
+        tiles = [tile for image in images for tile in self.tiler.split(image, resample)]
         inputs = self.image_processor(tiles, return_tensors="pt")
         return BatchFeature({**inputs, "image_sizes": torch.tensor([size_of(image) for image in images])})
 

@@ -79,11 +79,14 @@ class Adapter(Section):
 class Tiling(Section):
     """Images in more detail than the encoder's input has room for: cut into tiles, with a thumbnail of the whole."""
 
-    type: Literal["tiles", "anyres"] = "tiles"
-    """`tiles` keeps tiles apart, a marker before each (Idefics3, SmolVLM); `anyres` puts their tokens together to one
-    grid again, without the padding (LLaVA-NeXT)."""
+    type: Literal["tiles", "anyres", "idefics3", "internvl"] = "tiles"
+    """`tiles` keeps tiles apart, a marker before each; `anyres` puts their tokens together to one grid again, without
+    the padding (LLaVA-NeXT); `idefics3` and `internvl` do what Idefics3 and SmolVLM, and InternVL do, to the token."""
     max_tiles: int = Field(default=6, ge=2)
     """The most tiles an image is cut into, beside the thumbnail. Each takes the tokens of an image without tiling."""
+    grids: list[list[int]] | None = Field(default=None, min_length=1)
+    """With `tiles` and `anyres`, the grids to choose from, each [rows, columns]; null: all of at most `max_tiles`
+    tiles."""
 
 
 class Model(Section):
@@ -171,6 +174,15 @@ class Model(Section):
         if tiling.type == "anyres" and self.adapter.fusion == "cross_attention":
             why = "anyres puts tokens in reading order, which `fusion: cross_attention` does not see; choose tiles"
             found.append((("tiling", "type"), why))
+        if tiling.type == "idefics3" and tiling.max_tiles < 4:
+            why = "idefics3 makes squares of up to `max_tiles`; 4 is the smallest of several tiles"
+            found.append((("tiling", "max_tiles"), why))
+        if tiling.grids is not None and tiling.type not in ("tiles", "anyres"):
+            found.append((("tiling", "grids"), f"does not go with `type: {tiling.type}`, which has a rule of its own"))
+        for grid in tiling.grids or ():
+            if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] > tiling.max_tiles:
+                why = f"each is [rows, columns], of at most `max_tiles` tiles ({tiling.max_tiles}); not {grid}"
+                found.append((("tiling", "grids"), why))
         if tiling.type == "anyres" and self.vision_feature_select_strategy == "full":
             why = "full keeps class tokens, which have no place on the grid of `tiling` anyres; choose default"
             found.append((("vision_feature_select_strategy",), why))

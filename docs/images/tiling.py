@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.v2.functional import to_pil_image
 
 from vlm.tiling import GLOBAL_TOKEN, Tiler, marker
 
@@ -69,12 +70,12 @@ def draw() -> Image.Image:
     for tile, (row, column) in zip(tiles.split(image), tiles.places(size), strict=True):
         x, y = (column - 1, row - 1) if row else (columns, 0)  # the thumbnail stands last
         x, y = 600 + x * (TILE + 12), 92 + y * (TILE + 38)
-        card.paste(tile, (x, y))
+        card.paste(to_pil_image(tile), (x, y))
         name = marker(row, column) if row else GLOBAL_TOKEN
         paint.text((x, y + TILE + 5), name, font=font(17), fill=KEPT)
 
     title(40, 730, "type: anyres", f"{anyres.num_image_tokens(size, TOKENS**2):,} tokens, those of the thumbnail first")
-    thumbnail, *cut = anyres.split(image)
+    thumbnail, *cut = map(to_pil_image, anyres.split(image))
     card.paste(thumbnail, (40, 798))
     whole = Image.new("RGB", (columns * TILE, rows * TILE))
     for number, tile in enumerate(cut):

@@ -56,10 +56,10 @@ def values(parts, pictures, tmp_path):
     ("kind", "adapter", "kept"),
     [
         ("tiles", {}, True),
-        ("tiles", {}, False),
+        ("idefics3", {}, False),
         ("anyres", {"projector": {"type": "average_pool", "num_image_tokens": 4}}, True),
         ("tiles", {"fusion": "cross_attention", "cross_attention_every": 2}, True),
-        ("tiles", {"fusion": "cross_attention", "cross_attention_layers": [1, 3]}, False),
+        ("internvl", {"fusion": "cross_attention", "cross_attention_layers": [1, 3]}, False),
     ],
 )
 def test_a_run(values, tmp_path, kind, adapter, kept):

@@ -8,8 +8,8 @@ import urllib.request
 import pytest
 from transformers.cli.serve import Serve
 
-from tests.counterparts import EXPRESSIBLE, export
-from tests.tiny import encode, image, user
+from tests.counterparts import EXPRESSIBLE, PHOTO, export
+from tests.tiny import encode, user
 
 QUESTION = "what is it ?"
 
@@ -52,7 +52,7 @@ def test_served_on_loopback_it_answers_as_ours_does(complete, tmp_path, target):
         max_tokens=6,
         stream=False,
     )
-    inputs = encode(processor, [[user(image(5), QUESTION)]])
+    inputs = encode(processor, [[user(PHOTO, QUESTION)]])
     said = model.generate(**inputs, do_sample=False, max_new_tokens=6)
     expected = processor.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert expected

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import MllamaTextConfig
+from transformers import GotOcr2ImageProcessor, Idefics3ImageProcessor, LlavaNextConfig, MllamaTextConfig
 
 from tests.tiny import clip_config, encode, image, text_config, tiny, user
 from vlm import recipe
@@ -57,6 +57,15 @@ def test_ones_own_keys_go_first():
 def test_a_preset_is_not_changed_by_what_is_put_over_it():
     with_preset({"adapter": {"projector": {"scale_factor": 2}}}, "smolvlm")
     assert with_preset({}, "smolvlm")["adapter"]["projector"]["scale_factor"] == 4
+
+
+def test_the_tilings_are_those_of_the_published_processors():
+    pinpoints, tiling = LlavaNextConfig().image_grid_pinpoints, PRESETS["llava_next"]["tiling"]
+    assert [[336 * rows, 336 * columns] for rows, columns in tiling["grids"]] == pinpoints
+    images = Idefics3ImageProcessor()
+    tiles_a_side = images.size["longest_edge"] / images.max_image_size["longest_edge"]
+    assert PRESETS["idefics3"]["tiling"]["max_tiles"] == tiles_a_side**2
+    assert PRESETS["internvl"]["tiling"]["max_tiles"] == GotOcr2ImageProcessor().max_patches
 
 
 def test_on_the_command_line(tmp_path):

@@ -164,6 +164,10 @@ def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -
         (("some/encoder\n", "[a, b]\n  vision_feature_select_strategy: full\n"), 4, "full is for one encoder"),
         (("data:\n", "  tiling: {type: tile}\ndata:\n"), 5, "model.tiling.type: "),
         (("data:\n", "  tiling: {max_tiles: 1}\ndata:\n"), 5, "model.tiling.max_tiles: "),
+        (("data:\n", "  tiling: {grids: [[2]]}\ndata:\n"), 5, "each is [rows, columns], of at most"),
+        (("data:\n", "  tiling: {grids: [[2, 4]]}\ndata:\n"), 5, "at most `max_tiles` tiles (6); not [2, 4]"),
+        (("data:\n", "  tiling: {type: internvl, grids: [[2, 2]]}\ndata:\n"), 5, "has a rule of its own"),
+        (("data:\n", "  tiling: {type: idefics3, max_tiles: 3}\ndata:\n"), 5, "4 is the smallest of several"),
         (("data:\n", "  image_aspect_ratio: pad\n  tiling: {}\ndata:\n"), 5, "pad does not go with `tiling`"),
         (
             ("data:\n", "  adapter: {fusion: cross_attention}\n  tiling: {type: anyres}\ndata:\n"),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.counterparts import export
-from tests.tiny import continuation, encode, image, logits, small_projector, tiny, user
+from tests.counterparts import PHOTO, export
+from tests.tiny import continuation, encode, logits, small_projector, tiny, user
 from tests.vlm.test_interop import fit
 from vlm import generation
 from vlm.errors import UserError
@@ -64,7 +64,7 @@ def exported(tmp_path_factory):
 def test_it_answers_as_here(exported, name):
     model, processor, folder = exported[name]
     found = load_file(folder / "found.safetensors")
-    inputs = encode(processor, [[user(image(5), "what is it ?")]])
+    inputs = encode(processor, [[user(PHOTO, "what is it ?")]])
     assert torch.equal(found["input_ids"], inputs["input_ids"])
     assert (found["logits"] - logits(model, **inputs)).abs().max() < 1e-5
     assert found["said"].tolist() == continuation(model, inputs, 5)

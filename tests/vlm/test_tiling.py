@@ -1,24 +1,28 @@
 """How images are cut, and into how many tokens: against the processors and models of transformers that do the same."""
 
 import math
+from types import SimpleNamespace
+from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     CLIPImageProcessor,
+    Idefics3ImageProcessor,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
 )
+from transformers.models.idefics3.image_processing_idefics3 import get_resize_output_image_size
 
-from tests.stock import decoder, idefics3, tokenizer_with
+from tests.stock import decoder, stock, tokenizer_with
 from tests.tiny import clip_config, image
 from vlm.adapters import AnyresMerger, TilePositions
-from vlm.tiling import Tiler, tiler_of
+from vlm.recipe_model import Tiling
+from vlm.tiling import FAKE_TOKEN, TILINGS, Tiler, tiler_of
 
 SIDES = st.integers(1, 3000)
 ANYRES = Tiler("anyres", 6, (32, 32), (4, 4))
@@ -27,7 +31,7 @@ TILES = Tiler("tiles", 6, (32, 32))
 
 def pinpoints(tiler):
     """The grids of several tiles as LLaVA-NeXT's configuration has them."""
-    return [[rows * 32, columns * 32] for rows, columns in tiler.grids()]
+    return [[rows * 32, columns * 32] for rows, columns in tiler.all_grids()]
 
 
 # --- the grid
@@ -68,47 +72,91 @@ def test_turned_images_have_turned_grids(height, width):
     assert turned in ((columns, rows), (rows, columns))
 
 
-# --- tiles, against Idefics3
+# --- idefics3 and internvl, against their processors
 
 
-def idefics3_processor():
-    _, processor = idefics3()
-    processor.image_processor.size = {"longest_edge": 96}
-    processor.image_processor.resample = 3  # bicubic, as we do
-    return processor
+def tiled_processor(kind, resample):
+    """A stock processor of images of at most nine tiles, and the tiler of ours that does the same."""
+    _, processor = stock(kind)
+    processor.image_processor.resample = resample
+    if kind == "idefics3":
+        processor.image_processor.size = {"longest_edge": 96}
+    else:
+        processor.image_processor.max_patches = 9
+    return processor, Tiler(kind, 9, (32, 32))
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 64), (96, 96), (32, 96)])
-def test_tiles_are_those_of_idefics3(height, width):
-    """For images as large as the grids that it makes; it scales others to a longest edge first."""
-    processor, picture = idefics3_processor(), image(1, (width, height))
-    made = processor.image_processor(picture, return_tensors="pt", return_row_col_info=True)
-    tiler = Tiler("tiles", 9, (32, 32))
-    assert tiler.grid((height, width)) == (made["rows"][0][0], made["cols"][0][0])
-    tiles = tiler.split(picture)
-    ours = processor.image_processor(tiles, return_tensors="pt", do_image_splitting=False, do_resize=False)
-    assert len(tiles) == made["pixel_values"].shape[1] == tiler.num_tiles((height, width))
-    theirs = made["pixel_values"][0]
-    assert torch.allclose(ours["pixel_values"].flatten(0, 1)[:-1], theirs[:-1])
-    assert (ours["pixel_values"].flatten(0, 1)[-1] - theirs[-1]).abs().max() < 3 * 2 / 255, "a level or two apart"
+ODD_SIZES = [(64, 96), (96, 96), (20, 30), (33, 200), (500, 480), (1, 300), (301, 7), (65, 63)]
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 96), (32, 96)])
-def test_their_text_is_that_of_idefics3(height, width):
-    processor = idefics3_processor()
-    text = processor(text="<image>", images=[image(0, (width, height))])["input_ids"][0]
-    theirs = processor.tokenizer.decode(text).replace("<fake_token_around_image>", "")
-    assert Tiler("tiles", 9, (32, 32)).text((height, width), "<image>", 4) == theirs
+@pytest.mark.parametrize("resample", [2, 3, 1])  # bilinear, bicubic, Lanczos
+@pytest.mark.parametrize("size", ODD_SIZES)
+@pytest.mark.parametrize("kind", ["idefics3", "internvl"])
+def test_tiles_are_those_of_the_stock_processor(kind, size, resample):
+    processor, tiler = tiled_processor(kind, resample)
+    picture = image(1, (size[1], size[0]))
+    theirs = processor(text=processor.image_token, images=[picture], return_tensors="pt")["pixel_values"]
+    tiles = tiler.split(picture, resample)
+    pixels = processor.image_processor
+    ours = CLIPImageProcessor(do_resize=False, do_center_crop=False, image_mean=pixels.image_mean)
+    ours.image_std = pixels.image_std
+    assert len(tiles) == tiler.num_tiles(size)
+    assert torch.equal(ours(tiles, return_tensors="pt")["pixel_values"], theirs.flatten(0, -4))
+
+
+@given(SIDES, SIDES)
+@example(1, 3000)
+@example(3000, 1)
+@settings(max_examples=60, deadline=None)
+def test_the_grid_of_idefics3_is_its_processors(height, width):
+    scaled = get_resize_output_image_size(torch.empty(3, height, width, device="meta"), 96)
+    seen = []
+    Idefics3ImageProcessor.resize_for_vision_encoder(
+        SimpleNamespace(resize=lambda image, size, resample: seen.append(size)), torch.empty(3, *scaled), 32
+    )
+    grid = Tiler("idefics3", 9, (32, 32)).grid((height, width))
+    assert grid == (seen[0].height // 32, seen[0].width // 32)
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+@pytest.mark.parametrize("kind", ["idefics3", "internvl"])
+def test_their_text_is_that_of_the_stock_processor(kind, size):
+    processor, tiler = tiled_processor(kind, 3)
+    inputs = processor(text=processor.image_token, images=[image(0, (size[1], size[0]))])
+    theirs = processor.tokenizer.decode(inputs["input_ids"][0])
+    around = ("<img>", "</img>") if kind == "internvl" else ("", "")  # image_markers
+    assert around[0] + tiler.text(size, processor.image_token, 4) + around[1] == theirs
+    assert tiler.num_image_tokens(size, 4) == theirs.count(processor.image_token)
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_tiles_have_the_markers_of_idefics3(size):
+    """But for the tokens around them."""
+    theirs = Tiler("idefics3", 9, (32, 32))
+    tiles = Tiler("tiles", 9, (32, 32), grids=(theirs.grid(size),))
+    assert tiles.text(size, "<image>", 4) == theirs.text(size, "<image>", 4).replace(FAKE_TOKEN, "")
+
+
+def test_grids_are_chosen_from_those_named():
+    tiler = tiler_of({"type": "anyres", "max_tiles": 4, "tile_size": [32, 32], "grids": [[1, 2], [2, 1], [2, 2]]})
+    assert tiler.grid((20, 30)) == (1, 2), "there is none of one tile"
+    assert tiler.grid((300, 30)) == (2, 1)
+    with pytest.raises(ValueError, match="a grid of 2 x 3 does not have 1 to 4 tiles"):
+        Tiler("tiles", 4, (32, 32), grids=((2, 3),))
+    with pytest.raises(ValueError, match="leave grids out"):
+        Tiler("internvl", 4, (32, 32), grids=((2, 2),))
+    with pytest.raises(ValueError, match="are squares, and the encoder's input is 32 x 64"):
+        Tiler("idefics3", 4, (32, 64))
 
 
 def test_an_image_of_one_tile_is_its_thumbnail():
     assert TILES.text((20, 30), "<image>", 2) == "<global-img><image><image>"
     [thumbnail] = TILES.split(image(0, (30, 20)))
-    assert thumbnail.size == (32, 32)
+    assert thumbnail.shape == (3, 32, 32)
     assert TILES.num_image_tokens((20, 30), 16) == 16
 
 
-@pytest.mark.parametrize("tiler", [TILES, Tiler("tiles", 4, (24, 40))])
+@pytest.mark.parametrize("tiler", [TILES, Tiler("tiles", 4, (24, 40)), Tiler("idefics3", 9, (32, 32))])
 def test_every_marker_of_a_text_is_among_the_markers(tiler):
     texts = [tiler.text((rows * 1000, columns * 1000), "", 1) for rows in range(1, 7) for columns in range(1, 7)]
     written = {part + ">" for text in texts for part in text.replace("\n", "").split(">") if part}
@@ -120,7 +168,7 @@ def test_every_marker_of_a_text_is_among_the_markers(tiler):
 def test_tiles_that_are_not_square(kind):
     tiler = Tiler(kind, 6, (24, 40), (3, 5))
     tiles = tiler.split(image(0, (80, 72)))
-    assert {tile.size for tile in tiles} == {(40, 24)}
+    assert {tile.shape for tile in tiles} == {(3, 24, 40)}
     assert len(tiles) == tiler.num_tiles((72, 80)) == 7
     places = tiler.places((72, 80))
     assert len(places) == 7
@@ -161,9 +209,7 @@ def test_anyres_tiles_are_those_of_llava_next(size):
     plain = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     ours = plain(ANYRES.split(picture), return_tensors="pt")["pixel_values"]
     assert ours.shape == theirs.shape
-    # Both scale bicubically, torchvision to numbers of its own rounding: half a level of 255 apart, a few at the most.
-    assert (ours - theirs).abs().mean() < 0.01
-    assert (ours - theirs).abs().max() < 0.06
+    assert torch.equal(ours, theirs)
 
 
 @given(SIDES, SIDES)
@@ -198,9 +244,7 @@ def test_what_is_kept_of_a_grid_is_the_image():
         tiler = Tiler("anyres", 6, (32, 32), (32, 32))  # a token a pixel
         tiles = tiler.split(image(0, (size[1], size[0])).point(lambda value: 255))
         rows, columns = tiler.grid(size)
-        pixels = torch.stack([torch.from_numpy(np.array(tile.convert("L"))).flatten() for tile in tiles])[
-            ..., None
-        ].float()
+        pixels = torch.stack([tile[0].flatten() for tile in tiles])[..., None].float()
         merged = AnyresMerger(1)(pixels, (rows, columns), (32, 32), tiler.unpadded(size)).detach()
         _, _, height, width = tiler.unpadded(size)
         kept = merged[32 * 32 :].view(height, width + 1)[:, :-1]
@@ -218,6 +262,10 @@ def test_tile_positions_are_added_to_every_token_of_a_tile():
     torch.nn.init.normal_(positions.column)
     moved = positions(tokens, places) - tokens
     assert torch.allclose(moved[1], (positions.row[1] + positions.column[2]).expand(5, 4), atol=1e-6)
+
+
+def test_a_recipe_knows_every_type():
+    assert get_args(Tiling.model_fields["type"].annotation) == TILINGS
 
 
 def test_a_configuration_from_json_is_the_same_tiler():

@@ -1,6 +1,7 @@
 """Weights and configurations of transformers' own vision-language models, into ours and out of it.
 
     ours = from_stock(LlavaForConditionalGeneration.from_pretrained(...))
+    ours, processor = from_stock(LlavaNextForConditionalGeneration.from_pretrained(...), stock_processor)
     stock, stock_processor = to_stock(ours, processor, "llava")
 
 Logits stay what they were. Both share the tensors of what they were made from, wherever their form is the same.
@@ -9,7 +10,7 @@ Logits stay what they were. Both share the tensors of what they were made from, 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,11 +24,15 @@ from vlm.interop.gemma3 import Gemma3
 from vlm.interop.idefics3 import Idefics3, SmolVLM
 from vlm.interop.internvl import InternVL
 from vlm.interop.llava import Llava
+from vlm.interop.llava_next import LlavaNext
+from vlm.interop.processor import from_stock_processor
 from vlm.interop.standardize import folded
 from vlm.modeling import VLMForConditionalGeneration
+from vlm.processing import VLMProcessor
 
 FAMILIES: dict[str, Family] = {
     "llava": Llava(),
+    "llava_next": LlavaNext(),
     "idefics3": Idefics3(),
     "smolvlm": SmolVLM(),
     "gemma3": Gemma3(),
@@ -40,7 +45,6 @@ REASONS = {
     "paligemma": "its image and question see each other both ways, which no image_attention of ours does",
     "blip-2": "its encoder is no model of its own in transformers, and its processor has no chat template",
     "idefics2": "its images keep their proportions, and its resampler normalises in another way",
-    "llava_next": "its images are cut into tiles",
     "mllama": "its encoder sees tiles together with their proportions",
     "qwen2_vl": "its tokens have positions in three directions (M-RoPE)",
     "qwen2_5_vl": "its tokens have positions in three directions (M-RoPE)",
@@ -58,8 +62,13 @@ def family_of(name: str) -> Family:
     return FAMILIES[name]
 
 
-def from_stock(stock: PreTrainedModel) -> VLMForConditionalGeneration:
-    """A model of ours that computes what `stock` does, a vision-language model of transformers.
+@overload
+def from_stock(stock: PreTrainedModel) -> VLMForConditionalGeneration: ...
+@overload
+def from_stock(stock: PreTrainedModel, processor: Any) -> tuple[VLMForConditionalGeneration, VLMProcessor]: ...
+def from_stock(stock: PreTrainedModel, processor: Any = None) -> Any:
+    """A model of ours that computes what `stock` does, a vision-language model of transformers; with its `processor`,
+    which says how images are cut into tiles, that model and a processor of ours.
 
     Raises UserError for an architecture, or a setting of one, that ours cannot express.
     """
@@ -72,7 +81,7 @@ def from_stock(stock: PreTrainedModel) -> VLMForConditionalGeneration:
         vision_config=copy.deepcopy(theirs.vision_config),
         text_config=text_config,
         **{ours: getattr(theirs, name) for ours, name in family.fields.items()},
-        **family.bridge(theirs),
+        **({"tiling": family.tiling(processor)} if processor else {}) | family.bridge(theirs),
     )
     with no_init_weights():
         model = VLMForConditionalGeneration(config)
@@ -82,7 +91,11 @@ def from_stock(stock: PreTrainedModel) -> VLMForConditionalGeneration:
         state[name] = renamed.from_stock(weights[stock_name]) if renamed else weights[stock_name]
     model.load_state_dict(state, assign=True)
     _finish(model, stock)
-    return model
+    if processor is None:
+        return model
+    ours = from_stock_processor(family, config, processor)
+    check_equal(model, ours, stock, processor)
+    return model, ours
 
 
 def to_stock(model: VLMForConditionalGeneration, processor: Any, target: str) -> tuple[PreTrainedModel, Any]:

@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 
 from vlm.errors import UserError
+from vlm.tiling import Size
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """How far logits may be apart, as a share of the largest. In formats of half the size rounding alone is more."""
@@ -18,16 +19,17 @@ ROUNDED = 5e-2
 
 @torch.no_grad()
 def check_equal(ours: Any, processor: Any, stock: Any, stock_processor: Any) -> None:
-    """Raises UserError if ids, pixels or logits of the two differ, for a question about an image of noise."""
-    a, b = (_read(each) for each in (processor, stock_processor))
+    """Raises UserError if ids, pixels or logits of the two differ, for a question about an image of noise; with tiling
+    about two, of several tiles and of different shapes."""
+    images = [_noise(*size) for size in _sizes(processor)]
+    a, b = (_read(each, images) for each in (processor, stock_processor))
     if a["input_ids"].tolist() != b["input_ids"].tolist():
         raise UserError(
             f"{type(stock_processor).__name__} writes the same messages in other tokens:\n"
             f"  ours:   {_short(processor, a)}\n  theirs: {_short(processor, b)}"
         )
-    if a["pixel_values"].numel() != b["pixel_values"].numel() or not torch.allclose(
-        a["pixel_values"].flatten(), b["pixel_values"].flatten(), atol=1e-5
-    ):
+    pixels, stock_pixels = (_tiles(each["pixel_values"]) for each in (a, b))
+    if pixels.shape != stock_pixels.shape or not torch.allclose(pixels, stock_pixels, atol=1e-5):
         raise UserError(
             f"{type(stock_processor.image_processor).__name__} makes other pixels of an image than "
             f"{type(processor.image_processor).__name__}"
@@ -41,9 +43,26 @@ def check_equal(ours: Any, processor: Any, stock: Any, stock_processor: Any) -> 
         )
 
 
-def _read(processor: Any) -> Any:
-    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
-    content = [{"type": "image", "image": PIL.Image.fromarray(noise)}, {"type": "text", "text": "What is it?"}]
+def _sizes(processor: Any) -> list[Size]:
+    if processor.tiler is None:
+        return [(96, 128)]
+    height, width = processor.tiler.tile_size
+    return [(height + 10, 2 * width + 7), (2 * height - 5, width // 2 + 1)]
+
+
+def _noise(height: int, width: int) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def _tiles(pixels: torch.Tensor) -> torch.Tensor:
+    """`[tiles, 3, H, W]` without the empty ones that rows of different numbers of tiles are filled up with."""
+    pixels = pixels.flatten(0, -4)
+    return pixels[pixels.flatten(1).any(dim=1)]
+
+
+def _read(processor: Any, images: list[PIL.Image.Image]) -> Any:
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    content.append({"type": "text", "text": "What is it?"})
     return processor.apply_chat_template(
         [{"role": "user", "content": content}],
         tokenize=True,

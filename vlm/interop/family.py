@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, SiglipImageProcessor
 
 from vlm.encoder import encode
 from vlm.errors import UserError
@@ -76,6 +76,8 @@ class Family:
         fixed: keys of its configuration that have to be so, since ours computes nothing else.
         image_attention: as in `VLMConfig`.
         image_markers: what its processor writes before and after the tokens of an image.
+        tilings: types of `tiling` that do what its processor does; None is an image that is not cut.
+        others: tensors that belong to no part, our names to its.
         older: how names begin in memory, and in the files that other programs read; transformers reads those too.
     """
 
@@ -91,6 +93,8 @@ class Family:
     fixed: Mapping[str, Any] = {}
     image_attention = "causal"
     image_markers: tuple[str, str] = ("", "")
+    tilings: tuple[str | None, ...] = (None,)
+    others: Mapping[str, str] = {}
     older: Mapping[str, str] = {
         "model.vision_tower.": "vision_tower.",
         "model.multi_modal_projector.": "multi_modal_projector.",
@@ -114,6 +118,23 @@ class Family:
         """The processor of transformers that does what ours does. Raises UserError if there is none."""
         raise NotImplementedError
 
+    def markers(self, tiling: Any) -> tuple[str, str]:
+        """`image_markers` of a model with `tiling`."""
+        return self.image_markers
+
+    def tiling(self, stock_processor: Any) -> dict[str, Any] | None:
+        """The `tiling` of `VLMConfig` that does what a stock processor does, where `bridge` does not say. Raises
+        UserError if there is none."""
+        return None
+
+    def image_processor(self, stock_processor: Any) -> Any:
+        """What makes pixels of an image that is not cut, or of a tile, as a stock processor does."""
+        return copy.deepcopy(stock_processor.image_processor)
+
+    def placeholder(self, stock_processor: Any) -> str:
+        """What the chat template of a stock processor writes for an image."""
+        return stock_processor.image_token
+
     def vision_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The configuration of the vision tower as the architecture wants it."""
         return copy.deepcopy(config)
@@ -133,6 +154,10 @@ class Family:
         keys = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb")
         return {key: value for key in keys if (value := getattr(image_processor, key, None)) is not None}
 
+    def resizing(self, image_processor: Any, height: int, width: int) -> SiglipImageProcessor:
+        """An image processor that stretches images to a size, with the pixels of another."""
+        return SiglipImageProcessor(size={"height": height, "width": width}, **self.pixels_of(image_processor))
+
     def with_named_tokens(self, tokenizer: Any, named: Mapping[str, str]) -> Any:
         """A copy of a tokenizer that knows tokens by the names that a processor asks for, and keeps them as it is
         saved."""
@@ -145,14 +170,15 @@ class Family:
 
         Raises UserError if ours does not write them.
         """
-        written = repr(processor.image_token.join(self.image_markers))
+        markers = self.markers(processor.tiling)
+        written = in_template(processor.image_token.join(markers))
         if written not in processor.chat_template:
             raise UserError(
-                f"the processor of {self.architecture} writes {self.image_markers[0]!r} before an image and "
-                f"{self.image_markers[1]!r} after it; only a model trained so can become one, with "
-                f"image_markers: {json.dumps(self.image_markers)} under model in its recipe"
+                f"the processor of {self.architecture} writes {markers[0]!r} before an image and {markers[1]!r} after "
+                "it; only a model trained so can become one, with "
+                f"image_markers: {json.dumps(markers)} under model in its recipe"
             )
-        return processor.chat_template.replace(written, repr(placeholder))
+        return processor.chat_template.replace(written, in_template(placeholder))
 
     def check_stock(self, config: Any) -> None:
         """Raises UserError for a stock configuration that ours cannot express."""
@@ -174,8 +200,10 @@ class Family:
             raise UserError(
                 f"the projector is {config.projector['type']}; {self.architecture} has {self.projector} and no other"
             )
-        if config.tiling is not None:
-            raise UserError("this model's images are cut into tiles; only one whose images are whole can be exported")
+        tiling = config.tiling["type"] if config.tiling else None
+        if tiling not in self.tilings:
+            known = " or ".join(name or "none" for name in self.tilings)
+            raise UserError(f"tiling is {tiling or 'none'}; {self.architecture} has {known} and no other")
         if config.image_attention != self.image_attention:
             raise UserError(
                 f"image_attention is {config.image_attention}; {self.architecture} has {self.image_attention} and no "
@@ -210,6 +238,8 @@ class Family:
                 yield name, f"{self.language}.{name.removeprefix(base)}", None
             elif name.startswith(f"{head_name}."):
                 yield name, f"lm_head.{name.removeprefix(f'{head_name}.')}", None
+            elif name in self.others:
+                yield name, self.others[name], None
             else:
                 raise UserError(f"{self.architecture} has no place for {name}")
 
@@ -226,3 +256,8 @@ class Family:
 
     def model_class(self) -> type[PreTrainedModel]:
         return getattr(transformers, self.architecture)
+
+
+def in_template(text: str) -> str:
+    """A text as it stands between quotes in a chat template."""
+    return repr(text)[1:-1]

@@ -67,6 +67,13 @@ class Gemma3(Family):
             image_processor, tokenizer, image_seq_length=processor.image_seq_length, chat_template=template
         )
 
+    def image_processor(self, stock_processor: Any) -> Any:
+        images = stock_processor.image_processor
+        return self.resizing(images, images.size["height"], images.size["width"])
+
+    def placeholder(self, stock_processor: Any) -> str:
+        return stock_processor.boi_token
+
     def _check_eps(self, vision_config: Any) -> None:
         if vision_config.layer_norm_eps != 1e-6:
             raise UserError(f"layer_norm_eps of the encoder is {vision_config.layer_norm_eps}; only 1e-6 fits")

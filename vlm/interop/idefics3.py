@@ -1,4 +1,4 @@
-"""Idefics3 (arXiv 2408.12637) and SmolVLM (arXiv 2504.05299): SigLIP, pixel shuffle. An image is one tile."""
+"""Idefics3 (arXiv 2408.12637) and SmolVLM (arXiv 2504.05299): SigLIP, pixel shuffle, tiles."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Idefics3(Family):
     older = {}  # noqa: RUF012
     tower_config: type[PreTrainedConfig] = Idefics3VisionConfig
     image_markers = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
+    tilings = (None, "idefics3")
 
     def bridge(self, config: Any) -> dict[str, Any]:
         vision, scale = config.vision_config, config.scale_factor
@@ -43,16 +44,34 @@ class Idefics3(Family):
             )
         return {"scale_factor": model.config.projector.get("scale_factor", 2)}
 
+    def markers(self, tiling: Any) -> tuple[str, str]:
+        return ("", "") if tiling else self.image_markers  # tiles bring their own
+
+    def tiling(self, stock_processor: Any) -> dict[str, Any] | None:
+        images = stock_processor.image_processor
+        longest, tile = images.size.get("longest_edge"), images.max_image_size["longest_edge"]
+        if not images.do_image_splitting:
+            return None
+        if not longest or longest % tile:
+            raise UserError(
+                f"images of size {images.size} are cut into tiles of {tile} pixels, which have to divide it"
+            )
+        return {"type": "idefics3", "max_tiles": (longest // tile) ** 2, "tile_size": [tile, tile]}
+
+    def image_processor(self, stock_processor: Any) -> Any:
+        side = stock_processor.image_processor.max_image_size["longest_edge"]
+        return self.resizing(stock_processor.image_processor, side, side)
+
     def vision_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         known = self.tower_config().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
         return self.tower_config(**{key: value for key, value in config.to_dict().items() if key in known})
 
     def stock_processor(self, config: Any, processor: Any, image: Image) -> Any:
-        side = config.vision_config.image_size
+        side, tiler = config.vision_config.image_size, processor.tiler
         image_processor = Idefics3ImageProcessor(
-            size={"height": side, "width": side},
+            size={"longest_edge": tiler.tiles_a_side * side} if tiler else {"height": side, "width": side},
             max_image_size={"longest_edge": side},
-            do_image_splitting=False,
+            do_image_splitting=tiler is not None,
             **self.pixels_of(processor.image_processor),
         )
         return Idefics3Processor(

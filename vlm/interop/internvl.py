@@ -1,4 +1,4 @@
-"""InternVL (arXiv 2404.16821): InternViT, pixel shuffle and an MLP, any decoder. An image is one tile."""
+"""InternVL (arXiv 2404.16821): InternViT, pixel shuffle and an MLP, any decoder, tiles."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class InternVL(Family):
     fields = {"image_token_id": "image_token_id", "image_seq_length": "image_seq_length"}  # noqa: RUF012
     fixed = {"projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}  # noqa: RUF012
     image_markers = ("<img>", "</img>")
+    tilings = (None, "internvl")
 
     def bridge(self, config: Any) -> dict[str, Any]:
         layer = config.vision_feature_layer
@@ -41,12 +42,26 @@ class InternVL(Family):
             "vision_feature_layer": -1 if layer is None else layer,
         }
 
+    def tiling(self, stock_processor: Any) -> dict[str, Any] | None:
+        images = stock_processor.image_processor  # whose crop_to_patches its processor turns on
+        if images.min_patches != 1:
+            raise UserError(f"min_patches is {images.min_patches} in this image processor; only 1 can be taken over")
+        tile = [images.size["height"], images.size["width"]]
+        return (
+            {"type": "internvl", "max_tiles": images.max_patches, "tile_size": tile} if images.max_patches > 1 else None
+        )
+
+    def image_processor(self, stock_processor: Any) -> Any:
+        images = stock_processor.image_processor
+        return self.resizing(images, images.size["height"], images.size["width"])
+
     def stock_processor(self, config: Any, processor: Any, image: Image) -> Any:
         height, width = image.size
         image_processor = GotOcr2ImageProcessor(
             size={"height": height, "width": width},
-            min_patches=1,  # a limit, since its processor turns crop_to_patches on
-            max_patches=1,
+            crop_to_patches=processor.tiler is not None,
+            min_patches=1,
+            max_patches=processor.tiler.max_tiles if processor.tiler else 1,  # its processor turns cropping on
             **self.pixels_of(processor.image_processor),
         )
         start, end = self.image_markers

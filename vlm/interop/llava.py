@@ -32,21 +32,27 @@ class Llava(Family):
         }
 
     def stock_processor(self, config: Any, processor: Any, image: Image) -> Any:
-        patch = getattr(config.vision_config, "patch_size", None)
-        if not isinstance(patch, int) or (image.size[0] // patch, image.size[1] // patch) != image.grid:
-            raise UserError(
-                "LlavaProcessor counts an image's tokens by the encoder's patch size, "
-                f"and {config.vision_config.model_type} does not cut images into patches of one size"
-            )
         return LlavaProcessor(
             processor.image_processor,
             processor.tokenizer,
-            patch_size=patch,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
             chat_template=processor.chat_template,
             image_token=processor.image_token,
-            num_additional_image_tokens=image.num_prefix,
+            **self.counts(config, image),
         )
+
+    def counts(self, config: Any, image: Image) -> dict[str, Any]:
+        """By what the processor counts an image's tokens. Raises UserError if it would count wrongly."""
+        patch = getattr(config.vision_config, "patch_size", None)
+        if not isinstance(patch, int) or (image.size[0] // patch, image.size[1] // patch) != image.grid:
+            raise UserError(
+                "LLaVA's processor counts an image's tokens by the encoder's patch size, "
+                f"and {config.vision_config.model_type} does not cut images into patches of one size"
+            )
+        return {
+            "patch_size": patch,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+            "num_additional_image_tokens": image.num_prefix,
+        }
 
     def _layer(self, config: Any) -> int | list[int]:
         """LLaVA reads a hidden state, and cannot read what comes after the final norm."""
