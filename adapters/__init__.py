@@ -3,6 +3,7 @@
 from vlm.adapters.cross_attention import (
     FlamingoCrossAttention,
     GatedCrossAttention,
+    IdeficsCrossAttention,
     MllamaCrossAttention,
     VisionStates,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "AnyresMerger",
     "FlamingoCrossAttention",
     "GatedCrossAttention",
+    "IdeficsCrossAttention",
     "MllamaCrossAttention",
     "TilePositions",
     "VisionStates",

@@ -75,9 +75,11 @@ class VisionStates:
 class GatedCrossAttention(nn.Module):
     """`hidden [B, L, D]` plus tanh-gated attention to the visual tokens and a tanh-gated feed-forward.
 
-    A token that sees no image stays as it is, in every row and whatever the other tokens see.
+    A token that sees no image stays as it is, in every row and whatever the other tokens see; with
+    `feeds_every_token` it has the feed-forward alone.
     """
 
+    feeds_every_token = False
     states_norm: nn.Module
     q_norm: nn.Module
     k_norm: nn.Module
@@ -109,7 +111,17 @@ class GatedCrossAttention(nn.Module):
             vision.keys_values[self.index] = keys_values
         return keys_values
 
-    def forward(self, hidden: Tensor, vision: VisionStates) -> Tensor:
+    def forward(self, hidden: Tensor, vision: VisionStates | None) -> Tensor:
+        """`vision` is None where no token has an image to see."""
+        if vision is not None:
+            hidden, sees_any = self._attend(hidden, vision)
+        elif not self.feeds_every_token:
+            return hidden
+        added = self.feed_forward_gate.tanh() * self.feed_forward(hidden)
+        return hidden + (added if self.feeds_every_token else added * sees_any)
+
+    def _attend(self, hidden: Tensor, vision: VisionStates) -> tuple[Tensor, Tensor]:
+        """`hidden` and what was attended to, and `[B, L, 1]` which tokens see an image."""
         vision.read_by.add(self.index)
         keys, values = (states.repeat_interleave(self.groups, dim=1) for states in self._keys_values(vision))
         # A softmax over nothing is NaN: tokens before the first image attend to anything and the result is dropped.
@@ -118,8 +130,7 @@ class GatedCrossAttention(nn.Module):
         query = self.q_norm(self._heads(self.q_proj(self.norm(hidden))))
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         attended = self.o_proj(attended.transpose(1, 2).flatten(2))
-        hidden = hidden + self.attention_gate.tanh() * attended * sees_any
-        return hidden + self.feed_forward_gate.tanh() * self.feed_forward(hidden) * sees_any
+        return hidden + self.attention_gate.tanh() * attended * sees_any, sees_any
 
 
 class FlamingoCrossAttention(GatedCrossAttention):
@@ -137,13 +148,13 @@ class FlamingoCrossAttention(GatedCrossAttention):
 
 
 class SwiGLU(nn.Module):
-    """A feed-forward with a gate (arXiv 2002.05202), as in Llama."""
+    """A feed-forward with a gate (arXiv 2002.05202), as in Llama; to another width with `output_size`."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, output_size: int | None = None) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, output_size or hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
@@ -166,3 +177,26 @@ class MllamaCrossAttention(GatedCrossAttention):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
         self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
         self.feed_forward = nn.Sequential(nn.RMSNorm(hidden_size, eps=norm_eps), SwiGLU(hidden_size, intermediate_size))
+
+
+class IdeficsCrossAttention(MllamaCrossAttention):
+    """That of Idefics (arXiv 2306.16527; `IdeficsGatedCrossAttentionLayer` of transformers): as Llama 3.2 Vision's, but
+    with a gate for each channel, visual tokens that may be of another width (`states_size`), and the feed-forward for
+    every token."""
+
+    feeds_every_token = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        index: int,
+        norm_eps: float = 1e-6,
+        states_size: int | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_heads, intermediate_size, index, norm_eps)
+        self.k_proj = nn.Linear(states_size or hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(states_size or hidden_size, hidden_size, bias=False)
+        self.attention_gate = nn.Parameter(torch.zeros(hidden_size))
+        self.feed_forward_gate = nn.Parameter(torch.zeros(hidden_size))

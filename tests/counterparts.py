@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from tests import stock
 from tests.stock_prompted import SIGLIP
-from tests.tiny import byte_level_tokenizer, image, open_gates, text_config, tiny
+from tests.stock_prompted import idefics as stock_idefics
+from tests.tiny import byte_level_tokenizer, encode, image, open_gates, text_config, tiny, user
 from vlm.build import assemble
 from vlm.cli import app
 
@@ -43,12 +44,55 @@ def internvl_in_tiles() -> tuple[Any, Any]:
     return model, processor
 
 
+def idefics(**changes: Any) -> tuple[Any, Any]:
+    """As published: a resampler, norms on queries and keys, a block for every second layer, two tokens added."""
+    perceiver = {"resampler_n_latents": 5, "resampler_depth": 2, "resampler_n_heads": 3, "resampler_head_dim": 6}
+    shape = {"num_hidden_layers": 4, "cross_layer_interval": 2, "use_resampler": True, "qk_layer_norms": True}
+    shape |= {"perceiver_config": perceiver | {"qk_layer_norms_perceiver": True}, "additional_vocab_size": 2}
+    model, processor = stock_idefics(**shape | changes)
+    vary(model)
+    return model, processor
+
+
+def idefics2() -> tuple[Any, Any]:
+    """Images lose their proportions, so that all of a batch are of one size."""
+    model, processor = stock.STOCK["idefics2"]()
+    processor.image_processor.size = {"height": 32, "width": 32}
+    vary(model)
+    return model, processor
+
+
+def mllama() -> tuple[Any, Any]:
+    """As its base model is asked: an image stands first. A tile is 48 x 48 pixels, so that those here are one."""
+    model, processor = stock.STOCK["mllama"](image_size=48)
+    processor.chat_template = (
+        "{% for m in messages %}{% for part in m['content'] %}"
+        "{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    vary(model)
+    return model, processor
+
+
+@torch.no_grad()
+def vary(model: Any) -> None:
+    """Norms of any size, and resamplers that look at some patches more than at others: as they start, it would not
+    matter which norm is which, nor how latents attend."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            parameter.uniform_(0.5, 1.5)
+        elif "perceiver" in name:
+            parameter.normal_(std=0.4)
+
+
 COUNTERPARTS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": llava,
     "idefics3": lambda: _one_tile("idefics3"),
     "smolvlm": lambda: _one_tile("smolvlm"),
     "internvl": internvl,
     "gemma3": stock.gemma3,
+    "idefics": idefics,
+    "idefics2": idefics2,
+    "mllama": mllama,
 }
 """By the names of `FAMILIES`; an image is one tile."""
 
@@ -66,6 +110,14 @@ def counterpart(name: str) -> tuple[Any, Any]:
     torch.manual_seed(0)
     model, processor = (COUNTERPARTS | IN_TILES)[name]()
     return model.eval(), processor
+
+
+def asked(processor: Any, *conversations: Any) -> Any:
+    """Images and texts, in order, of each conversation as a left-padded batch."""
+    if type(processor).__name__ == "IdeficsProcessor":  # it has no chat template
+        processor.tokenizer.padding_side = "left"
+        return processor(text=[list(parts) for parts in conversations], padding=True)
+    return encode(processor, [[user(*parts)] for parts in conversations])
 
 
 def siglip(projector: Any, **options: Any) -> tuple[Any, Any]:

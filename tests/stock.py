@@ -227,7 +227,7 @@ def idefics2() -> tuple[Any, Any]:
     return Idefics2ForConditionalGeneration(config), processor
 
 
-def mllama() -> tuple[Any, Any]:
+def mllama(image_size: int = 32) -> tuple[Any, Any]:
     """Some layers attend to the images of their row, as `cross_attention_mask` says for each token."""
     tokenizer = tokenizer_with("<|image|>", "<|python_tag|>")
     tokenizer.bos_token = "<|endoftext|>"
@@ -238,7 +238,7 @@ def mllama() -> tuple[Any, Any]:
     text |= {"cross_attention_layers": [1], "bos_token_id": tokenizer.bos_token_id}
     text["eos_token_id"] = tokenizer.eos_token_id
     vision = {"hidden_size": 24, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 4}
-    vision |= {"intermediate_size": 48, "image_size": 32, "patch_size": 8, "max_num_tiles": 2}
+    vision |= {"intermediate_size": 48, "image_size": image_size, "patch_size": 8, "max_num_tiles": 2}
     vision |= {"vision_output_dim": 48, "intermediate_layers_indices": [0]}
     vision |= {"supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "initializer_range": 0.2}
     config = MllamaConfig(
@@ -246,7 +246,7 @@ def mllama() -> tuple[Any, Any]:
         text_config=text | {"pad_token_id": tokenizer.pad_token_id},
         image_token_index=tokenizer.convert_tokens_to_ids("<|image|>"),
     )
-    pictures = MllamaImageProcessor(size={"height": 32, "width": 32}, max_image_tiles=2)
+    pictures = MllamaImageProcessor(size={"height": image_size, "width": image_size}, max_image_tiles=2)
     model = MllamaForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
         if name.endswith("gate"):  # at its start shut, and no image would matter

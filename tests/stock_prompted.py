@@ -155,22 +155,20 @@ def instructblip() -> tuple[Any, Any]:
     return _with_queries(InstructBlipForConditionalGeneration(config)), processor
 
 
-def idefics() -> tuple[Any, Any]:
+def idefics(additional_vocab_size: int = 0, **changes: Any) -> tuple[Any, Any]:
     """Gated cross-attention to the images that `image_attention_mask` shows to each token."""
     tokenizer = byte_level_tokenizer()
     tokenizer.bos_token = "<|im_start|>"
     tokens = ["<fake_token_around_image>", "<image>"]
     tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
     tokenizer.image_token, tokenizer.image_token_id = "<image>", tokenizer.convert_tokens_to_ids("<image>")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = IdeficsConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        vocab_size=len(tokenizer) - additional_vocab_size,
+        additional_vocab_size=additional_vocab_size,
+        **shape | changes,
         initializer_range=0.2,
         alpha_initializer="ones",
-        use_resampler=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

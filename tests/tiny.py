@@ -40,6 +40,8 @@ VOCABULARY = 320
 LINES = ["user assistant system what is in the image ? a cat and a dog on the street \n 0 1 2 3"] * 4
 FUSIONS = ["prefix", "cross_attention", "cross_attention_layers", "prefix+cross_attention"]
 """What `tiny` takes: `cross_attention` has Flamingo's blocks, `cross_attention_layers` is the same with Mllama's."""
+ALL_FUSIONS = [*FUSIONS, "cross_attention_block"]
+"""And with those of Idefics."""
 SMALL: dict[str, dict[str, Any]] = {
     "c_abstractor": {"hidden_size": 16, "depth": 2},
     "qformer": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4},
@@ -174,6 +176,8 @@ def tiny(
     """A model and its processor. `gates` opens the cross-attention gates, so that images matter. `text` configures the
     decoder in place of its name."""
     torch.manual_seed(seed)
+    if fusion == "cross_attention_block":
+        fusion, options = "cross_attention", {"cross_attention_block": "idefics", **options}
     if fusion == "cross_attention_layers":
         fusion, options = "cross_attention", {"cross_attention_layers": [1, 4], **options}
     model, processor = assemble(

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from vlm.adapters import build_projector, unknown_name
 from vlm.configuration import VLMConfig
-from vlm.encoder import encode, load_vision_tower, resize_positions
+from vlm.encoder import encode, load_vision_tower, mllama_feature_layers, resize_positions
 from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, keep_tiles_whole, load_image_processor
 from vlm.loading import load_quietly
 from vlm.modeling import VLMForConditionalGeneration
@@ -105,10 +105,15 @@ def assemble(
     image_markers: Sequence[str] | None = None,
     **bridge: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
-    """As [`build`], from loaded parts. The image token is added to the tokenizer and to the embeddings if need be."""
+    """As [`build`], from loaded parts. The image token is added to the tokenizer and to the embeddings if need be.
+
+    `vision_feature_layer` may be `mllama`: [`vlm.encoder.mllama_feature_layers`] says which that is.
+    """
     require_arguments(bridge)
     template = chat_template_for(tokenizer, chatml=chat_template == "chatml", image_markers=image_markers or ("", ""))
     add_image_token(tokenizer, language_model, tokens_of(image_markers or ()))
+    if bridge.get("vision_feature_layer") == "mllama":
+        bridge["vision_feature_layer"] = mllama_feature_layers(vision_tower)
     if tiling is not None:
         image_processor = keep_tiles_whole(image_processor)
     vision_config, text_config = copy.deepcopy((vision_tower.config, language_model.config))

@@ -10,6 +10,7 @@ from transformers.configuration_utils import SubConfigSpec
 from vlm.adapters import PROJECTORS, unknown_name
 from vlm.tiling import tiler_of
 
+BLOCKS = ("flamingo", "idefics")
 FUSIONS = ("prefix", "cross_attention", "prefix+cross_attention")
 IMAGE_ATTENTIONS = ("causal", "bidirectional")
 
@@ -24,7 +25,9 @@ class VLMConfig(PreTrainedConfig):
             or the name alone.
         fusion: `prefix` puts the visual tokens into the sequence (LLaVA), `cross_attention` lets decoder layers attend
             to them (Flamingo), `prefix+cross_attention` does both (NVLM-H).
-        cross_attention_every: with cross-attention, every how many decoder layers a block of Flamingo is inserted.
+        cross_attention_every: with cross-attention, every how many decoder layers a block is inserted.
+        cross_attention_block: whose block: `flamingo`, or `idefics`, whose first stands before the first layer. With
+            cross-attention alone, Idefics' visual tokens are as wide as the encoder's features.
         cross_attention_layers: where layers as Llama 3.2 Vision's stand instead, as in `MllamaTextConfig`: positions in
             the list of all layers, these among them; `mllama` is its own, 3, 8, 13 ... to the end of the decoder.
         image_token_id: the token that holds an image's place in `input_ids`.
@@ -52,6 +55,7 @@ class VLMConfig(PreTrainedConfig):
     projector: Any = None
     fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix"
     cross_attention_every: int = 4
+    cross_attention_block: Literal["flamingo", "idefics"] = "flamingo"
     cross_attention_layers: list[int] | Literal["mllama"] | None = None
     image_token_id: int = 0
     image_seq_length: int = 1
@@ -69,6 +73,12 @@ class VLMConfig(PreTrainedConfig):
             raise unknown_name("projector", str(self.projector.get("type")), PROJECTORS)
         if self.fusion not in FUSIONS:
             raise unknown_name("fusion", str(self.fusion), FUSIONS)
+        if self.cross_attention_block not in BLOCKS:
+            raise unknown_name("cross_attention_block", str(self.cross_attention_block), BLOCKS)
+        if self.cross_attention_block != "flamingo" and self.cross_attention_layers is not None:
+            raise ValueError(
+                "cross_attention_layers places blocks of Llama 3.2 Vision: leave out cross_attention_block"
+            )
         if self.image_attention not in IMAGE_ATTENTIONS:
             raise unknown_name("image_attention", str(self.image_attention), IMAGE_ATTENTIONS)
         if (tiler := tiler_of(self.tiling)) is not None and tiler.type == "anyres":

@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
+from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
 from vlm.loading import load_quietly
+
+AutoModel.register(MllamaVisionConfig, MllamaVisionModel, exist_ok=True)  # a model of its own that Auto lacks
 
 
 @dataclass
@@ -84,6 +89,8 @@ def encode(
     inputs: dict[str, Any] = {"pixel_values": pixel_values}
     if "spatial_shapes" in parameters:
         inputs = _as_patches(pixel_values, vision_tower.config.patch_size)
+    elif "aspect_ratio_ids" in parameters:
+        inputs = _as_one_tile(pixel_values, vision_tower.config)
     elif "interpolate_pos_encoding" in parameters and _needs_interpolation(vision_tower.config, pixel_values):
         inputs["interpolate_pos_encoding"] = True
     if feature_layer is not None:
@@ -92,6 +99,8 @@ def encode(
         outputs = vision_tower(**inputs, return_dict=True)
     except AssertionError as error:  # timm's
         raise ValueError(f"{type(vision_tower).__name__} takes images of one size: {error}") from error
+    if "aspect_ratio_ids" in inputs:
+        outputs.last_hidden_state = outputs.last_hidden_state[:, 0, 0]
     if feature_layer is None:
         states = [_channels_first(vision_tower, outputs.last_hidden_state)]
     else:
@@ -111,6 +120,20 @@ def encode(
         pooled=pooled.flatten(1) if pooled is not None else None,
         grid=grids[0],
     )
+
+
+def mllama_feature_layers(vision_tower: PreTrainedModel) -> list[int]:
+    """The `feature_layer` of Llama 3.2 Vision for an encoder of any depth: 4, 8, 16, 24, 31 and 32 of 32 layers.
+
+    Raises ValueError for an encoder that does not say how many layers it has.
+    """
+    depth = getattr(vision_tower.config, "num_hidden_layers", None)
+    if not isinstance(depth, int):
+        raise ValueError(
+            f"{type(vision_tower).__name__} does not say how many layers it has, and vision_feature_layer mllama is a "
+            "share of them: give a list of numbers, or null for its output"
+        )
+    return sorted({*(max(1, depth * eighths // 8) for eighths in (1, 2, 4, 6)), max(1, depth - 1), depth})
 
 
 def resize_positions(vision_tower: PreTrainedModel, height: int, width: int) -> None:
@@ -138,6 +161,25 @@ def _as_patches(pixel_values: Tensor, patch: int) -> dict[str, Any]:
         "pixel_values": pixels.permute(0, 2, 4, 3, 5, 1).reshape(batch, h * w, patch * patch * channels),
         "pixel_attention_mask": torch.ones(batch, h * w, dtype=torch.long, device=device),
         "spatial_shapes": torch.tensor([[h, w]] * batch, device=device),
+    }
+
+
+def _as_one_tile(pixel_values: Tensor, config: Any) -> dict[str, Any]:
+    """`[B, 3, H, W]` as Llama 3.2 Vision's encoder takes images: each the first of `max_num_tiles` tiles, of which the
+    others are padding. Left out they would be missed: the encoder masks them for each other, not for the first.
+
+    Raises ValueError for images of another size than the encoder's.
+    """
+    if tuple(pixel_values.shape[-2:]) != (config.image_size, config.image_size):
+        raise ValueError(f"this encoder takes images of one size, {config.image_size} x {config.image_size} pixels")
+    batch, device = len(pixel_values), pixel_values.device
+    ratio = 1 + config.supported_aspect_ratios.index([1, 1])
+    return {
+        "pixel_values": F.pad(pixel_values[:, None, None], (0, 0) * 3 + (0, config.max_num_tiles - 1)),
+        "aspect_ratio_ids": torch.full((batch, 1), ratio, device=device),
+        "aspect_ratio_mask": F.pad(
+            torch.ones(batch, 1, 1, dtype=torch.long, device=device), (0, config.max_num_tiles - 1)
+        ),
     }
 
 

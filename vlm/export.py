@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from vlm import generation, remote_code
 from vlm.errors import UserError, nearest
-from vlm.interop import FAMILIES, REASONS, family_of, gguf, to_stock
+from vlm.interop import FAMILIES, REASONS, gguf, target_of, to_stock
 from vlm.modeling import VLMForConditionalGeneration
 
 OTHERS = ("gguf", "remote_code")
@@ -27,7 +27,7 @@ def run(name: str, target: str, output: Path | None, *, console: Any) -> None:
     if target not in (*FAMILIES, *OTHERS) and target not in REASONS:
         raise UserError(f"a model cannot be exported to {target!r}; {nearest(target, (*FAMILIES, *OTHERS))}")
     if target not in OTHERS:
-        family_of(target)
+        target_of(target)
     folder = output or Path(generation.checkpoint_of(name)).parent / f"exported-{target}"
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name another folder with --output")

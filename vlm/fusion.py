@@ -1,7 +1,7 @@
 """Cross-attention fusion: gated blocks put between the layers of any decoder that forwards keyword arguments.
 
-Flamingo's blocks come at regular distances, Llama 3.2 Vision's at given positions. Each is put in with the decoder
-layer that follows it, so that caches and masks, which count the decoder's own layers, need not know.
+Flamingo's and Idefics' blocks come at regular distances, Llama 3.2 Vision's at given positions. Each is put in with the
+decoder layer that follows it, so that caches and masks, which count the decoder's own layers, need not know.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlm.adapters import FlamingoCrossAttention, GatedCrossAttention, MllamaCrossAttention, VisionStates
+from vlm.adapters import (
+    FlamingoCrossAttention,
+    GatedCrossAttention,
+    IdeficsCrossAttention,
+    MllamaCrossAttention,
+    VisionStates,
+)
 
 
 class FlamingoBlock(GradientCheckpointingLayer, FlamingoCrossAttention):
@@ -25,6 +31,10 @@ class FlamingoBlock(GradientCheckpointingLayer, FlamingoCrossAttention):
 
 class MllamaBlock(GradientCheckpointingLayer, MllamaCrossAttention):
     """[`MllamaCrossAttention`] that takes part in the model's gradient checkpointing."""
+
+
+class IdeficsBlock(GradientCheckpointingLayer, IdeficsCrossAttention):
+    """[`IdeficsCrossAttention`] that takes part in the model's gradient checkpointing."""
 
 
 class FusedDecoderLayer(nn.Module):
@@ -45,9 +55,7 @@ class FusedDecoderLayer(nn.Module):
     def forward(
         self, hidden_states: Tensor, *args: Any, vision_states: VisionStates | None = None, **kwargs: Any
     ) -> Any:
-        if vision_states is not None:
-            hidden_states = self.cross_attention(hidden_states, vision_states)
-        return self.layer(hidden_states, *args, **kwargs)
+        return self.layer(self.cross_attention(hidden_states, vision_states), *args, **kwargs)
 
 
 def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
@@ -104,12 +112,15 @@ def insert_cross_attention(
     language_model: PreTrainedModel,
     every: int,
     cross_attention_layers: Sequence[int] | Literal["mllama"] | None = None,
+    block: Literal["flamingo", "idefics"] = "flamingo",
+    states_size: int | None = None,
 ) -> None:
-    """Put a block of Flamingo before every `every`-th decoder layer, or those of Mllama where `cross_attention_layers`
-    says, in place.
+    """Put a block of Flamingo before every `every`-th decoder layer, those of Idefics (`block`) before the first and
+    every `every` layers from there, or those of Mllama where `cross_attention_layers` says, in place.
 
     `cross_attention_layers` are positions as in `MllamaTextConfig`: in the list of all layers, those that attend to
-    images among them. Raises ValueError for places that there are not, and for a decoder whose layers do not get the
+    images among them. `states_size` is the width of the visual tokens, which only Idefics' take if it is not the
+    decoder's. Raises ValueError for places that there are not, and for a decoder whose layers do not get the
     keyword arguments of its `forward` (Bloom, Falcon).
     """
     layers = decoder_layers(language_model)
@@ -122,23 +133,27 @@ def insert_cross_attention(
     hidden_size, eps = config.hidden_size, getattr(config, "rms_norm_eps", 1e-6)
     # Where heads and width are independent (Qwen3, Gemma 3) the one need not divide the other.
     heads = math.gcd(hidden_size, config.num_attention_heads)
-    block: GatedCrossAttention
-    for index in _places(len(layers), every, cross_attention_layers):
-        if cross_attention_layers is None:
-            block = FlamingoBlock(hidden_size, heads, index, eps)
+    key_value_heads = math.gcd(heads, getattr(config, "num_key_value_heads", None) or heads)
+    intermediate_size = getattr(config, "intermediate_size", None) or 4 * hidden_size
+    made: GatedCrossAttention
+    for index in _places(len(layers), every, cross_attention_layers, first=0 if block == "idefics" else every - 1):
+        if cross_attention_layers is not None:
+            made = MllamaBlock(hidden_size, heads, key_value_heads, intermediate_size, index, eps)
+        elif block == "idefics":
+            made = IdeficsBlock(hidden_size, heads, intermediate_size, index, eps, states_size)
         else:
-            key_value_heads = math.gcd(heads, getattr(config, "num_key_value_heads", None) or heads)
-            intermediate_size = getattr(config, "intermediate_size", None) or 4 * hidden_size
-            block = MllamaBlock(hidden_size, heads, key_value_heads, intermediate_size, index, eps)
-        layers[index] = FusedDecoderLayer(layers[index], block)
+            made = FlamingoBlock(hidden_size, heads, index, eps)
+        layers[index] = FusedDecoderLayer(layers[index], made)
 
 
-def _places(depth: int, every: int, cross_attention_layers: Sequence[int] | Literal["mllama"] | None) -> Sequence[int]:
+def _places(
+    depth: int, every: int, cross_attention_layers: Sequence[int] | Literal["mllama"] | None, first: int
+) -> Sequence[int]:
     """The decoder's own layers, of which there are `depth`, that a block stands before."""
     if cross_attention_layers is None:
         if not 1 <= every <= depth:
             raise ValueError(f"cross_attention_every is {every}; this language model has {depth} layers")
-        return range(every - 1, depth, every)
+        return range(first, depth, every)
     if cross_attention_layers == "mllama":
         if depth < 4:
             raise ValueError(f"cross_attention_layers mllama needs 4 layers; this language model has {depth}")

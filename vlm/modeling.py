@@ -65,14 +65,23 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         layers = len(config.vision_feature_layer) if isinstance(config.vision_feature_layer, list) else 1
         hidden_size = config.vision_hidden_size or vision_hidden_size(self.vision_tower) * layers
-        self.multi_modal_projector = build_projector(config.projector, hidden_size, config.text_config.hidden_size)
+        token_size = config.text_config.hidden_size
+        if config.fusion == "cross_attention" and config.cross_attention_block == "idefics":
+            token_size = hidden_size
+        self.multi_modal_projector = build_projector(config.projector, hidden_size, token_size)
         self.tiler = tiler_of(config.tiling)
         if self.tiler is not None and self.tiler.type == "anyres":
             self.anyres_merger = AnyresMerger(config.text_config.hidden_size)
         if self.tiler is not None and config.uses_cross_attention:
-            self.tile_positions = TilePositions(self.tiler.max_tiles, config.text_config.hidden_size)
+            self.tile_positions = TilePositions(self.tiler.max_tiles, token_size)
         if config.uses_cross_attention:
-            insert_cross_attention(self.language_model, config.cross_attention_every, config.cross_attention_layers)
+            insert_cross_attention(
+                self.language_model,
+                config.cross_attention_every,
+                config.cross_attention_layers,
+                config.cross_attention_block,
+                token_size,
+            )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

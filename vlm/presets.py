@@ -31,13 +31,34 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Idefics (arXiv 2306.16527), after Flamingo
     "idefics": {
         "adapter": {
-            "projector": {"type": "resampler", "num_image_tokens": 64, "depth": 6, "num_heads": 16},
+            "projector": {
+                "type": "resampler",
+                "variant": "idefics",
+                "num_image_tokens": 64,
+                "depth": 6,
+                "num_heads": 16,
+                "head_dim": 96,
+            },
             "fusion": "cross_attention",
             "cross_attention_every": 4,
-        }
+            "cross_attention_block": "idefics",
+        },
+        "vision_feature_select_strategy": "full",
     },
     # Idefics2 (arXiv 2405.02246)
-    "idefics2": {"adapter": {"projector": {"type": "resampler", "num_image_tokens": 64, "depth": 3, "num_heads": 16}}},
+    "idefics2": {
+        "adapter": {
+            "projector": {
+                "type": "resampler",
+                "variant": "idefics2",
+                "num_image_tokens": 64,
+                "depth": 3,
+                "num_heads": 16,
+                "head_dim": 96,
+                "num_key_value_heads": 4,
+            }
+        },
+    },
     # Flamingo-9B (arXiv 2204.14198)
     "flamingo": {
         "adapter": {
@@ -64,6 +85,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Llama 3.2 Vision (arXiv 2407.21783, section 7)
     "mllama": {
         "adapter": {"projector": "linear", "fusion": "cross_attention", "cross_attention_layers": "mllama"},
+        "vision_feature_layer": "mllama",
+        "vision_feature_select_strategy": "full",
         "tiling": {"type": "tiles", "max_tiles": 4},
     },
     # InternVL 1.5 and later (arXiv 2404.16821)

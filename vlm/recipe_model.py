@@ -30,7 +30,9 @@ class Adapter(Section):
     image_attention: Literal["causal", "bidirectional"] = "causal"
     """With `prefix`: tokens of an image see what is before them, as words do, or their whole image too (Gemma 3)."""
     cross_attention_every: int = Field(default=4, ge=1)
-    """With cross-attention: one block of Flamingo for every so many decoder layers."""
+    """With cross-attention: one block for every so many decoder layers."""
+    cross_attention_block: Literal["flamingo", "idefics"] = "flamingo"
+    """Whose block that is."""
     cross_attention_layers: list[int] | Literal["mllama"] | None = None
     """With cross-attention: layers as Llama 3.2 Vision's instead, at these positions among all layers, from 0; `mllama`
     is its own 3, 8, 13 ... to the end of the language model."""
@@ -69,8 +71,8 @@ class Adapter(Section):
             return self
         if self.fusion == "prefix":
             why = "does not go with `fusion: prefix`; choose cross_attention, or remove it"
-        elif "cross_attention_every" not in at_default(self):
-            why = "does not go with `cross_attention_every`, which places blocks of another kind; remove one of them"
+        elif other := sorted({"cross_attention_every", "cross_attention_block"} - at_default(self)):
+            why = f"does not go with `{other[-1]}`, which places blocks of another kind; remove one of them"
         else:
             return self
         raise FoundError([(("cross_attention_layers",), why)])
@@ -102,9 +104,10 @@ class Model(Section):
     language: str | None = None
     """The language model: Hub name or folder."""
     adapter: Adapter = Adapter()
-    vision_feature_layer: int | list[int] | None = None
+    vision_feature_layer: int | list[int] | Literal["mllama"] | None = None
     """Which hidden state of the encoder is read, -2 in LLaVA; null is its output, after its final norm. Several,
-    such as `[-2, -8]`, are concatenated on channels."""
+    such as `[-2, -8]`, are concatenated on channels; `mllama` is those of Llama 3.2 Vision, which are 4, 8, 16, 24, 31
+    and 32 of 32 layers, in the encoder's own depth."""
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     """`default` drops the class and register tokens, `full` keeps them (the names of LLaVA's config)."""
     image_size: ImageSize | list[ImageSize] | None = None
@@ -137,6 +140,8 @@ class Model(Section):
     def _one_or_several(cls, value: Any, info: ValidationInfo) -> Any:
         """In one line, where pydantic would say of each form why it is not that."""
         fits, form = _FORMS[str(info.field_name)]
+        if (info.field_name, value) == ("vision_feature_layer", "mllama"):
+            return value
         if value is not None and not all(map(fits, value if isinstance(value, list) and value else [value])):
             raise ValueError(f"must be {form}, not {value!r}")
         return value
@@ -210,7 +215,7 @@ def _is_size(value: Any) -> bool:
 
 _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "vision": (_is_name, "a Hub name or a folder, or a list of them"),
-    "vision_feature_layer": (_is_layer, "a whole number such as -2, or a list of them"),
+    "vision_feature_layer": (_is_layer, "a whole number such as -2, a list of them, or mllama"),
     "image_size": (_is_size, "a side in pixels, {height: ..., width: ...}, or a list with one for each encoder"),
 }
 

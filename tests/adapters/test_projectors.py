@@ -6,11 +6,13 @@ from vlm.adapters import PROJECTORS, build_projector
 from vlm.adapters.projector import Standardize
 
 GRID = (4, 6)
+VARIANTS = {f"resampler {variant}": {"variant": variant} for variant in ("idefics", "idefics2")}
+NAMES = [*PROJECTORS, *VARIANTS]
 
 
 def small(name):
     torch.manual_seed(0)
-    return build_projector(small_projector(name), 12, 20)
+    return build_projector(small_projector(name.split()[0]) | VARIANTS.get(name, {}), 12, 20)
 
 
 def refuses_class_tokens(projector):
@@ -21,7 +23,7 @@ def refuses_class_tokens(projector):
     return False
 
 
-@pytest.mark.parametrize("name", PROJECTORS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_prefix", [0, 1])
 def test_every_projector_makes_the_tokens_it_says(name, num_prefix):
     projector = small(name)
@@ -38,7 +40,7 @@ def test_every_projector_makes_the_tokens_it_says(name, num_prefix):
     assert torch.allclose(projector(features, GRID)[1:2], alone, atol=1e-6), "images of a batch depend on each other"
 
 
-@pytest.mark.parametrize("name", PROJECTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_projector_works_in_bfloat16(name):
     projector = small(name)
     features = torch.randn(2, 24, 12)
@@ -49,7 +51,7 @@ def test_every_projector_works_in_bfloat16(name):
     assert torch.allclose(tokens.float(), expected, atol=0.1)
 
 
-@pytest.mark.parametrize("name", PROJECTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_projector_takes_any_grid_that_fits(name):
     projector = small(name)
     for grid in ((4, 6), (6, 4), (8, 8)):
@@ -57,7 +59,7 @@ def test_every_projector_takes_any_grid_that_fits(name):
         assert tokens.shape == (1, projector.num_tokens(0, grid), 20)
 
 
-@pytest.mark.parametrize("name", PROJECTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_tokens_on_a_grid_are_as_many_as_it_has_places(name):
     """And they lie on it as the patches do: one of the upper left sees nothing but patches of the upper left."""
     projector = small(name)
@@ -160,7 +162,7 @@ def test_encoders_without_class_tokens_are_standardised_too():
     assert torch.equal(fitted.mean[0], torch.zeros(4))
 
 
-@pytest.mark.parametrize("name", PROJECTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_projector_standardises_what_it_reads(name):
     """Fitted, it gives for features in any units what it gave for the standardised ones."""
     projector = small(name)
@@ -171,7 +173,7 @@ def test_every_projector_standardises_what_it_reads(name):
     assert torch.allclose(projector(features * 40 + 3, GRID), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", PROJECTORS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [0.1, 3.0])
 def test_every_projector_starts_with_tokens_of_the_size_it_is_told(name, size):
     projector = small(name)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tests.data.test_tree_masks import examples
 from tests.data.test_trees import assert_close, gradients
 from tests.stock import stock
-from tests.tiny import FUSIONS, text_config, tiny
+from tests.tiny import ALL_FUSIONS, text_config, tiny
 from tests.training.helpers import rows_of, trainer_of
 from vlm.data.dataset import TreeCollator
 from vlm.data.tree_masks import TreeMasks
@@ -54,7 +54,7 @@ def one_at_a_time(model, processor):
     return float(loss.detach()), gradients(model)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALL_FUSIONS)
 def test_lora(tmp_path, fusion):
     model, processor = tiny(fusion=fusion)
     rates = {"projector": 1e-2, "lora": 1e-2} | ({"fusion": 1e-2} if "cross" in fusion else {})

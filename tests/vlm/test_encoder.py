@@ -28,6 +28,7 @@ from transformers import (
     TimmWrapperConfig,
     ViTConfig,
 )
+from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
 from tests import tiny
 from vlm.encoder import encode, resize_positions, vision_hidden_size
@@ -242,6 +243,13 @@ def test_feature_layer_is_before_the_final_norm(towers):
 def test_a_feature_layer_that_is_not_there_is_refused(towers):
     with pytest.raises(ValueError, match=r"vision_feature_layer is -9; this encoder gives 4 hidden states"):
         encode(towers("clip"), torch.randn(1, 3, 32, 32), feature_layer=-9)
+
+
+def test_an_encoder_of_one_size_says_so():
+    shape = {"hidden_size": 8, "attention_heads": 2, "num_hidden_layers": 1, "num_global_layers": 1}
+    config = MllamaVisionConfig(**shape, image_size=32, patch_size=8, intermediate_layers_indices=[0])
+    with pytest.raises(ValueError, match="images of one size, 32 x 32 pixels"):
+        encode(AutoModel.from_config(config), torch.randn(1, 3, 40, 32))
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ from transformers import (
 
 import vlm  # noqa: F401 - registers the Auto classes
 from tests.tiny import (
+    ALL_FUSIONS,
     DECODERS,
-    FUSIONS,
     clip_config,
     encode,
     image,
@@ -127,7 +127,7 @@ def test_closed_gates_leave_the_prefix_as_it_was_bit_for_bit():
     assert torch.equal(logits(both, **inputs), logits(prefix, **inputs))
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALL_FUSIONS)
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_images_change_what_follows_them_and_nothing_before(decoder, fusion):
     model, processor = tiny(decoder, fusion)
@@ -142,7 +142,7 @@ def test_images_change_what_follows_them_and_nothing_before(decoder, fusion):
 # --- gradients
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALL_FUSIONS)
 def test_gradients_reach_every_part(fusion):
     model, processor = tiny(fusion=fusion)
     inputs = batch(processor, (image(0), "what is it"), (image(1), image(2), "a dog"))
@@ -153,7 +153,7 @@ def test_gradients_reach_every_part(fusion):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALL_FUSIONS)
 def test_gradient_checkpointing_gives_the_same_gradients(fusion, reentrant):
     model, processor = tiny(fusion=fusion)
     inputs = batch(processor, (image(0), "what is it"), (image(1), image(2), "a dog"))
@@ -207,7 +207,7 @@ def test_the_image_index_follows_a_tree_mask():
     assert model._image_index(ids == token, [1] * 2, additive[None, None]).tolist() == expected
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALL_FUSIONS)
 def test_a_packed_row_equals_its_conversations_alone(fusion):
     """With a 4D mask and position ids of its own, a conversation beside another one gives the logits it gives alone."""
     model, processor = tiny(fusion=fusion)
@@ -366,7 +366,7 @@ def same_after_saving(model, processor, folder):
     return again, loaded
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ALL_FUSIONS)
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_decoders_and_fusions_are_the_same_when_loaded(decoder, fusion, tmp_path):
     same_after_saving(*tiny(decoder, fusion), tmp_path)

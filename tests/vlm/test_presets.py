@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from transformers import GotOcr2ImageProcessor, Idefics3ImageProcessor, LlavaNextConfig, MllamaTextConfig
+from transformers import (
+    AutoModel,
+    GotOcr2ImageProcessor,
+    Idefics3ImageProcessor,
+    LlavaNextConfig,
+    MllamaTextConfig,
+    ResNetConfig,
+)
+from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
 from tests.tiny import clip_config, encode, image, text_config, tiny, user
 from vlm import recipe
+from vlm.encoder import mllama_feature_layers
 from vlm.fusion import FusedDecoderLayer
 from vlm.presets import PRESETS, with_preset
 from vlm.recipe import RecipeError
@@ -93,6 +102,21 @@ def test_mllamas_layers_stand_where_mllamas_do(depth):
     positions = [layer + earlier for earlier, layer in enumerate(found)]
     assert positions == [p for p in MllamaTextConfig().cross_attention_layers if p < depth + len(found)]
     assert found
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers"), [(32, [4, 8, 16, 24, 31, 32]), (12, [1, 3, 6, 9, 11, 12]), (3, [1, 2, 3]), (1, [1])]
+)
+def test_mllama_reads_its_layers_of_an_encoder_of_any_depth(depth, layers):
+    assert MllamaVisionConfig().intermediate_layers_indices == [3, 7, 15, 23, 30]  # counted from 0, and then the last
+    tower = AutoModel.from_config(clip_config(num_hidden_layers=depth, hidden_size=4))
+    assert mllama_feature_layers(tower) == layers
+
+
+def test_mllamas_layers_need_an_encoder_that_says_how_many_it_has():
+    tower = AutoModel.from_config(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1]))
+    with pytest.raises(ValueError, match="ResNetModel does not say how many layers it has"):
+        mllama_feature_layers(tower)
 
 
 def test_too_few_layers_for_mllamas():

@@ -132,6 +132,14 @@ def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -
             5,
             "cross_attention_layers: does not go with `cross_attention_every`",
         ),
+        (
+            (
+                "data:\n",
+                "  preset: idefics\n  adapter: {cross_attention_every: 4, cross_attention_layers: [1]}\ndata:\n",
+            ),
+            6,
+            "cross_attention_layers: does not go with `cross_attention_block`",
+        ),
         (("data:\n", "  adapter: {projector: {num: 1}}\ndata:\n"), 5, "projector.type: is missing"),
         (("data:\n", "  adapter: {projector: {type: average_pool, num_tokens: 9}}\ndata:\n"), 5, "num_image_tokens"),
         (("data:\n", "  pretrained: some/vlm\ndata:\n"), 3, "model.vision: does not go with `pretrained`"),
@@ -141,6 +149,7 @@ def test_resolved_comes_back_unchanged_through_yaml(tmp_path: Path, text: str) -
         (("data:\n", "  image_size: {height: 9}\ndata:\n"), 5, "model.image_size: must be a side in pixels, {height"),
         (("data:\n", "  image_size: [9, 9]\ndata:\n"), 5, "model.image_size: has 2 sizes, and `vision` names 1"),
         (("data:\n", "  vision_feature_layer: []\ndata:\n"), 5, "vision_feature_layer: must be a whole number such"),
+        (("data:\n", "  vision_feature_layer: [mllama]\ndata:\n"), 5, "a list of them, or mllama, not ['mllama']"),
         (("data:\n", "  vision_feature_layer: [-2, x]\ndata:\n"), 5, "vision_feature_layer: must be a whole number"),
         (("data:\n", "data:\n  augmentation: {}\n"), 6, "data.augmentation: changes nothing; name one of random_res"),
         (("data:\n", "data:\n  augmentation: {color_jiter: {hue: 1}}\n"), 6, "color_jiter: unknown key; did you mean"),

@@ -28,6 +28,7 @@ KINDS = [
     ("prefix", "tiles"),
     ("prefix", "anyres"),
     ("cross_attention", "tiles"),
+    ("cross_attention_block", "tiles"),
     ("cross_attention_layers", "internvl"),
     ("prefix+cross_attention", "idefics3"),
     ("prefix+cross_attention", "anyres"),

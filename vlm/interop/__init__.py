@@ -21,10 +21,13 @@ from vlm.errors import UserError, nearest
 from vlm.interop.check import check_equal
 from vlm.interop.family import Family, image_of
 from vlm.interop.gemma3 import Gemma3
+from vlm.interop.idefics import Idefics
+from vlm.interop.idefics2 import Idefics2
 from vlm.interop.idefics3 import Idefics3, SmolVLM
 from vlm.interop.internvl import InternVL
 from vlm.interop.llava import Llava
 from vlm.interop.llava_next import LlavaNext
+from vlm.interop.mllama import Mllama
 from vlm.interop.processor import from_stock_processor
 from vlm.interop.standardize import folded
 from vlm.modeling import VLMForConditionalGeneration
@@ -37,6 +40,9 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": SmolVLM(),
     "gemma3": Gemma3(),
     "internvl": InternVL(),
+    "idefics": Idefics(),
+    "idefics2": Idefics2(),
+    "mllama": Mllama(),
 }
 """By `model_type` of the stock configuration."""
 
@@ -44,8 +50,6 @@ FAMILIES: dict[str, Family] = {
 REASONS = {
     "paligemma": "its image and question see each other both ways, which no image_attention of ours does",
     "blip-2": "its encoder is no model of its own in transformers, and its processor has no chat template",
-    "idefics2": "its images keep their proportions, and its resampler normalises in another way",
-    "mllama": "its encoder sees tiles together with their proportions",
     "qwen2_vl": "its tokens have positions in three directions (M-RoPE)",
     "qwen2_5_vl": "its tokens have positions in three directions (M-RoPE)",
     "qwen3_vl": "its tokens have positions in three directions (M-RoPE)",
@@ -62,6 +66,15 @@ def family_of(name: str) -> Family:
     return FAMILIES[name]
 
 
+def target_of(name: str) -> Family:
+    """As [`family_of`], of those that a model of ours can become. Raises UserError for the others."""
+    family = family_of(name)
+    if family.into_ours_only:
+        can = ", ".join(name for name, each in FAMILIES.items() if not each.into_ours_only)
+        raise UserError(f"{family.architecture} is taken into ours, and ours do not become one; they can be {can}")
+    return family
+
+
 @overload
 def from_stock(stock: PreTrainedModel) -> VLMForConditionalGeneration: ...
 @overload
@@ -75,17 +88,20 @@ def from_stock(stock: PreTrainedModel, processor: Any = None) -> Any:
     theirs: Any = stock.config
     family = family_of(theirs.model_type)
     family.check_stock(theirs)
-    text_config = copy.deepcopy(theirs.text_config)
-    text_config.tie_word_embeddings = theirs.tie_word_embeddings  # where theirs is looked up
+    if processor is not None and family.into_ours_only:
+        raise UserError(
+            f"{type(processor).__name__} has no counterpart among ours: from_stock(stock) takes the model alone, for "
+            "the inputs that this processor makes"
+        )
     config = VLMConfig(
-        vision_config=copy.deepcopy(theirs.vision_config),
-        text_config=text_config,
+        vision_config=family.own_vision_config(theirs),
+        text_config=family.own_text_config(theirs),
         **{ours: getattr(theirs, name) for ours, name in family.fields.items()},
         **({"tiling": family.tiling(processor)} if processor else {}) | family.bridge(theirs),
     )
     with no_init_weights():
         model = VLMForConditionalGeneration(config)
-    weights = stock.state_dict()
+    weights = family.whole(stock.state_dict(), theirs)
     state = dict(model.state_dict())
     for name, stock_name, renamed in family.names(model):
         state[name] = renamed.from_stock(weights[stock_name]) if renamed else weights[stock_name]
@@ -101,10 +117,11 @@ def from_stock(stock: PreTrainedModel, processor: Any = None) -> Any:
 def to_stock(model: VLMForConditionalGeneration, processor: Any, target: str) -> tuple[PreTrainedModel, Any]:
     """A model of transformers of type `target` that computes what `model` does, and its processor.
 
-    Raises UserError for what the architecture cannot express: another projector or fusion, an encoder that it does not
-    have, statistics of features that fit into none of its layers, a decoder whose logits it would compute otherwise.
+    Raises UserError for an architecture that none of ours becomes, and for what it cannot express: another projector or
+    fusion, an encoder that it does not have, statistics of features that fit into none of its layers, a decoder whose
+    logits it would compute otherwise.
     """
-    family = family_of(target)
+    family = target_of(target)
     family.check_ours(model)
     image = image_of(model, processor)
     stock_class: Any = family.model_class()
@@ -140,4 +157,5 @@ def _finish(made: PreTrainedModel, source: PreTrainedModel) -> None:
     # Of the whole, which sets that of its parts, and then of the parts: some cannot compute it as the others do.
     made.config._attn_implementation = source.config._attn_implementation
     for part in ("vision_config", "text_config"):
-        getattr(made.config, part)._attn_implementation = getattr(source.config, part)._attn_implementation
+        of_source = getattr(source.config, part, source.config)
+        getattr(made.config, part)._attn_implementation = of_source._attn_implementation

@@ -78,6 +78,7 @@ class Family:
         image_markers: what its processor writes before and after the tokens of an image.
         tilings: types of `tiling` that do what its processor does; None is an image that is not cut.
         others: tensors that belong to no part, our names to its.
+        into_ours_only: no model of ours becomes one.
         older: how names begin in memory, and in the files that other programs read; transformers reads those too.
     """
 
@@ -95,6 +96,7 @@ class Family:
     image_markers: tuple[str, str] = ("", "")
     tilings: tuple[str | None, ...] = (None,)
     others: Mapping[str, str] = {}
+    into_ours_only = False
     older: Mapping[str, str] = {
         "model.vision_tower.": "vision_tower.",
         "model.multi_modal_projector.": "multi_modal_projector.",
@@ -108,6 +110,20 @@ class Family:
         """The keys of `VLMConfig` that are not among `fields`, from a stock configuration: at least `projector` and
         `image_seq_length`. Raises UserError for one that ours cannot express."""
         raise NotImplementedError
+
+    def own_vision_config(self, config: Any) -> PreTrainedConfig:
+        """The configuration of the encoder in a stock one, as an Auto class takes it."""
+        return copy.deepcopy(config.vision_config)
+
+    def own_text_config(self, config: Any) -> PreTrainedConfig:
+        """The configuration of the language model in a stock one, as it is by itself."""
+        text_config = copy.deepcopy(config.text_config)
+        text_config.tie_word_embeddings = config.tie_word_embeddings  # where the architecture looks it up
+        return text_config
+
+    def whole(self, weights: Mapping[str, Tensor], config: Any) -> Mapping[str, Tensor]:
+        """The stock weights with those that ours has as one made one: each of ours is then one of these."""
+        return weights
 
     def settings(self, model: VLMForConditionalGeneration, image: Image) -> dict[str, Any]:
         """The keys of the stock configuration that are not among `fields`. Raises UserError for a model of ours that
@@ -229,19 +245,27 @@ class Family:
             if name.startswith("multi_modal_projector."):
                 inner = name.removeprefix("multi_modal_projector.")
                 if not inner.startswith("standardize."):
-                    found = self.tensors[inner]
+                    found = self.connector_name(inner)
                     renamed = found if isinstance(found, Renamed) else None
                     yield name, f"{self.connector}.{renamed.name if renamed else found}", renamed
             elif name.startswith("vision_tower."):
                 yield name, f"{self.vision}.{name.removeprefix('vision_tower.')}", None
             elif name.startswith(base):
-                yield name, f"{self.language}.{name.removeprefix(base)}", None
+                yield name, f"{self.language}.{self.decoder_name(name.removeprefix(base), ours.config)}", None
             elif name.startswith(f"{head_name}."):
                 yield name, f"lm_head.{name.removeprefix(f'{head_name}.')}", None
             elif name in self.others:
                 yield name, self.others[name], None
             else:
                 raise UserError(f"{self.architecture} has no place for {name}")
+
+    def connector_name(self, name: str) -> str | Renamed:
+        """What a tensor of our projector is called in the connector."""
+        return self.tensors[name]
+
+    def decoder_name(self, name: str, config: Any) -> str:
+        """What a tensor of the decoder of ours is called in its own."""
+        return name
 
     def file_name(self, name: str, config: Any) -> str:
         """The name that a tensor of the stock model has in a file."""
@@ -261,3 +285,18 @@ class Family:
 def in_template(text: str) -> str:
     """A text as it stands between quotes in a chat template."""
     return repr(text)[1:-1]
+
+
+def rename(name: str, beginnings: Mapping[str, str]) -> str:
+    """`name` with its beginning, one of `beginnings`, replaced; as it is if it begins otherwise."""
+    for ours, theirs in beginnings.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def as_config(config_class: type[PreTrainedConfig], config: PreTrainedConfig, **changes: Any) -> PreTrainedConfig:
+    """A configuration of another class that says what `config` does under the keys that both have, and `changes`."""
+    known = config_class().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+    values = {key: value for key, value in config.to_dict().items() if key in known}
+    return config_class(**values | changes)

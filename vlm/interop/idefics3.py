@@ -9,7 +9,7 @@ from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionCo
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 from vlm.errors import UserError
-from vlm.interop.family import Family, Image
+from vlm.interop.family import Family, Image, as_config
 from vlm.modeling import VLMForConditionalGeneration
 
 
@@ -63,8 +63,7 @@ class Idefics3(Family):
         return self.resizing(stock_processor.image_processor, side, side)
 
     def vision_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        known = self.tower_config().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
-        return self.tower_config(**{key: value for key, value in config.to_dict().items() if key in known})
+        return as_config(self.tower_config, config)
 
     def stock_processor(self, config: Any, processor: Any, image: Image) -> Any:
         side, tiler = config.vision_config.image_size, processor.tiler
