@@ -262,6 +262,9 @@ class Recipe(Section):
             if "fusion" in stage.trainable and not self.model.pretrained and self.model.adapter.fusion == "prefix":
                 why = "`fusion: prefix` has no weights; remove it, or choose cross_attention in model.adapter"
                 found.append((("stages", i, "trainable", "fusion"), why))
+            if "language" in stage.trainable and self.model.quantization_config:
+                why = "weights in 4 or 8 bits cannot learn; use `lora`, or remove model.quantization_config"
+                found.append((("stages", i, "trainable", "language"), why))
             if stage.name in [earlier.name for earlier in self.stages[:i]]:
                 found.append((("stages", i, "name"), f"there are two stages called '{stage.name}'; give each a name"))
         if self.evaluation.metrics and self.data.validation is None:

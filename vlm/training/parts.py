@@ -87,6 +87,13 @@ def _modules_of(model: nn.Module, rates: Mapping[str, float]) -> list[str]:
     return found
 
 
+def linear_layers(model: nn.Module, part: str) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of the linear layers in the numbered layers of a part: without embeddings and output head."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and part_of(name) == part and re.search(r"\.\d+\.", name):
+            yield name, module
+
+
 def add_lora(model: nn.Module, lora: Mapping[str, Any], rates: Mapping[str, float]) -> PeftModel:
     """LoRA on the language model; the other parts in `rates` are saved with it.
 
@@ -95,11 +102,8 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any], rates: Mapping[str, floa
     targets = lora["target_modules"]
     names = [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and part_of(name) == "language"
-        and re.search(r"\.\d+\.", name)
-        and (targets == "all-linear" or name.split(".")[-1] in targets)
+        for name, _ in linear_layers(model, "language")
+        if targets == "all-linear" or name.split(".")[-1] in targets
     ]
     if not names:
         raise UserError(f"lora.target_modules: the language model has no linear layer named {targets}")

@@ -34,15 +34,22 @@ from vlm.eval.summary import show
 from vlm.loading import no_loading_bar
 from vlm.precision import default_device, generation_in_bfloat16
 from vlm.recipe import Recipe, Stage, require_models
+from vlm.recipe_model import Quantization
 from vlm.training.features import Keys, kept_features
+from vlm.training.quantization import merged, quantize
 from vlm.training.report import environment, plot_losses
-from vlm.training.stage import Batches, initialize_projector, merged, run_stage, training_arguments
+from vlm.training.stage import Batches, initialize_projector, run_stage, training_arguments
 from vlm.tree_attention import tree_attention
 
 CONTENTS = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "loss.png", "data_problems.json",
     "checkpoints", "stages", "model", "model.saving", "adapter", "evaluation",
 )  # fmt: skip
+
+DEQUANTIZED = (
+    "quantized weights are saved and scored as the float32 numbers that they stand for, with LoRA merged in: a model "
+    "like any other, as large as before, but a rounded one"
+)
 
 
 def train(
@@ -76,6 +83,8 @@ def train(
         last = number == len(recipe.stages) - 1
         console.print(f"stage {number + 1} of {len(recipe.stages)}: {stage.name}", style="bold", highlight=False)
         args = training_arguments(recipe, stage, folder / "checkpoints" / stage.name)
+        if recipe.model.quantization_config:
+            _quantize(model, recipe.model.quantization_config, args, console)
         frozen = "vision" not in stage.learning_rates and hasattr(model, "get_vision_features")
         wants_loss = args.eval_strategy != "no"
         trained_on = _to_learn_from(train_examples, stage, console)
@@ -110,6 +119,8 @@ def train(
             adapter.save_pretrained(str(home_of_stage / "adapter"))
         model = merged(trained)
         model.requires_grad_(False)
+        if recipe.model.quantization_config:
+            console.print(DEQUANTIZED, style="yellow", highlight=False, soft_wrap=True)
         if not processes.is_main_process:
             continue
         _save(model, processor, home_of_stage / "model")
@@ -213,7 +224,7 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
         source = generation.checkpoint_of(spec.pretrained)
     else:
         return build(
-            **spec.model_dump(exclude={"preset", "pretrained", "adapter"}),
+            **spec.model_dump(exclude={"preset", "pretrained", "adapter", "quantization_config"}),
             **spec.adapter.model_dump(exclude={"data_dependent_init"}),
         )
     trust = spec.trust_remote_code
@@ -222,6 +233,17 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust)
     generation.require_supported(model, processor)
     return model, processor
+
+
+def _quantize(model: PreTrainedModel, section: Quantization, args: TrainingArguments, console: Console) -> None:
+    before = model.get_memory_footprint()
+    layers, linear = quantize(model, section.to_config(), args.device)
+    console.print(
+        f"quantized: {layers} of {linear} linear layers of the language model in {4 if section.load_in_4bit else 8} "
+        f"bits; the model takes {model.get_memory_footprint() / 1e9:.2g} GB, and took {before / 1e9:.2g} GB",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _items(

@@ -22,6 +22,7 @@ from vlm.training.callbacks import MetricsLog, NewRows, PartCheck, StopOnSignal,
 from vlm.training.checks import why_not_trees
 from vlm.training.parts import add_lora, set_trainable
 from vlm.training.peak import peak_flops
+from vlm.training.quantization import tokens_apart
 from vlm.training.report import duration, parts_table
 from vlm.training.step import flops_per_token, seconds_per_step
 from vlm.training.throughput import in_words
@@ -92,7 +93,9 @@ def run_stage(
     checkpoints = Path(tempfile.mkdtemp()) if dry_run else folder / "checkpoints" / stage.name
     args = training_arguments(recipe, stage, checkpoints)
     wants_loss = args.eval_strategy != "no"
-    if why := why_not_trees(trained, batches.collator, batches.train, args.device):
+    with tokens_apart(trained):
+        why = why_not_trees(trained, batches.collator, batches.train, args.device)
+    if why:
         console.print(
             f"no trees for {type(getattr(model, 'language_model', model)).__name__}, a row for each answer: {why}",
             markup=False,
@@ -180,8 +183,3 @@ def word_size(model: Any) -> float:
     embeddings = model.get_input_embeddings()
     some = torch.linspace(0, embeddings.num_embeddings - 1, 4096, device=model.device).long()
     return float(embeddings(some).float().square().mean().sqrt())
-
-
-def merged(trained: Any) -> PreTrainedModel:
-    """The model with LoRA merged into its weights; a model without LoRA as it is."""
-    return trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
