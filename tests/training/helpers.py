@@ -20,6 +20,14 @@ from vlm.training import run as running
 from vlm.training.parts import set_trainable
 from vlm.training.trainer import VLMTrainer
 
+LORA = {
+    "parts": ["language"],
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "target_modules": "all-linear",
+    "use_rslora": False,
+}
 ANSWERS = ["a cat", "a dog and a cat on the street", "2", "no", "a cat and a dog and a cat", "on the street"]
 
 

@@ -12,7 +12,7 @@ from tests.data.test_tree_masks import examples
 from tests.data.test_trees import assert_close, gradients
 from tests.stock import stock
 from tests.tiny import ALL_FUSIONS, text_config, tiny
-from tests.training.helpers import rows_of, trainer_of
+from tests.training.helpers import LORA, rows_of, trainer_of
 from vlm.data.dataset import TreeCollator
 from vlm.data.tree_masks import TreeMasks
 from vlm.data.trees import paths
@@ -20,7 +20,6 @@ from vlm.training.parts import add_lora
 from vlm.tree_attention import tree_attention
 
 X = -100
-LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", "use_rslora": False}
 RATES = {"projector": 1e-2, "language": 1e-2}
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from tests.tiny import FUSIONS, encode, image, text_config, tiny, user
-from tests.training.helpers import Killed, kill_in, save_parts, staged, train, weights
+from tests.training.helpers import LORA, Killed, kill_in, save_parts, staged, train, weights
 from vlm import generation, recipe
 from vlm.errors import UserError
 from vlm.training import run as running
@@ -23,7 +23,6 @@ KINDS = {
     "double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "8bit": {"load_in_8bit": True},
 }
-LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", "use_rslora": False}
 
 
 def inputs_of(processor):

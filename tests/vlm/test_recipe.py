@@ -407,7 +407,8 @@ def test_every_option_of_a_new_model_is_a_key_of_the_model_section() -> None:
     options = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
     config = VLMConfig()
     bridge = {name: getattr(config, name) for name in VLMConfig.__annotations__}
-    assert keys.keys() - {*options, *bridge} == {"preset", "pretrained", "adapter", "data_dependent_init"}
+    of_training = {"data_dependent_init", "quantization_config"}
+    assert keys.keys() - {*options, *bridge} == {"preset", "pretrained", "adapter", *of_training}
     found_while_building = {"image_token_id", "image_seq_length", "vision_hidden_size", "tie_word_embeddings"}
     assert bridge.keys() - keys.keys() == {"vision_config", "text_config", *found_while_building}
     assert options.keys() <= keys.keys()

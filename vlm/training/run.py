@@ -36,6 +36,7 @@ from vlm.precision import default_device, generation_in_bfloat16
 from vlm.recipe import Recipe, Stage, require_models
 from vlm.recipe_model import Quantization
 from vlm.training.features import Keys, kept_features
+from vlm.training.parts import trains_vision
 from vlm.training.quantization import merged, quantize
 from vlm.training.report import environment, plot_losses
 from vlm.training.stage import Batches, initialize_projector, run_stage, training_arguments
@@ -85,7 +86,7 @@ def train(
         args = training_arguments(recipe, stage, folder / "checkpoints" / stage.name)
         if recipe.model.quantization_config:
             _quantize(model, recipe.model.quantization_config, args, console)
-        frozen = "vision" not in stage.learning_rates and hasattr(model, "get_vision_features")
+        frozen = not trains_vision(stage.learning_rates) and hasattr(model, "get_vision_features")
         wants_loss = args.eval_strategy != "no"
         trained_on = _to_learn_from(train_examples, stage, console)
         held_out = validation_examples if wants_loss else []
