@@ -20,6 +20,7 @@ from vlm.precision import default_device, fast_bfloat16
 from vlm.recipe import Recipe, Stage
 from vlm.training.callbacks import MetricsLog, NewRows, PartCheck, StopOnSignal, Stopped
 from vlm.training.checks import why_not_trees
+from vlm.training.memory import estimate, gigabytes
 from vlm.training.parts import add_lora, set_trainable
 from vlm.training.peak import peak_flops
 from vlm.training.quantization import tokens_apart
@@ -60,8 +61,9 @@ def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingAr
     chosen = {"use_cpu": default_device() == "cpu", "report_to": "none", **stage.train}
     if not {"bf16", "fp16"} & set(chosen):
         chosen["bf16"] = fast_bfloat16("cpu" if chosen["use_cpu"] else default_device())
-    if chosen.get("gradient_checkpointing"):
-        chosen.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # as they were called before 5.24
+        if old in chosen:
+            chosen[old.replace("gradient", "activation")] = chosen.pop(old)
     return TrainingArguments(
         output_dir=str(folder),
         seed=recipe.seed,
@@ -117,10 +119,12 @@ def run_stage(
             stop := StopOnSignal(),
         ],
     )
+    memory = estimate(trainer)
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
     trainer.throughput.flops_per_token = flops_per_token(trainer)
     seconds = seconds_per_step(trainer) * args.gradient_accumulation_steps
-    lengths = [rows.row_lengths[row] for row in RowSampler(rows, args.train_batch_size * args.world_size)]
+    size = trainer._train_batch_size  # auto_find_batch_size may have lowered it
+    lengths = [rows.row_lengths[row] for row in RowSampler(rows, size * args.world_size)]
     precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     console.print(
         parts_table(
@@ -131,10 +135,11 @@ def run_stage(
                 "rows": f"{len(rows):,}",
                 "answers": f"{sum(item.answers for item in batches.train):,}",
                 "tokens": f"{sum(lengths):,}, of them supervised {supervised_tokens(batches.train):,}",
-                "padding": f"{padding(lengths, args.train_batch_size):.1%} of the token places",
+                "padding": f"{padding(lengths, size):.1%} of the token places",
                 "steps": f"{steps:,}",
                 "precision": str(precision).removeprefix("torch."),
                 "device": str(args.device),
+                "memory": str(memory),
                 "expected time": f"{duration(steps * seconds)} ({seconds:.1f} s a step)",
             },
         )
@@ -148,6 +153,10 @@ def run_stage(
         trainer.train(resume_from_checkpoint=checkpoint)
     if speed := trainer.throughput.whole(trainer.accelerator):
         console.print(in_words(speed), highlight=False)
+        used = trainer.throughput.memory
+        console.print(
+            f"memory: {gigabytes(used)} GB at most, and {gigabytes(memory.total)} GB expected", highlight=False
+        )
     if stop.stopped:
         raise Stopped(f"stopped after step {trainer.state.global_step} of {steps}; go on with --resume")
     if trainer.skipped_steps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,15 @@ class VLMTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; frozen layers are cast to the precision of training once, not in each step."""
+        with self.frozen_in_half():
+            return super().train(*args, **kwargs)
+
+    def frozen_in_half(self) -> AbstractContextManager[None]:
+        """Within it frozen layers are in the precision of training."""
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # which want parameters of one kind
         model: Any = self.model
-        with nullcontext() if half is None or sharded else frozen_layers_in(half, model):
-            return super().train(*args, **kwargs)
+        return nullcontext() if half is None or sharded else frozen_layers_in(half, model)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The head runs on supervised positions alone: `[B, L, V]` logits never exist."""
