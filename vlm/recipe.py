@@ -233,6 +233,8 @@ class Evaluation(Section):
     max_new_tokens: int = Field(default=32, ge=1)
     limit: int | None = Field(default=None, ge=1)
     """Use only so many examples."""
+    samples: int = Field(default=0, ge=0)
+    """So many held-out examples are answered in each evaluation during training (`train.eval_strategy`), and scored."""
     max_batch_tokens: int = Field(default=MAX_BATCH_TOKENS, ge=1)
     """The most tokens of a batch, prompts and answers with their padding; lower it if memory runs out."""
 
@@ -291,12 +293,29 @@ class Recipe(Section):
                 found.append((("stages", i, "trainable", "language"), why))
             if stage.name in [earlier.name for earlier in self.stages[:i]]:
                 found.append((("stages", i, "name"), f"there are two stages called '{stage.name}'; give each a name"))
+            found += [(("stages", i, "train", key), why) for key, why in self._about_evaluation(stage.train)]
+        if self.evaluation.samples and not self.evaluation.metrics:
+            found.append((("evaluation", "samples"), "are answered to be scored; name `metrics`"))
         if self.evaluation.metrics and self.data.validation is None:
             found.append((("evaluation", "metrics"), "there is nothing to measure on; add `data.validation`"))
         if found:
             raise FoundError(found)
         self.output_dir = str(Path(self.output_dir or f"runs/{self.name}").expanduser())
         return self
+
+    def _about_evaluation(self, train: dict[str, Any]) -> list[tuple[str, str]]:
+        """What is wrong with how a stage evaluates as it trains."""
+        found = []
+        if train.get("eval_strategy", "no") != "no" and self.data.validation is None:
+            found.append(("eval_strategy", "there is nothing to evaluate on; add `data.validation`"))
+        known = ["loss", *(self.evaluation.metrics if self.evaluation.samples else ())]
+        best = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
+        if best not in known:
+            why = f"is not measured during training; {nearest(best, known)}"
+            if best in self.evaluation.metrics:
+                why = "is measured during training only with `evaluation.samples`, the number of examples to answer"
+            found.append(("metric_for_best_model", why))
+        return found
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe with every default written out, as plain values: what `from_dict` gives back unchanged."""

@@ -5,6 +5,7 @@ RUN/metrics.jsonl       losses and rates by step        RUN/loss.png           t
 RUN/checkpoints/STAGE/  to resume from                  RUN/data_problems.json what was left out, and why
 RUN/model/              the model, LoRA merged in       RUN/adapter/           LoRA and trained parts, unmerged
 RUN/evaluation/         summary.json, predictions.jsonl, samples.html
+RUN/samples/STAGE/      the same of a few held-out examples, by step
 """
 
 from __future__ import annotations
@@ -36,15 +37,18 @@ from vlm.precision import default_device, generation_in_bfloat16
 from vlm.recipe import Recipe, Stage, require_models
 from vlm.recipe_model import Quantization
 from vlm.training.features import Keys, kept_features
+from vlm.training.history import draw_losses
 from vlm.training.parts import trains_vision
 from vlm.training.quantization import merged, quantize
-from vlm.training.report import environment, plot_losses
+from vlm.training.report import environment
 from vlm.training.stage import Batches, initialize_projector, run_stage, training_arguments
+from vlm.training.tracking import require_trackers
 from vlm.tree_attention import tree_attention
 
 CONTENTS = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "loss.png", "data_problems.json",
     "checkpoints", "stages", "model", "model.saving", "adapter", "evaluation",
+    "samples", "tensorboard",
 )  # fmt: skip
 
 DEQUANTIZED = (
@@ -66,6 +70,8 @@ def train(
     Raises UserError if the folder already holds a run and neither `resume` nor `overwrite` says what to do with it.
     """
     require_models(recipe)
+    for stage in recipe.stages:
+        require_trackers(stage.train.get("report_to"))
     folder = Path(recipe.output_dir)
     if not dry_run:
         _require_free(folder, recipe, resume=resume, overwrite=overwrite)
@@ -125,7 +131,7 @@ def train(
         if not processes.is_main_process:
             continue
         _save(model, processor, home_of_stage / "model")
-        plot_losses(folder / "metrics.jsonl", folder / "loss.png")
+        draw_losses({recipe.name: folder / "metrics.jsonl"}, folder / "loss.png")
         if recipe.evaluation.metrics:
             examples = validation_examples[: recipe.evaluation.limit]
             _evaluate(recipe, model, processor, examples, args, home_of_stage / "evaluation", console)

@@ -11,22 +11,29 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from vlm.data.batches import RowSampler, padding
 from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, one_row_an_answer, supervised_tokens
+from vlm.errors import UserError
 from vlm.precision import default_device, fast_bfloat16
 from vlm.recipe import Recipe, Stage
+from vlm.recipe_train import STOPPING
+from vlm.training.blind import BlindLoss
 from vlm.training.callbacks import MetricsLog, NewRows, PartCheck, StopOnSignal, Stopped
 from vlm.training.checks import why_not_trees
+from vlm.training.history import duration
 from vlm.training.memory import estimate, gigabytes
 from vlm.training.parts import add_lora, set_trainable
 from vlm.training.peak import peak_flops
 from vlm.training.quantization import tokens_apart
-from vlm.training.report import duration, parts_table
+from vlm.training.report import parts_table
+from vlm.training.sampling import Samples
 from vlm.training.step import flops_per_token, seconds_per_step
 from vlm.training.throughput import in_words
+from vlm.training.tracking import Progress, into_run_folder
 from vlm.training.trainer import VLMTrainer
 
 INITIALIZATION_IMAGES = 256
@@ -64,15 +71,22 @@ def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingAr
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # as they were called before 5.24
         if old in chosen:
             chosen[old.replace("gradient", "activation")] = chosen.pop(old)
-    return TrainingArguments(
-        output_dir=str(folder),
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        remove_unused_columns=False,
-        logging_nan_inf_filter=False,
-        prediction_loss_only=True,
-        **chosen,
-    )
+    chosen = {key: value for key, value in chosen.items() if key not in STOPPING}
+    if "early_stopping_patience" in stage.train:
+        chosen.setdefault("metric_for_best_model", "loss")
+    try:
+        return TrainingArguments(
+            output_dir=str(folder),
+            run_name=f"{recipe.name}-{stage.name}",
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            remove_unused_columns=False,
+            logging_nan_inf_filter=False,
+            prediction_loss_only=True,
+            **chosen,
+        )
+    except ValueError as error:
+        raise UserError(f"train: {error}") from error
 
 
 def run_stage(
@@ -117,8 +131,15 @@ def run_stage(
             MetricsLog(folder / "metrics.jsonl", stage.name),
             PartCheck(trained, rates),
             stop := StopOnSignal(),
+            *early_stopping(stage),
         ],
     )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress(stage.name))
+    into_run_folder(trainer.callback_handler.callbacks, folder / "tensorboard" / stage.name)
+    if wants_loss:
+        trainer.measures = measures(recipe, trainer, batches, folder / "samples" / stage.name)
     memory = estimate(trainer)
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
     trainer.throughput.flops_per_token = flops_per_token(trainer)
@@ -162,6 +183,25 @@ def run_stage(
     if trainer.skipped_steps:
         console.print(f"{trainer.skipped_steps} steps were skipped: their gradients were not finite")
     return trained, trained if stage.lora else None
+
+
+def early_stopping(stage: Stage) -> list[EarlyStoppingCallback]:
+    """transformers' own callback, if the stage asks for it."""
+    options = {key: value for key, value in stage.train.items() if key in STOPPING and value is not None}
+    return [EarlyStoppingCallback(**options)] if "early_stopping_patience" in options else []
+
+
+def measures(recipe: Recipe, trainer: VLMTrainer, batches: Batches, folder: Path) -> list[Any]:
+    """What an evaluation during training gives beside the held-out loss."""
+    processor = batches.collator.processor
+    found: list[Any] = []
+    if getattr(processor, "fixed_image_tokens", False):  # otherwise another image may take another number of tokens
+        found.append(BlindLoss(trainer, batches.held_out(recipe.data.max_tokens_per_row)))
+    if recipe.evaluation.samples:
+        examples = list({id(item.example): item.example for item in batches.validation}.values())
+        chosen = examples[: recipe.evaluation.samples]
+        found.append(Samples(trainer, processor, chosen, recipe.evaluation, folder))
+    return found
 
 
 @torch.no_grad()

@@ -1,0 +1,58 @@
+"""Answers about a few held-out images while the model still learns: to read, to look at, and to choose the best by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from vlm import generation
+from vlm.data.example import Example
+from vlm.eval import evaluate
+from vlm.recipe import Evaluation
+
+
+class Samples:
+    """Called after an evaluation it answers `examples`, writes `predictions.jsonl`, `summary.json` and `samples.html`
+    into `folder`/step-N, and gives each metric of the recipe as `eval_METRIC`."""
+
+    def __init__(
+        self, trainer: Any, processor: Any, examples: Sequence[Example], evaluation: Evaluation, folder: Path
+    ) -> None:
+        self.trainer, self.processor, self.examples = trainer, processor, examples
+        self.evaluation, self.folder = evaluation, folder
+
+    def __call__(self, sighted: float) -> dict[str, float]:
+        if not self.trainer.is_world_process_zero():
+            return {}
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model = model.get_base_model() if isinstance(model, PeftModel) else model  # with LoRA in its layers
+        learning = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            with torch.no_grad(), self.trainer.compute_loss_context_manager():
+                summary = evaluate(
+                    self.examples,
+                    partial(self._answers, model),
+                    self.evaluation.metrics,
+                    output_dir=self.folder / f"step-{self.trainer.state.global_step}",
+                    blind=False,
+                    bootstrap=0,
+                )
+        finally:
+            for module in learning:
+                module.training = True
+        return {f"eval_{name}": found["score"] for name, found in summary["metrics"].items()}
+
+    def _answers(self, model: Any, requests: list[Any]) -> list[str]:
+        return generation.generate(
+            model,
+            self.processor,
+            requests,
+            max_new_tokens=self.evaluation.max_new_tokens,
+            max_batch_tokens=self.evaluation.max_batch_tokens,
+        )
