@@ -28,7 +28,7 @@ def with_lora(quantized=False):
 def test_what_is_known_before(tmp_path, optim, each):
     """float32 weights and gradients of what learns, and Adam's two moments; Adafactor keeps rows and columns."""
     trainer = trainer_of(tmp_path, RATES, made=with_lora(), optim=optim)
-    found = memory.estimate(trainer)
+    found = memory.estimate(trainer, trainer.train_dataset)
     learning = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in trainer.model.parameters()) * 4 + sum(
         buffer.nbytes for buffer in trainer.model.buffers()
@@ -39,8 +39,13 @@ def test_what_is_known_before(tmp_path, optim, each):
     assert found.weights == pytest.approx(everything, rel=0.01), "storages are a little larger than what is in them"
 
 
+def estimate_of(tmp_path, made):
+    trainer = trainer_of(tmp_path, RATES, made=made)
+    return memory.estimate(trainer, trainer.train_dataset)
+
+
 def test_quantized_weights_take_half_a_byte(tmp_path):
-    plain, small = (memory.estimate(trainer_of(tmp_path, RATES, made=with_lora(q))) for q in (False, True))
+    plain, small = (estimate_of(tmp_path, with_lora(q)) for q in (False, True))
     layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128
     scales = layer // 64 * 4
     codes = 7 * 16 * 4
@@ -71,7 +76,7 @@ def test_activations_are_tried_out(tmp_path, checkpointing):
         layer.mlp.register_forward_hook(lambda module, inputs, output: Held.apply(output))
     trainer = trainer_of(tmp_path, made=made, activation_checkpointing=checkpointing)
     before = weights(made[0])
-    found = memory.estimate(trainer).activations
+    found = memory.estimate(trainer, trainer.train_dataset).activations
     assert found == pytest.approx(200e6 if checkpointing else 400e6, rel=0.2)
     assert all(torch.equal(value, before[name]) for name, value in weights(made[0]).items())
     assert not any(getattr(module, "gradient_checkpointing", False) for module in made[0].modules())

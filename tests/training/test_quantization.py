@@ -160,7 +160,14 @@ def test_a_run_leaves_a_model_like_any_other(values, tmp_path, monkeypatch, kind
     monkeypatch.setattr(running, "_save", lambda model, *rest: (kept.append(model), save(model, *rest)))
     said = train(values | {"model": values["model"] | {"quantization_config": KINDS[kind]}})
     assert f"quantized: 28 of 28 linear layers of the language model in {8 if kind == '8bit' else 4} bits" in said
-    assert "as what they stand for" in said
+    assert "as the float32 numbers" in said
+    language, projector = (
+        next(line.split()[1] for line in said.splitlines() if line.startswith(name))
+        for name in ("language", "projector")
+    )
+    whole, _ = generation.load(str(tmp_path / "run"), device="cpu")
+    assert language == f"{sum(p.numel() for _, p in whole.language_model.named_parameters()):,}"
+    assert projector == f"{sum(p.numel() for p in whole.multi_modal_projector.parameters()):,}"
     assert "no trees" not in said
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run/model").eval()
     assert "quantization_config" not in json.loads((tmp_path / "run/model/config.json").read_text())

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
 from torch import Tensor, nn
 
+from vlm.data.dataset import TreeDataset
 from vlm.errors import UserError
 from vlm.training.parts import named_parts
 from vlm.training.step import checkpointing, forward_and_backward, untouched
@@ -46,8 +47,8 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f}" if count >= 1e9 else f"{count / 1e9:.2g}"
 
 
-def estimate(trainer: Any) -> Memory:
-    """What training will take at most on this process's device, from a forward and backward pass over the longest rows.
+def estimate(trainer: Any, rows: TreeDataset) -> Memory:
+    """What training will take at most on this process's device, from a pass over the longest of `rows` and back.
 
     Activations are the most that the pass takes beyond weights and gradients, its passing results included. Evaluation
     is not in it, nor what several processes need to talk.
@@ -55,12 +56,12 @@ def estimate(trainer: Any) -> Memory:
     With `auto_find_batch_size` the batch is made smaller until it fits, as in training. Raises UserError for a batch
     that does not fit.
     """
-    lengths = trainer.train_dataset.row_lengths
+    lengths = rows.row_lengths
     longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
     def try_out(batch_size: int) -> int:
         trainer._train_batch_size = batch_size
-        batch = trainer.data_collator([trainer.train_dataset[row] for row in longest[:batch_size]])
+        batch = trainer.data_collator([rows[row] for row in longest[:batch_size]])
         reset_peak(trainer.args.device)
         before = in_use(trainer.args.device)
         forward_and_backward(trainer, batch)

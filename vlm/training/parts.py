@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -53,6 +54,12 @@ def named_parts(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if "original_module" not in name.split("."):
             yield part_of(name), name, parameter
+
+
+def weights_of(parameter: nn.Parameter) -> int:
+    """How many weights it holds: several may share a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(parameter.shape if state is None else state.shape)
 
 
 def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:

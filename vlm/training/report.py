@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from vlm.training.history import this_process
-from vlm.training.parts import PARTS, named_parts
+from vlm.training.parts import PARTS, named_parts, weights_of
 
 PACKAGES = (
     "vlm-bridge", "torch", "torchvision", "transformers", "accelerate", "peft", "datasets", "timm", "bitsandbytes",
@@ -44,7 +44,7 @@ def parts_table(model: nn.Module, rates: Mapping[str, float], rows: Mapping[str,
     """What is trained at which rate, and below it `rows` of anything else worth knowing before."""
     counts: dict[str, int] = {}
     for part, _, parameter in named_parts(model):
-        counts[part] = counts.get(part, 0) + parameter.numel()
+        counts[part] = counts.get(part, 0) + weights_of(parameter)
     table = Table("part", "parameters", "learning rate", box=None, pad_edge=False)
     for part in PARTS:
         if part in counts:

@@ -140,7 +140,7 @@ def run_stage(
     into_run_folder(trainer.callback_handler.callbacks, folder / "tensorboard" / stage.name)
     if wants_loss:
         trainer.measures = measures(recipe, trainer, batches, folder / "samples" / stage.name)
-    memory = estimate(trainer)
+    memory = estimate(trainer, rows)
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
     trainer.throughput.flops_per_token = flops_per_token(trainer)
     seconds = seconds_per_step(trainer) * args.gradient_accumulation_steps
