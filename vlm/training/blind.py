@@ -49,10 +49,9 @@ def dealt(rows: TreeDataset) -> TreeDataset | None:
     """`rows` in which each example has the images of another with as many tokens for images; None if there are not two
     such, with different images."""
     alike: dict[Any, list[TreeItem]] = {}
-    for row in rows.rows:
-        for item in row:
-            if item.example.images:
-                alike.setdefault((len(item.example.images), item.image_sizes), []).append(item)
+    for item in rows.items:
+        if item.example.images:
+            alike.setdefault((len(item.example.images), item.image_sizes), []).append(item)
     changed: dict[int, TreeItem] = {}
     for items in alike.values():
         shown = {item.example.image_id: item for item in items}
@@ -65,5 +64,6 @@ def dealt(rows: TreeDataset) -> TreeDataset | None:
     if not changed:
         return None
     blind = copy.copy(rows)
-    blind.rows = [[changed.get(id(item), item) for item in row] for row in rows.rows]
+    blind.items = [changed.get(id(item), item) for item in rows.items]
+    blind.set_epoch(rows.epoch)
     return blind
