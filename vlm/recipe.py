@@ -294,8 +294,11 @@ class Recipe(Section):
             if stage.name in [earlier.name for earlier in self.stages[:i]]:
                 found.append((("stages", i, "name"), f"there are two stages called '{stage.name}'; give each a name"))
             found += [(("stages", i, "train", key), why) for key, why in self._about_evaluation(stage.train)]
-        if self.evaluation.samples and not self.evaluation.metrics:
-            found.append((("evaluation", "samples"), "are answered to be scored; name `metrics`"))
+        if self.evaluation.samples:
+            if not self.evaluation.metrics:
+                found.append((("evaluation", "samples"), "are answered to be scored; name `metrics`"))
+            if all(stage.train.get("eval_strategy", "no") == "no" for stage in self.stages):
+                found.append((("evaluation", "samples"), "are answered in evaluations; set `eval_strategy` in `train`"))
         if self.evaluation.metrics and self.data.validation is None:
             found.append((("evaluation", "metrics"), "there is nothing to measure on; add `data.validation`"))
         if found:

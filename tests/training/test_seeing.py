@@ -211,6 +211,7 @@ def test_samples_change_no_step(values, tmp_path):
         ({"metric_for_best_model": "cider"}, {}, "is not measured during training; known: loss"),
         ({"metric_for_best_model": "eval_exact_match"}, {}, "only with `evaluation.samples`"),
         ({}, {"samples": 4, "metrics": []}, "name `metrics`"),
+        ({}, {"samples": 4}, "set `eval_strategy` in `train`"),
     ],
 )
 def test_recipes_that_cannot_work(values, train_section, evaluation, why):

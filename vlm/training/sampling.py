@@ -18,7 +18,7 @@ from vlm.recipe import Evaluation
 
 class Samples:
     """Called after an evaluation it answers `examples`, writes `predictions.jsonl`, `summary.json` and `samples.html`
-    into `folder`/step-N, and gives each metric of the recipe as `eval_METRIC`."""
+    into `folder`/step-N, and gives each metric of the recipe as `eval_METRIC`. The model is in evaluation mode then."""
 
     def __init__(
         self, trainer: Any, processor: Any, examples: Sequence[Example], evaluation: Evaluation, folder: Path
@@ -31,21 +31,15 @@ class Samples:
             return {}
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         model = model.get_base_model() if isinstance(model, PeftModel) else model  # with LoRA in its layers
-        learning = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
-            with torch.no_grad(), self.trainer.compute_loss_context_manager():
-                summary = evaluate(
-                    self.examples,
-                    partial(self._answers, model),
-                    self.evaluation.metrics,
-                    output_dir=self.folder / f"step-{self.trainer.state.global_step}",
-                    blind=False,
-                    bootstrap=0,
-                )
-        finally:
-            for module in learning:
-                module.training = True
+        with torch.no_grad(), self.trainer.compute_loss_context_manager():
+            summary = evaluate(
+                self.examples,
+                partial(self._answers, model),
+                self.evaluation.metrics,
+                output_dir=self.folder / f"step-{self.trainer.state.global_step}",
+                blind=False,
+                bootstrap=0,
+            )
         return {f"eval_{name}": found["score"] for name, found in summary["metrics"].items()}
 
     def _answers(self, model: Any, requests: list[Any]) -> list[str]:

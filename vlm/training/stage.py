@@ -65,7 +65,12 @@ class Batches:
 
 def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
     """The stage's `train` section, and what we set ourselves; precision by the device unless the recipe says it."""
-    chosen = {"use_cpu": default_device() == "cpu", "report_to": "none", **stage.train}
+    chosen = {
+        "use_cpu": default_device() == "cpu",
+        "report_to": "none",
+        "run_name": f"{recipe.name}-{stage.name}",
+        **stage.train,
+    }
     if not {"bf16", "fp16"} & set(chosen):
         chosen["bf16"] = fast_bfloat16("cpu" if chosen["use_cpu"] else default_device())
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # as they were called before 5.24
@@ -77,7 +82,6 @@ def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingAr
     try:
         return TrainingArguments(
             output_dir=str(folder),
-            run_name=f"{recipe.name}-{stage.name}",
             seed=recipe.seed,
             data_seed=recipe.seed,
             remove_unused_columns=False,
@@ -198,6 +202,8 @@ def measures(recipe: Recipe, trainer: VLMTrainer, batches: Batches, folder: Path
     if getattr(processor, "fixed_image_tokens", False):  # otherwise another image may take another number of tokens
         found.append(BlindLoss(trainer, batches.held_out(recipe.data.max_tokens_per_row)))
     if recipe.evaluation.samples:
+        if trainer.sharded:
+            raise UserError("evaluation.samples: a model of which each process holds a part cannot answer; set it to 0")
         examples = list({id(item.example): item.example for item in batches.validation}.values())
         chosen = examples[: recipe.evaluation.samples]
         found.append(Samples(trainer, processor, chosen, recipe.evaluation, folder))

@@ -106,7 +106,7 @@ class VLMTrainer(Trainer):
         """With how fast the steps were since the last log, or at the end all of them, and norms by part."""
         if "loss" in logs:
             logs |= self.throughput.since_last(self.accelerator) | self._grad_norms
-            if self.model is not None and not self._sharded:
+            if self.model is not None and not self.sharded:
                 logs |= parameter_norms(self.model)
         elif "train_loss" in logs:
             logs |= self.throughput.whole(self.accelerator)
@@ -121,10 +121,10 @@ class VLMTrainer(Trainer):
         """Within it frozen layers are in the precision of training."""
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         model: Any = self.model
-        return nullcontext() if half is None or self._sharded else frozen_layers_in(half, model)
+        return nullcontext() if half is None or self.sharded else frozen_layers_in(half, model)
 
     @property
-    def _sharded(self) -> bool:
+    def sharded(self) -> bool:
         """Whether a process holds a part of each weight, and all are to be of one kind."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
@@ -179,7 +179,7 @@ class VLMTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if torch.isfinite(torch.as_tensor(norm)):
             self._bad_in_a_row = 0
-            if not self._sharded and self._logs_next():
+            if not self.sharded and self._logs_next():
                 self._grad_norms = gradient_norms(model, float(norm))
             return norm
         self.skipped_steps += 1
