@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 
 from vlm import generation
@@ -27,8 +28,11 @@ class Samples:
         self.evaluation, self.folder = evaluation, folder
 
     def __call__(self, sighted: float) -> dict[str, float]:
-        if not self.trainer.is_world_process_zero():
-            return {}
+        scores = [self._scores() if self.trainer.is_world_process_zero() else {}]
+        broadcast_object_list(scores)  # all processes choose the best by them
+        return scores[0]
+
+    def _scores(self) -> dict[str, float]:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         model = model.get_base_model() if isinstance(model, PeftModel) else model  # with LoRA in its layers
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
