@@ -92,8 +92,10 @@ def check(train: dict[str, Any]) -> list[tuple[str, str]]:
             problems.append((key, f"no such field of TrainingArguments; {_suggest(key, known)}"))
         elif why := _wrong(value, known[key]):
             problems.append((key, why))
-    if train.get("early_stopping_patience") is not None and train.get("eval_strategy", "no") == "no":
+    if "early_stopping_patience" in train and train.get("eval_strategy", "no") == "no":
         problems.append(("early_stopping_patience", "needs `eval_strategy`: it counts evaluations without a gain"))
+    if "early_stopping_threshold" in train and "early_stopping_patience" not in train:
+        problems.append(("early_stopping_threshold", "has no effect without `early_stopping_patience`"))
     return problems
 
 

@@ -207,6 +207,7 @@ def test_samples_change_no_step(values, tmp_path):
     ("train_section", "evaluation", "why"),
     [
         ({"early_stopping_patience": 2}, {}, "needs `eval_strategy`"),
+        ({"early_stopping_threshold": 0.1}, {}, "has no effect without `early_stopping_patience`"),
         ({"early_stopping_patience": "2"}, {}, "must be a whole number"),
         ({"metric_for_best_model": "cider"}, {}, "is not measured during training; known: loss"),
         ({"metric_for_best_model": "eval_exact_match"}, {}, "only with `evaluation.samples`"),

@@ -191,8 +191,8 @@ def run_stage(
 
 def early_stopping(stage: Stage) -> list[EarlyStoppingCallback]:
     """transformers' own callback, if the stage asks for it."""
-    options = {key: value for key, value in stage.train.items() if key in STOPPING and value is not None}
-    return [EarlyStoppingCallback(**options)] if "early_stopping_patience" in options else []
+    options = {key: value for key, value in stage.train.items() if key in STOPPING}
+    return [EarlyStoppingCallback(**options)] if options else []
 
 
 def measures(recipe: Recipe, trainer: VLMTrainer, batches: Batches, folder: Path) -> list[Any]:
