@@ -104,6 +104,7 @@ def test_a_batch_that_does_not_fit_is_said_with_what_to_do(values, tmp_path, mon
         train(values)
 
 
+@pytest.mark.slow
 def test_the_batch_size_is_found_before_training(values, tmp_path, monkeypatch):
     tried = no_room_for(monkeypatch, 200)
     values["data"]["max_tokens_per_row"] = 1

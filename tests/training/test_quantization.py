@@ -154,7 +154,7 @@ def test_a_language_model_without_linear_layers_is_refused():
         quantize(model, BitsAndBytesConfig(load_in_4bit=True), CPU)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "8bit"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_a_run_leaves_a_model_like_any_other(values, tmp_path, monkeypatch, kind):
     kept, save = [], running._save
     monkeypatch.setattr(running, "_save", lambda model, *rest: (kept.append(model), save(model, *rest)))

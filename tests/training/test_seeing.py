@@ -189,6 +189,7 @@ def test_tensorboard_has_what_the_metrics_have(shown):
     assert found == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_samples_change_no_step(values, tmp_path):
     """Neither random numbers nor the mode that layers are in, dropout among them."""
     for name, samples in (("without", 0), ("with", 2)):
