@@ -113,10 +113,11 @@ def run_stage(
         callbacks=[
             NewRows(rows),
             MetricsLog(folder / "metrics.jsonl", stage.name),
-            PartCheck(trained, rates),
             stop := StopOnSignal(),
         ],
     )
+    if not trainer.is_deepspeed_enabled:  # which keeps gradients, and with ZeRO-3 weights too, out of sight
+        trainer.add_callback(PartCheck(trained, rates))
     if in_parts:
         trained._no_split_modules = units(trained)
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
