@@ -162,7 +162,7 @@ def recipe_with(**train):
     [
         ("ACCELERATE_USE_FSDP", {"use_cpu": True}, "FSDP shards"),
         ("ACCELERATE_USE_DEEPSPEED", {"use_cpu": True}, "DeepSpeed shards"),
-        (None, {"use_cpu": True, "fsdp": True}, "fsdp shards"),
+        (None, {"use_cpu": True, "fsdp": "full_shard"}, "fsdp shards"),
     ],
 )
 def test_sharding_is_refused_on_a_cpu_where_accelerate_would_not_say_that_it_does_not(
