@@ -33,7 +33,7 @@ Predict = Callable[[list[Request]], list[str]]
 
 @dataclass(frozen=True)
 class Processes:
-    """Those that evaluate together: which of how many this one is, and what makes of each one's list the list of all."""
+    """Those that evaluate together: which of how many this one is, and what makes one list of the lists of all."""
 
     index: int = 0
     count: int = 1

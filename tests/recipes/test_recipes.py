@@ -24,7 +24,8 @@ def test_all_are_packaged_and_say_what_they_do() -> None:
 
 
 CONFIGURATIONS = ["accelerate/ddp", "accelerate/fsdp2", "accelerate/zero2", "accelerate/zero3"]
-SEVERAL_MACHINES = "--num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 29500".split()
+SEVERAL_MACHINES = ["--num_machines", "2", "--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
+SEVERAL_MACHINES += ["--main_process_port", "29500"]
 
 
 def test_configurations_for_accelerate_are_shown_but_are_no_recipes() -> None:

@@ -22,7 +22,6 @@ from vlm import recipe
 from vlm.data.batches import RowSampler
 from vlm.data.dataset import TreeCollator
 from vlm.errors import UserError
-from vlm.fusion import FusedDecoderLayer, decoder_layers
 from vlm.training.parts import add_lora
 from vlm.training.processes import GlobalBatch, join_processes, units, what_differs
 from vlm.training.throughput import row_counts

@@ -26,7 +26,9 @@ def join_processes(recipe: Recipe) -> PartialState:
     """
     stages = [stage.train for stage in recipe.stages]
     cpu = any(train.get("use_cpu", default_device() == "cpu") for train in stages)
-    if cpu and (sharded := _asked_for() or next((key for key in ("fsdp", "deepspeed") for t in stages if t.get(key)), "")):
+    if cpu and (
+        sharded := _asked_for() or next((key for key in ("fsdp", "deepspeed") for t in stages if t.get(key)), "")
+    ):
         raise UserError(
             f"{sharded} shards the model over GPUs, and this run is on the CPU, where every process holds all of it. "
             "Start it with torchrun, or with the configuration that `vlm recipes show accelerate/ddp` prints."
