@@ -40,8 +40,8 @@ SHARDED = ["LoRA", "cross-attention, every part trained", "two batches accumulat
 """Of these also with FSDP2."""
 
 
-def values_of(case, parts, images, run, processes, **train):
-    values = recipe_values(parts, images, run)
+def values_of(case, place, run, processes, **train):
+    values = recipe_values(place / "parts", place / "images", place / run)
     values["data"]["train"]["metadata"] = "uneven.jsonl"
     values["data"]["max_tokens_per_row"] = 1
     values["lora"] = None
@@ -106,22 +106,18 @@ def place(tmp_path_factory):
 
 
 def recipes(place, name, processes, cases=CASES, **train):
-    made = {
-        c: values_of(c, place / "parts", place / "images", place / file_name(c, name), processes, **train)
-        for c in cases
-    }
-    return {case: write(values) for case, values in made.items()}
+    return [write(values_of(case, place, file_name(case, name), processes, **train)) for case in cases]
 
 
 @pytest.fixture(scope="module")
 def one(place):
-    for path in recipes(place, "one", 1).values():
+    for path in recipes(place, "one", 1):
         train(yaml.safe_load(Path(path).read_text()))
 
 
 @pytest.fixture(scope="module")
 def two(place, one):
-    done = launch(2, *recipes(place, "two", 2).values())
+    done = launch(2, *recipes(place, "two", 2))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done: ") == len(CASES), "one process speaks"
 
@@ -130,24 +126,24 @@ def two(place, one):
 def four(place, one, two):
     """And, on four processes, the run that two had begun."""
     goes_on = begun(place, "two", "four-resumed", 4)
-    done = launch(4, *recipes(place, "four", 4).values(), "--resume", goes_on)
+    done = launch(4, *recipes(place, "four", 4), "--resume", goes_on)
     assert done.returncode == 0, done.stderr
     assert "was saved on 2 processes, and this run has 4" in done.stdout
 
 
 @pytest.fixture(scope="module")
 def fsdp2(place, one):
-    done = launch(2, *recipes(place, "fsdp2", 2, SHARDED, use_cpu=False).values(), fsdp=True)
+    done = launch(2, *recipes(place, "fsdp2", 2, SHARDED, use_cpu=False), fsdp=True)
     assert done.returncode == 0, done.stderr
 
 
 def begun(place, name, anew, processes, **train):
     """A run folder as it was after the checkpoint at step 4, under another name."""
-    before, run = place / file_name("LoRA", name), place / file_name("LoRA", anew)
-    shutil.copytree(before, run)
+    run = place / file_name("LoRA", anew)
+    shutil.copytree(place / file_name("LoRA", name), run)
     for gone in ("model", "adapter", "evaluation", "checkpoints/train/checkpoint-7"):
         shutil.rmtree(run / gone)
-    return write(values_of("LoRA", place / "parts", place / "images", run, processes, **train))
+    return write(values_of("LoRA", place, run.name, processes, **train))
 
 
 def logged(run, key):
@@ -224,8 +220,8 @@ def test_what_two_processes_sharded_four_end(place, fsdp2, record_property):
 @pytest.mark.parametrize("how", ["hang", "die"])
 def test_who_waits_in_vain_fails(place, how):
     """Within `ddp_timeout`, which transformers drops on CPUs: it would be half an hour."""
-    values = values_of("LoRA", place / "parts", place / "images", place / how, 2, ddp_timeout=20)
-    done = launch(2, "--at-step-2", how, write(values), timeout=200)
+    path = write(values_of("LoRA", place, how, 2, ddp_timeout=20))
+    done = launch(2, "--at-step-2", how, path, timeout=200)
     assert done.returncode != 0
     assert len(logged(place / how, "loss")) >= 1
     assert not (place / how / "model").exists()

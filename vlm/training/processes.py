@@ -26,12 +26,11 @@ def join_processes(recipe: Recipe) -> PartialState:
     """
     stages = [stage.train for stage in recipe.stages]
     cpu = any(train.get("use_cpu", default_device() == "cpu") for train in stages)
-    if cpu and (
-        sharded := _asked_for() or next((key for key in ("fsdp", "deepspeed") for t in stages if t.get(key)), "")
-    ):
+    asked_for = [*_launched_with(), *(key for key in ("fsdp", "deepspeed") for train in stages if train.get(key))]
+    if cpu and asked_for:
         raise UserError(
-            f"{sharded} shards the model over GPUs, and this run is on the CPU, where every process holds all of it. "
-            "Start it with torchrun, or with the configuration that `vlm recipes show accelerate/ddp` prints."
+            f"{asked_for[0]} shards the model over GPUs, and this run is on the CPU, where every process holds all of "
+            "it. Start it with torchrun, or with the configuration that `vlm recipes show accelerate/ddp` prints."
         )
     seconds = max(train.get("ddp_timeout", TrainingArguments.ddp_timeout) for train in stages)
     return PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
@@ -39,13 +38,13 @@ def join_processes(recipe: Recipe) -> PartialState:
 
 def sharded(args: TrainingArguments) -> bool:
     """Whether a process holds a part of the model only: FSDP and DeepSpeed."""
-    return bool(_asked_for() or args.fsdp_plugin_args or args.deepspeed)
+    return bool(_launched_with() or args.fsdp_plugin_args or args.deepspeed)
 
 
-def _asked_for() -> str:
+def _launched_with() -> list[str]:
     """What the file given to `accelerate launch` shards with."""
     kinds = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-    return next((name for key, name in kinds.items() if os.environ.get(key, "").lower() == "true"), "")
+    return [name for key, name in kinds.items() if os.environ.get(key, "").lower() == "true"]
 
 
 def units(model: nn.Module) -> list[str]:
@@ -92,7 +91,7 @@ class GlobalBatch:
 
 
 def what_differs(checkpoint: str, now: GlobalBatch) -> str | None:
-    """What a run that goes on from `checkpoint` does otherwise than it would have on as many processes; None on as many.
+    """What a run does otherwise that goes on from `checkpoint` on another number of processes; None on the same.
 
     Raises UserError if a step would have another number of rows: the place in the data is counted in steps.
     """
@@ -108,6 +107,6 @@ def what_differs(checkpoint: str, now: GlobalBatch) -> str | None:
     if before.processes == now.processes:
         return None
     return (
-        f"the checkpoint was saved on {before.processes} processes, and this run has {now.processes}: weights, optimizer, "
-        "schedule and place in the data go on from it; dropout and other random numbers are drawn anew"
+        f"the checkpoint was saved on {before.processes} processes, and this run has {now.processes}: weights, "
+        "optimizer, schedule and place in the data go on from it; dropout and other random numbers are drawn anew"
     )

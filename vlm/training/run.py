@@ -116,7 +116,7 @@ def train(
             _save(model, processor, home_of_stage / "model")
             plot_losses(folder / "metrics.jsonl", folder / "loss.png")
         processes.wait_for_everyone()
-        if not processes.is_main_process:  # which alone has a model whole that was sharded
+        if not processes.is_main_process:  # of a model that was sharded the first process alone has the whole
             model, _ = _load(str(home_of_stage / "model"), recipe)
         model.requires_grad_(False)
         if recipe.evaluation.metrics:
