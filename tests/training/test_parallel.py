@@ -148,6 +148,7 @@ def begun(place, name, anew, processes, **train):
 
 def logged(run, key):
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    entries = [entry for entry in entries if "train_loss" not in entry]  # of this process's steps, not of all
     return torch.tensor([entry[key] for entry in entries if key in entry], dtype=torch.float64)
 
 
