@@ -1,6 +1,6 @@
 """One of the processes that `launch` starts: trains recipe after recipe, or does as the test says.
 
-torchrun ... -m tests.training.parallel_worker [--fsdp] [--at-step-2 stop|die] RECIPE... [--resume RECIPE...]
+torchrun ... -m tests.training.parallel_worker [--fsdp] [--at-step-2 hang|die] RECIPE... [--resume RECIPE...]
 """
 
 import argparse
