@@ -78,7 +78,10 @@ def list_recipes(ctx: typer.Context) -> None:
 
 @recipes_app.command("show")
 def show_recipe(name: str) -> None:
-    """Print a recipe, to read it or to start one of your own: vlm recipes show quickstart > mine.yaml"""
+    """Print a recipe, to read it or to start one of your own: vlm recipes show quickstart > mine.yaml
+
+    So are configurations for `accelerate launch`: accelerate/ddp, accelerate/fsdp2, accelerate/zero2, accelerate/zero3.
+    """
     from vlm import recipe as recipes
 
     typer.echo(recipes.packaged_text(name), nl=False)

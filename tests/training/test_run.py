@@ -1,7 +1,6 @@
 """Whole runs from a recipe to a folder, on tiny models."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -392,43 +391,3 @@ def test_a_model_that_ignores_the_mask_gets_no_trees(values, monkeypatch):
     assert said.count("no trees for LlamaForCausalLM, a row for each answer: several answers in a row have a loss") == 1
     assert seen[:2] == [2, 4], "one by one, then as trees"
     assert set(seen[2:]) == {2}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("weighting", ["equal_tokens", "root_answers"])
-def test_two_processes_make_one_run(values, images, tmp_path, weighting):
-    """As `accelerate launch` starts them: the same losses as one process with twice the rows a step, though the
-    processes have unequal numbers of answers."""
-    rows = [json.loads(line) for line in (images / "train.jsonl").read_text().splitlines()]
-    uneven = [row | {"captions": ["a cat", "no cat at all", "a dog", "2"][: 1 + n % 4]} for n, row in enumerate(rows)]
-    (images / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in uneven))
-    values["data"]["train"]["metadata"] = "uneven.jsonl"
-    values["data"] |= {"max_tokens_per_row": 1, "answer_weighting": weighting}
-    values |= {"lora": None, "evaluation": {}}
-    losses, ratios = [], []
-    for processes in (1, 2):
-        arguments = TRAIN | {"per_device_train_batch_size": 2 // processes, "ddp_backend": "gloo"}
-        run = tmp_path / str(processes)
-        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values | {"train": arguments, "output_dir": str(run)}))
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m", "vlm"]
-        environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-        root = Path(__file__).parents[2]
-        result = subprocess.run(
-            [*command, "train", str(tmp_path / "mine.yaml")],
-            capture_output=True,
-            text=True,
-            cwd=root,
-            env=environment,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("done: ") == 1
-        entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        losses.append([entry["loss"] for entry in entries if "loss" in entry])
-        losses.append([entry["eval_loss"] for entry in entries if "eval_loss" in entry])
-        # What is counted is of both: the steps' answers and tokens are the same, however long they took.
-        ratios.append([e["tokens_per_second"] / e["answers_per_second"] for e in entries if "loss" in e])
-    assert losses[0] == pytest.approx(losses[2], rel=1e-4)
-    assert losses[1] == pytest.approx(losses[3], rel=1e-4)
-    assert ratios[0] == pytest.approx(ratios[1], rel=1e-3)
-    assert len(set(ratios[0])) > 1

@@ -48,6 +48,10 @@ class TreeItem:
     def answers(self) -> int:
         return max(self.tree.branch_ids)
 
+    def blank(self) -> TreeItem:
+        """The same without labels."""
+        return replace(self, tree=replace(self.tree, labels=[IGNORE] * len(self.tree)))
+
     def open_images(self) -> list[Image.Image]:
         images = [open_image(source, where=self.example.where) for source in self.example.images]
         if self.augmentation is None:
@@ -173,7 +177,8 @@ class TreeDataset(Dataset[Row]):
 
     Neighbours in the data are often alike, so rows are packed from the items in a random order, another one in each
     epoch. What is expensive, opening images or reading features, is left to the collator. The longest row is the first:
-    neighbours make batches with little padding. `row_lengths` are their tokens, the same in each epoch.
+    neighbours make batches with little padding. `row_lengths` are their tokens, the same in each epoch. The index `~i`
+    gives row i blank: nothing is learned from it, and it counts nowhere.
 
     `augmentation` changes the images, of an example alike wherever it stands, and in each epoch in another way.
     """
@@ -207,6 +212,8 @@ class TreeDataset(Dataset[Row]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
+        if index < 0:
+            return [item.blank() for item in self[~index]]
         row = self.rows[index]
         if self.augmentation is None:
             return row

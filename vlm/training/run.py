@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, TrainingArguments, set_seed
@@ -29,12 +30,13 @@ from vlm.data.example import Example
 from vlm.data.readers import read
 from vlm.data.tree_masks import TreeMasks
 from vlm.errors import UserError
-from vlm.eval import evaluate
+from vlm.eval import Processes, evaluate
 from vlm.eval.summary import show
 from vlm.loading import no_loading_bar
-from vlm.precision import default_device, generation_in_bfloat16
+from vlm.precision import generation_in_bfloat16
 from vlm.recipe import Recipe, Stage, require_models
 from vlm.training.features import Keys, kept_features
+from vlm.training.processes import join_processes, sharded
 from vlm.training.report import environment, plot_losses
 from vlm.training.stage import Batches, initialize_projector, merged, run_stage, training_arguments
 from vlm.tree_attention import tree_attention
@@ -58,6 +60,7 @@ def train(
     Raises UserError if the folder already holds a run and neither `resume` nor `overwrite` says what to do with it.
     """
     require_models(recipe)
+    processes = join_processes(recipe)
     folder = Path(recipe.output_dir)
     if not dry_run:
         _require_free(folder, recipe, resume=resume, overwrite=overwrite)
@@ -67,8 +70,7 @@ def train(
     validation_examples = _read(recipe, recipe.data.validation, log) if recipe.data.validation else []
     done = _finished_stages(folder, recipe) if resume else 0
     model, processor = _start_model(recipe, folder, done)
-    processes = PartialState(cpu=default_device() == "cpu")  # those of `accelerate launch`, or this one alone
-    processes.wait_for_everyone()
+    processes.wait_for_everyone()  # so that none looks for a run in the folder when there is one
     if processes.is_main_process and not dry_run:  # only now: a mistake in the recipe or its data changes no folder
         _prepare_folder(folder, recipe, overwrite=overwrite, console=console)
     adapter = None
@@ -97,7 +99,8 @@ def train(
             TreeCollator(processor, cache, TreeMasks(model), answer_weighting=recipe.data.answer_weighting),
         )
         if recipe.model.adapter.data_dependent_init and number == 0 and not recipe.model.pretrained:
-            initialize_projector(model, batches, args.device, recipe.seed)
+            device = torch.device("cpu") if sharded(args) else args.device
+            initialize_projector(model, batches, device, recipe.seed)
         with tree_attention(model):
             trained, adapter = run_stage(
                 recipe, stage, model, batches, folder, dry_run=dry_run, resume=resume, console=console
@@ -108,12 +111,14 @@ def train(
         home_of_stage = folder if last else folder / "stages" / stage.name
         if adapter is not None and processes.is_main_process:
             adapter.save_pretrained(str(home_of_stage / "adapter"))
-        model = merged(trained)
+        if processes.is_main_process:
+            model = merged(trained)
+            _save(model, processor, home_of_stage / "model")
+            plot_losses(folder / "metrics.jsonl", folder / "loss.png")
+        processes.wait_for_everyone()
+        if not processes.is_main_process:  # of a model that was sharded the first process alone has the whole
+            model, _ = _load(str(home_of_stage / "model"), recipe)
         model.requires_grad_(False)
-        if not processes.is_main_process:
-            continue
-        _save(model, processor, home_of_stage / "model")
-        plot_losses(folder / "metrics.jsonl", folder / "loss.png")
         if recipe.evaluation.metrics:
             examples = validation_examples[: recipe.evaluation.limit]
             _evaluate(recipe, model, processor, examples, args, home_of_stage / "evaluation", console)
@@ -216,7 +221,11 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
             **spec.model_dump(exclude={"preset", "pretrained", "adapter"}),
             **spec.adapter.model_dump(exclude={"data_dependent_init"}),
         )
-    trust = spec.trust_remote_code
+    return _load(source, recipe)
+
+
+def _load(source: str, recipe: Recipe) -> tuple[PreTrainedModel, Any]:
+    trust = recipe.model.trust_remote_code
     with no_loading_bar():
         model = AutoModelForImageTextToText.from_pretrained(source, dtype="float32", trust_remote_code=trust)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust)
@@ -274,7 +283,7 @@ def _evaluate(
     folder: Path,
     console: Console,
 ) -> None:
-    """Score by generation, sighted and blind, in the precision that was trained in."""
+    """Score by generation, sighted and blind, in the precision that was trained in. All processes share the work."""
     network: Any = model.to(args.device).eval()  # type: ignore[arg-type]  # a device is a device
 
     def predict(requests: list[Any]) -> list[str]:
@@ -287,5 +296,12 @@ def _evaluate(
         )
 
     with generation_in_bfloat16(network, args.bf16):
-        summary = evaluate(examples, predict, recipe.evaluation.metrics, output_dir=folder, seed=recipe.seed)
+        summary = evaluate(
+            examples,
+            predict,
+            recipe.evaluation.metrics,
+            output_dir=folder,
+            seed=recipe.seed,
+            processes=Processes(args.process_index, args.world_size, gather_object),
+        )
     show(summary, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import tempfile
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from vlm.data.batches import RowSampler, padding
+from vlm.data.batches import padding
 from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, one_row_an_answer, supervised_tokens
 from vlm.precision import default_device, fast_bfloat16
 from vlm.recipe import Recipe, Stage
@@ -22,6 +23,7 @@ from vlm.training.callbacks import MetricsLog, NewRows, PartCheck, StopOnSignal,
 from vlm.training.checks import why_not_trees
 from vlm.training.parts import add_lora, set_trainable
 from vlm.training.peak import peak_flops
+from vlm.training.processes import GlobalBatch, sharded, units, what_differs
 from vlm.training.report import duration, parts_table
 from vlm.training.step import flops_per_token, seconds_per_step
 from vlm.training.throughput import in_words
@@ -92,7 +94,8 @@ def run_stage(
     checkpoints = Path(tempfile.mkdtemp()) if dry_run else folder / "checkpoints" / stage.name
     args = training_arguments(recipe, stage, checkpoints)
     wants_loss = args.eval_strategy != "no"
-    if why := why_not_trees(trained, batches.collator, batches.train, args.device):
+    in_parts = sharded(args)  # what is tried before training is tried on whole models, for which a GPU may be too small
+    if why := why_not_trees(trained, batches.collator, batches.train, torch.device("cpu") if in_parts else args.device):
         console.print(
             f"no trees for {type(getattr(model, 'language_model', model)).__name__}, a row for each answer: {why}",
             markup=False,
@@ -110,14 +113,20 @@ def run_stage(
         callbacks=[
             NewRows(rows),
             MetricsLog(folder / "metrics.jsonl", stage.name),
-            PartCheck(trained, rates),
             stop := StopOnSignal(),
         ],
     )
+    if not trainer.is_deepspeed_enabled:  # which keeps gradients, and with ZeRO-3 weights too, out of sight
+        trainer.add_callback(PartCheck(trained, rates))
+    if in_parts:
+        trained._no_split_modules = units(trained)
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
-    trainer.throughput.flops_per_token = flops_per_token(trainer)
-    seconds = seconds_per_step(trainer) * args.gradient_accumulation_steps
-    lengths = [rows.row_lengths[row] for row in RowSampler(rows, args.train_batch_size * args.world_size)]
+    timed = {}
+    if not in_parts:
+        trainer.throughput.flops_per_token = flops_per_token(trainer)
+        seconds = seconds_per_step(trainer) * args.gradient_accumulation_steps
+        timed = {"expected time": f"{duration(steps * seconds)} ({seconds:.1f} s a step)"}
+    lengths = [rows.row_lengths[row] for row in trainer._get_train_sampler() if row >= 0]
     precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     console.print(
         parts_table(
@@ -132,7 +141,8 @@ def run_stage(
                 "steps": f"{steps:,}",
                 "precision": str(precision).removeprefix("torch."),
                 "device": str(args.device),
-                "expected time": f"{duration(steps * seconds)} ({seconds:.1f} s a step)",
+                "batch": str(GlobalBatch.of(trainer)),
+                **timed,
             },
         )
     )
@@ -141,6 +151,9 @@ def run_stage(
         return trained, None
     trainer.throughput.peak_flops = peak_flops(args.device, precision)
     checkpoint = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    if checkpoint and (note := what_differs(checkpoint, GlobalBatch.of(trainer))):
+        console.print(note, style="yellow", highlight=False)
+    whole = copy.deepcopy(trained) if in_parts and args.process_index == 0 else trained
     with stop:
         trainer.train(resume_from_checkpoint=checkpoint)
     if speed := trainer.throughput.whole(trainer.accelerator):
@@ -149,7 +162,18 @@ def run_stage(
         raise Stopped(f"stopped after step {trainer.state.global_step} of {steps}; go on with --resume")
     if trainer.skipped_steps:
         console.print(f"{trainer.skipped_steps} steps were skipped: their gradients were not finite")
+    if in_parts:
+        trained = put_together(trainer, whole)
     return trained, trained if stage.lora else None
+
+
+def put_together(trainer: VLMTrainer, whole: Any) -> Any:
+    """The weights of a sharded model in `whole`, a copy from before they were sharded, on the first process. The others
+    get their parts back, which are of no use alone."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        whole.load_state_dict(state)
+    return whole
 
 
 @torch.no_grad()
