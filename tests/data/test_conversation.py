@@ -7,7 +7,8 @@ from tests.stock import stock
 from tests.tiny import byte_level_tokenizer, image, image_processor, metaspace_tokenizer, tiny
 from vlm.data.conversation import template_options, tokenize_branch
 from vlm.data.example import Branch, question_and_answer
-from vlm.processing import FLATTEN, IMAGE_TOKEN, VLMProcessor, chat_template_for
+from vlm.chat_templates import FLATTEN, chat_template_for
+from vlm.processing import IMAGE_TOKEN, VLMProcessor
 
 X = -100
 
