@@ -50,7 +50,9 @@ PROMPT = (
     "{{- ns.images -}}{%- if loop.first -%}BEGIN{%- endif -%}{{- question.text + AFTER_QUESTION -}}"
     "{%- else -%}"
 )
-PROMPT_END = "{{- (BEFORE_ANSWER if question.text else '') + (ns.text | trim) + eos_token -}}{%- endif -%}{%- endfor -%}"
+PROMPT_END = (
+    "{{- (BEFORE_ANSWER if question.text else '') + (ns.text | trim) + eos_token -}}{%- endif -%}{%- endfor -%}"
+)
 PROMPTS = {
     "paligemma": ("'\\n'", "''"),  # <image>... <bos> question \n answer <eos>
     "blip2": ("''", "' '"),  # <image>... </s> question answer </s>
@@ -58,9 +60,7 @@ PROMPTS = {
 """By the model whose prompt it is: what stands after a question, and before its answer."""
 
 
-def chat_template_for(
-    tokenizer: Any, name: TemplateName = "auto", *, image_markers: Sequence[str] = ("", "")
-) -> str:
+def chat_template_for(tokenizer: Any, name: TemplateName = "auto", *, image_markers: Sequence[str] = ("", "")) -> str:
     """A chat template that places images and writes `image_markers` before and after each.
 
     `auto` is the tokenizer's own, ChatML if it has none, or, for a tokenizer without ChatML's tokens, turns that end
@@ -73,7 +73,9 @@ def chat_template_for(
     begins = tokenizer.bos_token is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     if name in PROMPTS:
         if tokenizer.eos_token is None:
-            raise ValueError(f"{name} ends answers with the end-of-sequence token, which this tokenizer lacks: use auto")
+            raise ValueError(
+                f"{name} ends answers with the end-of-sequence token, which this tokenizer lacks: use auto"
+            )
         after, before = PROMPTS[name]
         begins |= name == "paligemma" and tokenizer.bos_token is not None  # its processor writes it
         template = PROMPT.replace("BEGIN", "{{- bos_token -}}" if begins else "").replace("AFTER_QUESTION", after)

@@ -117,9 +117,7 @@ class Session:
             # All but the last token, which nobody has read.
             self._ids = output.sequences[0, : output.cache.get_seq_length()].tolist()
 
-    def _in_cache(
-        self, ids: Sequence[int], images: Sequence[Image.Image], fixed: bool, prompt: int
-    ) -> tuple[int, int]:
+    def _in_cache(self, ids: Sequence[int], images: Sequence[Image.Image], fixed: bool, prompt: int) -> tuple[int, int]:
         """How many of the first tokens of a request, whose `prompt` first ones see each other, need not be read, and
         how many whole images stand in them."""
         if self._cache is None:
