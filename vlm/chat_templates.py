@@ -1,4 +1,4 @@
-"""Chat templates that place images: what a conversation is written as, in turns or as the prompt of a published model."""
+"""Chat templates that place images: a conversation in turns, or as the prompt of a published model."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def chat_template_for(tokenizer: Any, name: TemplateName = "auto", *, image_mark
     """A chat template that places images and writes `image_markers` before and after each.
 
     `auto` is the tokenizer's own, ChatML if it has none, or, for a tokenizer without ChatML's tokens, turns that end
-    with its end-of-sequence token; `chatml` is ChatML. In both roles are marked by special tokens alone, so that no text
-    that a user writes can be taken for one. The others are of `PROMPTS`, which mark no roles: images, a question, and an
-    answer that ends with the end-of-sequence token.
+    with its end-of-sequence token; `chatml` is ChatML. In both roles are marked by special tokens alone, so that no
+    text that a user writes can be taken for one. The others are of `PROMPTS`, which mark no roles: images, a question,
+    and an answer that ends with the end-of-sequence token.
     Raises ValueError if the tokenizer lacks the tokens.
     """
     placed = repr(IMAGE_TOKEN.join(image_markers))

@@ -348,7 +348,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 def _require_types(token_type_ids: Tensor | None) -> Tensor:
     if token_type_ids is None:
         raise ValueError(
-            "image_attention: prefix_lm needs token_type_ids, 0 in the prompt and 1 behind it: let the processor prepare "
-            "the text, by its chat template or by itself"
+            "image_attention: prefix_lm needs token_type_ids, 0 in the prompt and 1 behind it: let the processor "
+            "prepare the text, by its chat template or by itself"
         )
     return token_type_ids

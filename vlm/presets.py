@@ -79,6 +79,8 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "cross_attention_frequency": 2,
             }
         },
+        "vision_feature_select_strategy": "full",
+        "chat_template": "blip2",
     },
     # PaliGemma (arXiv 2407.07726)
     "paligemma": {"adapter": {"projector": "linear", "image_attention": "prefix_lm"}, "chat_template": "paligemma"},

@@ -147,10 +147,11 @@ class VLMProcessor(ProcessorMixin):
                     processor_kwargs=options,
                     **kwargs,
                 )["input_ids"][0]
-                ids, types, mask = (inputs[name][row] for name in ("input_ids", "token_type_ids", "attention_mask"))
-                start = [*mask].index(1)
-                pairs = zip(prompt, ids[start:], strict=False)
-                end = start + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+                types = inputs["token_type_ids"][row]
+                ids, mask = (torch.as_tensor(inputs[name][row]).tolist() for name in ("input_ids", "attention_mask"))
+                start = mask.index(1)
+                same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids[start:], strict=False))
+                end = start + len([*same])
                 types[end:] = 1 if isinstance(types, torch.Tensor) else [1] * (len(types) - end)
             sizes = sizes[_count_images(messages) :]
 
@@ -188,9 +189,9 @@ class VLMProcessor(ProcessorMixin):
         return made
 
 
-_OF_ONE_CALL = ("tokenize", "return_dict", "add_generation_prompt", "continue_final_message", "processor_kwargs") + (
-    "return_assistant_tokens_mask",
-    "return_tensors",
+_OF_ONE_CALL = (
+    *("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"),
+    *("add_generation_prompt", "continue_final_message", "processor_kwargs"),
 )
 
 

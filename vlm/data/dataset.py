@@ -125,15 +125,15 @@ def make_items(
 
 
 def _groups(branches: list[TokenizedBranch], processor: Any) -> list[list[TokenizedBranch]]:
-    """The branches that make a tree together. All do, if all image tokens are in the trunk, so that each image is in the
-    row once, and nothing else is a branch's own. Where an image sees its prompt, those with the same prompt do."""
+    """The branches that make a tree together. All do, if all image tokens are in the trunk, so that each image is in
+    the row once, and nothing else is a branch's own. Where an image sees its prompt, those with the same prompt do."""
     if any(branch.question_inputs for branch in branches):
         return [[branch] for branch in branches]
     if is_prefix_lm(processor):
         by_prompt: dict[Any, list[TokenizedBranch]] = {}
         for branch in branches:
-            types = branch.token_types["token_type_ids"]
-            by_prompt.setdefault(tuple(branch.input_ids[: types.index(1)]), []).append(branch)
+            prompt = branch.token_types["token_type_ids"].count(0)
+            by_prompt.setdefault(tuple(branch.input_ids[:prompt]), []).append(branch)
         return list(by_prompt.values())
     start = trunk_length(branches)
     image_tokens = set(processor.image_token_ids)

@@ -7,8 +7,8 @@ and its answer carried over:
 
     mask of the tree at (i, j) = mask of a path through i and j, at the places of i and j in it
 
-The trunk is on every path, and must see the same on each. Where it sees the end of a prompt that all answers have, which
-stands in each branch once more, it is given that of the first: they are all alike.
+The trunk is on every path, and must see the same on each. Where it sees the end of a prompt that all answers have,
+which stands in each branch once more, it is given that of the first: they are all alike.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class TreeMasks:
 
 
 def _require_same_trunk(mask: Tensor, tree: Tree, trunk: int) -> None:
-    """Raise [`NotATree`] if the first `trunk` tokens of a path with this `mask [L, L]` see more of a branch than what all
-    branches of `tree` begin with."""
+    """Raise [`NotATree`] if the first `trunk` tokens of a path with this `mask [L, L]` see more of a branch than what
+    all branches of `tree` begin with."""
     if not mask[:trunk, trunk:].any():
         return
     seen = int(mask[:trunk].any(dim=0).nonzero().max()) + 1
