@@ -127,7 +127,7 @@ def test_ours_goes_on_as_the_stock_model_does(pair, parity):
 
 
 def test_ours_is_the_same_when_loaded(pair, tmp_path):
-    _, inputs = pair.inputs("two images")
+    _, inputs = pair.inputs("padded batch")
     pair.ours.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, **inputs), logits(pair.ours, **inputs))
