@@ -242,7 +242,9 @@ def push(
 @app.command()
 def export(
     model: ModelArgument,
-    to: Annotated[str, typer.Option(help="llava, idefics3, smolvlm, gemma3, internvl, gguf or remote_code.")],
+    to: Annotated[
+        str, typer.Option(help="llava, idefics3, smolvlm, gemma3, internvl, paligemma, blip2, gguf or remote_code.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder for the checkpoint. Default: exported-TYPE in the run folder.")
     ] = None,
