@@ -4,13 +4,14 @@ Nothing here imports a model: `evaluate` gets a function that answers requests.
 """
 
 from vlm.eval.metrics import METRICS, Metric, Scores, bootstrap_interval, get_metric
-from vlm.eval.runner import Item, evaluate, items_of
+from vlm.eval.runner import Item, Processes, evaluate, items_of
 from vlm.eval.samples import write_samples
 
 __all__ = [
     "METRICS",
     "Item",
     "Metric",
+    "Processes",
     "Scores",
     "bootstrap_interval",
     "evaluate",

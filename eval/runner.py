@@ -31,6 +31,19 @@ Request = tuple[list[Image.Image], list[Message]]
 Predict = Callable[[list[Request]], list[str]]
 
 
+@dataclass(frozen=True)
+class Processes:
+    """Those that evaluate together: which of how many this one is, and what makes one list of the lists of all."""
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[list[Any]], list[Any]] = list
+
+    def share(self, work: Sequence[Any]) -> Sequence[Any]:
+        """What of `work` this process does."""
+        return work[self.index :: self.count]
+
+
 @dataclass
 class Item:
     """One question about one image: what is asked, and every acceptable answer.
@@ -106,19 +119,21 @@ def _open(example: Example) -> list[Image.Image]:
     return [open_image(source) for source in example.images]
 
 
-def _find_broken(examples: Sequence[Example]) -> dict[int, str]:
+def _find_broken(examples: Sequence[Example], processes: Processes) -> dict[int, str]:
     """Positions of the examples whose images do not open, and why."""
-    broken: dict[int, str] = {}
-    for position, example in enumerate(track(examples, description="Opening images")):
+    broken: list[tuple[int, str]] = []
+    mine = processes.share(range(len(examples)))
+    for position in track(mine, description="Opening images", disable=processes.index > 0):
         try:
-            _open(example)
+            _open(examples[position])
         except (OSError, ValueError) as error:
-            broken[position] = str(error)
-    return broken
+            broken.append((position, str(error)))
+    return dict(sorted(processes.gather(broken)))
 
 
-def _predict(asked: Sequence[tuple[Item, Example]], predict: Predict) -> list[str]:
-    """The answer to each item when it is shown the images of the example beside it.
+def _predict(asked: Sequence[tuple[Item, Example]], predict: Predict, processes: Processes) -> list[str]:
+    """The answer to each item when it is shown the images of the example beside it. Each process finds its share, and
+    gets those of all.
 
     Requests about the same images stand side by side, so that whoever predicts can encode them once.
     """
@@ -127,16 +142,15 @@ def _predict(asked: Sequence[tuple[Item, Example]], predict: Predict) -> list[st
     groups: dict[int, list[int]] = {}
     for i, (_, shown) in enumerate(asked):
         groups.setdefault(id(shown), []).append(i)
-    answers = [""] * len(asked)
-    opened = ((group, _open(asked[group[0]][1])) for group in track(groups.values(), description="Predicting"))
-    for chunk in chunks(opened):
+    answers: list[tuple[int, str]] = []
+    mine = track(processes.share([*groups.values()]), description="Predicting", disable=processes.index > 0)
+    for chunk in chunks((group, _open(asked[group[0]][1])) for group in mine):
         requests: list[Request] = [(images, asked[i][0].messages) for group, images in chunk for i in group]
         texts = predict(requests)
         if len(texts) != len(requests):
             raise ValueError(f"predict gave {len(texts)} texts for {len(requests)} requests; it must give one for each")
-        for i, text in zip([i for group, _ in chunk for i in group], texts, strict=True):
-            answers[i] = text
-    return answers
+        answers += zip([i for group, _ in chunk for i in group], texts, strict=True)
+    return [text for _, text in sorted(processes.gather(answers))]
 
 
 def _score(metrics: Sequence[str], predictions: list[str], items: Sequence[Item]) -> dict[str, Scores]:
@@ -174,8 +188,12 @@ def evaluate(
     blind: bool = True,
     bootstrap: int = 1000,
     num_samples: int = 48,
+    processes: Processes = Processes(),
 ) -> dict[str, Any]:
     """Predict, score, and write `predictions.jsonl`, `summary.json` and `samples.html` into `output_dir`.
+
+    Of several `processes` all call it with the same arguments. Each predicts its share, every item is scored once, over
+    all of them, and the first process writes.
 
     Args:
         examples: what to evaluate on.
@@ -186,6 +204,7 @@ def evaluate(
         blind: also ask every prompt with another example's images.
         bootstrap: resamples for the 95 % intervals, over images; 0 for none.
         num_samples: items on the page.
+        processes: those that evaluate together; by default this one alone.
 
     Returns:
         The summary: `n_items`, `n_images`, `n_broken`, `broken_images` (image_id, where, why), `blind_missing` (the
@@ -200,10 +219,10 @@ def evaluate(
         get_metric(name)
     if not metrics:
         raise ValueError("No metric named: nothing to score")
-    broken = _find_broken(examples)
+    broken = _find_broken(examples, processes)
     # One line for each example: its items share the images.
     broken_images = [{"image_id": examples[e].image_id, "where": examples[e].where, "why": broken[e]} for e in broken]
-    if broken:
+    if broken and processes.index == 0:
         logger.warning(
             "%d of %d examples left out: their images do not open (see summary.json)", len(broken), len(examples)
         )
@@ -218,7 +237,7 @@ def evaluate(
     asked = [(item, examples[item.example]) for item in items]
     if sources is not None:
         asked += zip(items, sources, strict=True)
-    answers = _predict(asked, predict)
+    answers = _predict(asked, predict, processes)
     predictions, blind_predictions = answers[: len(items)], answers[len(items) :]
     scores = _score(metrics, predictions, items)
     blind_scores = _score(metrics, blind_predictions, items) if blind_predictions else {}
@@ -246,6 +265,8 @@ def evaluate(
             "n_images": len(set(groups)),
             "sees": None if seen is None or unseen is None else seen[0] > unseen[1],
         }
+    if processes.index > 0:
+        return summary
 
     rows = []
     for i, item in enumerate(items):

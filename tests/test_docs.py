@@ -41,7 +41,7 @@ def prose(text: str) -> str:
 def command_lines(text: str) -> list[list[str]]:
     """The words of each line in the bash blocks, comments off, with pipes and redirections ending a command."""
     lines = []
-    for line in "".join(blocks(text, "bash")).splitlines():
+    for line in "".join(blocks(text, "bash")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while "|" in words:
             at = words.index("|")
@@ -63,6 +63,7 @@ def find_command(words: list[str]) -> tuple[Any, list[str]]:
 
 SHOWN = [(name, words) for name, text in TEXTS.items() for words in command_lines(text)]
 SHOWN_VLM = [(name, words[1:]) for name, words in SHOWN if words[0] == "vlm"]
+SHOWN_VLM += [(name, words[words.index("vlm") + 1 :]) for name, words in SHOWN if "-m vlm" in " ".join(words)]
 INLINE = [
     (name, found.split())
     for name, text in TEXTS.items()
@@ -96,7 +97,7 @@ def test_a_shown_command_is_understood(shown: tuple[str, list[str]]) -> None:
         else:
             recipe.from_dict(the_recipe(), values["overrides"] or [])
     if command.name == "show":
-        assert values["name"] in recipe.packaged()
+        assert recipe.packaged_text(values["name"])
     if command.name == "check" and "=" in values["source"][0]:
         recipe.parse_data(values["source"])
     if command.name == "eval":

@@ -23,6 +23,7 @@ FLOORS: list[set[str]] = [
         "modeling",
         "processing",
         "build",
+        "chat_templates",
         "registration",
         "precision",
         "tiling",

@@ -87,7 +87,10 @@ def list_recipes(ctx: typer.Context) -> None:
 
 @recipes_app.command("show")
 def show_recipe(name: str) -> None:
-    """Print a recipe, to read it or to start one of your own: vlm recipes show quickstart > mine.yaml"""
+    """Print a recipe, to read it or to start one of your own: vlm recipes show quickstart > mine.yaml
+
+    So are configurations for `accelerate launch`: accelerate/ddp, accelerate/fsdp2, accelerate/zero2, accelerate/zero3.
+    """
     from vlm import recipe as recipes
 
     typer.echo(recipes.packaged_text(name), nl=False)
@@ -278,7 +281,9 @@ def push(
 @app.command()
 def export(
     model: ModelArgument,
-    to: Annotated[str, typer.Option(help="llava, idefics3, smolvlm, gemma3, internvl, gguf or remote_code.")],
+    to: Annotated[
+        str, typer.Option(help="llava, idefics3, smolvlm, gemma3, internvl, paligemma, blip2, gguf or remote_code.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder for the checkpoint. Default: exported-TYPE in the run folder.")
     ] = None,

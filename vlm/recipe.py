@@ -405,10 +405,18 @@ def packaged() -> dict[str, str]:
     return {file.name.removesuffix(".yaml"): file.read_text("utf-8").partition("\n")[0].lstrip("# ") for file in files}
 
 
+def accelerate_configurations() -> list[str]:
+    """Return the names of the configurations for `accelerate launch` that come with vlm, such as `accelerate/ddp`."""
+    folder = importlib.resources.files("vlm.recipes") / "accelerate"
+    return sorted(f"accelerate/{file.name.removesuffix('.yaml')}" for file in folder.iterdir())
+
+
 def packaged_text(name: str) -> str:
-    """Return the text of a recipe that comes with vlm. Raises RecipeError for an unknown name."""
-    if name not in packaged():
-        raise RecipeError(f"no recipe called '{name}' comes with vlm; {nearest(name, packaged())}")
+    """Return the text of a recipe, or of a configuration for `accelerate launch`, that comes with vlm. Raises
+    RecipeError for an unknown name."""
+    known = [*packaged(), *accelerate_configurations()]
+    if name not in known:
+        raise RecipeError(f"no recipe called '{name}' comes with vlm; {nearest(name, known)}")
     return (importlib.resources.files("vlm.recipes") / f"{name}.yaml").read_text("utf-8")
 
 

@@ -27,8 +27,9 @@ class Adapter(Section):
     """Its type, and the options of that type: `mlp`, or `{type: average_pool, num_image_tokens: 49}`."""
     fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix"
     """Visual tokens stand in the sequence, decoder layers attend to them, or both."""
-    image_attention: Literal["causal", "bidirectional"] = "causal"
-    """With `prefix`: tokens of an image see what is before them, as words do, or their whole image too (Gemma 3)."""
+    image_attention: Literal["causal", "bidirectional", "prefix_lm"] = "causal"
+    """With `prefix`: tokens of an image see what is before them, as words do, or their whole image too (Gemma 3); with
+    `prefix_lm` all that is before the first answer sees all of that, in both directions (PaliGemma)."""
     cross_attention_every: int = Field(default=4, ge=1)
     """With cross-attention: one block for every so many decoder layers."""
     cross_attention_block: Literal["flamingo", "idefics"] = "flamingo"
@@ -144,8 +145,9 @@ class Model(Section):
     mean colour, so that nothing is lost at the edges."""
     tiling: Tiling | None = None
     """Cut large images into tiles of that size; null gives the encoder each image as one."""
-    chat_template: Literal["auto", "chatml"] = "auto"
-    """`auto` is the language model's own; `chatml` is plain ChatML turns without a system prompt, which is shorter."""
+    chat_template: Literal["auto", "chatml", "paligemma", "blip2"] = "auto"
+    """`auto` is the language model's own; `chatml` is plain ChatML turns without a system prompt, which is shorter;
+    `paligemma` and `blip2` are the prompts of these models: images, a question, and the answer."""
     image_markers: list[str] | None = Field(default=None, min_length=2, max_length=2)
     """What is written before and after each image, such as `["<img>", "</img>"]`; what is in angle brackets becomes a
     token. Some architectures that a model can be exported to have markers of their own."""

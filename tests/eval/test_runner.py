@@ -2,6 +2,8 @@
 
 import json
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vlm.data.example import Branch, Example, Message
-from vlm.eval import evaluate, items_of
+from vlm.eval import Processes, evaluate, items_of
 from vlm.eval.runner import Request, derangement
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "brown", "pink", "white", "black", "gray"]
@@ -199,3 +201,37 @@ def test_derangement(number: int) -> None:
         other = derangement(ids, seed)
         assert sorted(other) == sorted(other.values()) == sorted(ids)
         assert all(a != b for a, b in other.items())
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_several_processes_ask_each_item_once_and_have_the_scores_of_one(tmp_path: Path, count: int) -> None:
+    """Here they are threads, which wait for each other as processes do."""
+    examples = [example(colour, captions=2, broken=colour == "green") for colour in COLOURS]
+    alone = evaluate(examples, seeing, ["exact_match", "cider_d"], output_dir=tmp_path / "alone")
+    lists: list[list[Any]] = [[] for _ in range(count)]
+    everyone = threading.Barrier(count, timeout=60)
+    asked: list[Request] = []
+
+    def predict(requests: list[Request]) -> list[str]:
+        asked.extend(requests)
+        return seeing(requests)
+
+    def process(index: int) -> dict[str, Any]:
+        def gather(mine: list[Any]) -> list[Any]:
+            lists[index] = mine
+            everyone.wait()
+            found = [value for some in lists for value in some]
+            everyone.wait()
+            return found
+
+        folder = tmp_path / str(index)
+        processes = Processes(index, count, gather)
+        return evaluate(examples, predict, ["exact_match", "cider_d"], output_dir=folder, processes=processes)
+
+    with ThreadPoolExecutor(count) as threads:
+        summaries = list(threads.map(process, range(count)))
+    assert summaries == [alone] * count
+    assert len(asked) == 2 * alone["n_items"] == 22, "seeing and blind"
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["0", "alone"], "the first one writes"
+    written = [(tmp_path / folder / "predictions.jsonl").read_text() for folder in ("0", "alone")]
+    assert written[0] == written[1]

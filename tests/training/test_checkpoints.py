@@ -140,7 +140,7 @@ def test_old_checkpoints_are_removed_and_the_best_is_kept(tmp_path):
     assert state["best_model_checkpoint"] == str(best)
 
 
-def test_a_checkpoint_of_other_processes_is_refused(tmp_path):
+def test_a_checkpoint_without_random_state_is_refused(tmp_path):
     make(tmp_path / "run").train()
     os.remove(tmp_path / "run" / "checkpoint-4" / "rng_state.pth")
     with pytest.raises(UserError, match=r"checkpoint-4 holds no rng_state\.pth: .*--overwrite"):

@@ -4,6 +4,7 @@ read anew, and docs/models.md says what was found.
 The runs through the commands are in test_stock_runs.py.
 """
 
+import copy
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.stock import STOCK, stock
 from tests.stock_prompted import PROMPTED
 from tests.tiny import image
 from tests.training.helpers import examples as alike
+from tests.training.helpers import trainer_of, weights
 from tests.training.test_plain_rows import items_of, why
 from vlm.data.conversation import IGNORE, encode_conversation, tokenize_branch
 from vlm.data.dataset import TreeCollator, TreeDataset, one_row_an_answer
@@ -24,10 +26,12 @@ from vlm.data.prompts import ONE_IMAGE, has_chat_template
 from vlm.generation import generate, load
 from vlm.session import Session
 from vlm.training.inputs import training_inputs
+from vlm.training.parts import named_parts
 from vlm.training.trainer import supervised_loss
 
 FAMILIES = [*STOCK, *PROMPTED]
 TREES = ["llava_next", "llava_onevision", "smolvlm", "idefics2", "idefics3", "gemma3", "internvl", "blip-2"]
+TREES += ["paligemma"]
 SIZES = [(40, 36), (30, 64), (64, 24)]
 """Of images that take different numbers of tiles, patches or tokens."""
 
@@ -96,6 +100,31 @@ def test_a_row_an_answer_has_the_models_own_loss(name, parity):
     found = plain_loss(model, processor, examples(processor))
     assert_close(found, wanted)
     parity(table()[model.config.model_type]["family"], "loss in training, `pretrained`", abs(found[0] - wanted[0]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_accumulating_equals_a_large_batch(tmp_path, name):
+    """8 rows at once, or 4 times 2 with unequal numbers of supervised tokens: the same weights."""
+    start, processor = stock(name)
+    found = []
+    for batch, accumulated in ((8, 1), (2, 4)):
+        model = copy.deepcopy(start)
+        trainer = trainer_of(
+            tmp_path,
+            {part: 1e-2 for part, _, _ in named_parts(model)},
+            made=(model, processor),
+            data=alike(8, 1),
+            optim="sgd",
+            max_grad_norm=0.0,
+            max_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
+        )
+        trainer.data_collator.plain = True
+        trainer.train()
+        found.append(weights(model))
+    assert any(not torch.equal(value, found[0][key]) for key, value in weights(start).items())
+    assert max(float((value - found[1][key]).abs().max()) for key, value in found[0].items()) < 1e-6
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModel,
     BeitConfig,
+    Blip2VisionConfig,
     CLIPVisionConfig,
     ConvNextConfig,
     DeiTConfig,
@@ -62,6 +63,7 @@ ENCODERS = {
     "deit": Case(DeiTConfig(**VIT), 32, 8, 2),
     "beit": Case(BeitConfig(**VIT, use_relative_position_bias=True), 32, 8, 1),
     "clip": Case(CLIPVisionConfig(**VIT), 32, 8, 1),
+    "blip2": Case(Blip2VisionConfig(**VIT, initializer_range=0.02), 32, 8, 1),
     "siglip": Case(SiglipVisionConfig(**VIT), 32, 8),
     "siglip2_naflex": Case(Siglip2VisionConfig(**NAFLEX), 32, 8),
     "dinov2": Case(Dinov2Config(**DINO), 32, 8, 1),
@@ -102,6 +104,7 @@ CALLED = {
     "deit": "DeiT",
     "beit": "BEiT",
     "clip": "CLIP-ViT",
+    "blip2": "BLIP-2",
     "siglip": "SigLIP",
     "siglip2_naflex": "SigLIP 2 NaFlex",
     "dinov2": "DINOv2",

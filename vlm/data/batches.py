@@ -21,15 +21,21 @@ class RowSampler(Sampler[int]):
     random generator; this order follows from the seed and the epoch of `rows` alone, so that a resumed run has the one
     that it would have had.
 
-    `batch_size` counts the rows of all processes together. Rows that do not fill a batch come last; they are others in
-    each epoch.
+    `batch_size` counts the rows of an optimizer step: of all processes and accumulated batches together, so that it
+    does not matter how they are divided. Rows that do not fill a batch come last; they are others in each epoch. After
+    them comes a [blank row][`TreeDataset`] until there are as many as `multiple` divides, the rows that all processes
+    compute at once; accelerate would fill up with rows of the epoch's beginning, which would then count twice.
     """
 
-    def __init__(self, rows: TreeDataset, batch_size: int) -> None:
-        self.rows, self.batch_size = rows, batch_size
+    def __init__(self, rows: TreeDataset, batch_size: int, multiple: int = 1) -> None:
+        self.rows, self.batch_size, self.multiple = rows, batch_size, multiple
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows) + self._blank
+
+    @property
+    def _blank(self) -> int:
+        return -len(self.rows) % self.multiple
 
     def __iter__(self) -> Iterator[int]:
         rng = random.Random(f"{self.rows.seed}, {self.rows.epoch}, batches")
@@ -40,7 +46,7 @@ class RowSampler(Sampler[int]):
         left, order[start : start + rest] = order[start : start + rest], []
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         rng.shuffle(batches)
-        return (row for batch in [*batches, left] for row in batch)
+        return (row for batch in [*batches, left, [~row for row in left[-1:]] * self._blank] for row in batch)
 
 
 def padding(lengths: Sequence[int], batch_size: int) -> float:

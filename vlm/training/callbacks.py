@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from vlm.data.dataset import TreeDataset
@@ -94,6 +96,11 @@ class MetricsLog(TrainerCallback):
                 file.write(json.dumps(entry | dict(logs or {})) + "\n")
 
 
+def _own_share(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor: all of it, unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class PartCheck(TrainerCallback):
     """After the first steps every part in `rates` must have had a gradient and moved, and no other part moved.
 
@@ -116,14 +123,13 @@ class PartCheck(TrainerCallback):
 
     @torch.no_grad()
     def _fingerprints(self) -> dict[str, tuple[float, float]]:
-        return {
-            name: (float(p.double().sum()), float(p.double().abs().sum())) for _, name, p in named_parts(self.model)
-        }
+        shares = {name: _own_share(p).double() for _, name, p in named_parts(self.model)}
+        return {name: (float(share.sum()), float(share.abs().sum())) for name, share in shares.items()}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.done:
             for part, _, parameter in named_parts(self.model):
-                if parameter.grad is not None and bool(parameter.grad.any()):
+                if parameter.grad is not None and bool(_own_share(parameter.grad).any()):
                     self.with_gradient.add(part)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -138,6 +144,8 @@ class PartCheck(TrainerCallback):
     def _check(self, last: bool) -> None:
         after = self._fingerprints()
         moved = {part_of(name) for name, value in after.items() if value != self.before[name]}
+        # The processes decide alike, though of a sharded model each sees its share alone.
+        moved, self.with_gradient = (set(gather_object([*parts])) for parts in (moved, self.with_gradient))
         if wrong := sorted(moved - set(self.rates)):
             raise PartNotTraining(f"{', '.join(wrong)} should be frozen, but the first steps changed it")
         still = sorted(part for part in self.rates if part not in moved or part not in self.with_gradient)

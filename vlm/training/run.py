@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, TrainingArguments, set_seed
@@ -30,15 +31,16 @@ from vlm.data.example import Example
 from vlm.data.readers import read
 from vlm.data.tree_masks import TreeMasks
 from vlm.errors import UserError
-from vlm.eval import evaluate
+from vlm.eval import Processes, evaluate
 from vlm.eval.summary import show
 from vlm.loading import no_loading_bar
-from vlm.precision import default_device, generation_in_bfloat16
+from vlm.precision import generation_in_bfloat16
 from vlm.recipe import Recipe, Stage, require_models
 from vlm.recipe_model import Quantization
 from vlm.training.features import Keys, kept_features
 from vlm.training.history import draw_losses
 from vlm.training.parts import trains_vision
+from vlm.training.processes import join_processes, sharded
 from vlm.training.quantization import merged, quantize
 from vlm.training.report import environment
 from vlm.training.stage import Batches, initialize_projector, run_stage, training_arguments
@@ -72,6 +74,7 @@ def train(
     require_models(recipe)
     for stage in recipe.stages:
         require_trackers(stage.train.get("report_to"))
+    processes = join_processes(recipe)
     folder = Path(recipe.output_dir)
     if not dry_run:
         _require_free(folder, recipe, resume=resume, overwrite=overwrite)
@@ -81,8 +84,7 @@ def train(
     validation_examples = _read(recipe, recipe.data.validation, log) if recipe.data.validation else []
     done = _finished_stages(folder, recipe) if resume else 0
     model, processor = _start_model(recipe, folder, done)
-    processes = PartialState(cpu=default_device() == "cpu")  # those of `accelerate launch`, or this one alone
-    processes.wait_for_everyone()
+    processes.wait_for_everyone()  # so that none looks for a run in the folder when there is one
     if processes.is_main_process and not dry_run:  # only now: a mistake in the recipe or its data changes no folder
         _prepare_folder(folder, recipe, overwrite=overwrite, console=console)
     adapter = None
@@ -113,7 +115,8 @@ def train(
             TreeCollator(processor, cache, TreeMasks(model), answer_weighting=recipe.data.answer_weighting),
         )
         if recipe.model.adapter.data_dependent_init and number == 0 and not recipe.model.pretrained:
-            initialize_projector(model, batches, args.device, recipe.seed)
+            device = torch.device("cpu") if sharded(args) else args.device
+            initialize_projector(model, batches, device, recipe.seed)
         with tree_attention(model):
             trained, adapter = run_stage(
                 recipe, stage, model, batches, folder, dry_run=dry_run, resume=resume, console=console
@@ -124,14 +127,16 @@ def train(
         home_of_stage = folder if last else folder / "stages" / stage.name
         if adapter is not None and processes.is_main_process:
             adapter.save_pretrained(str(home_of_stage / "adapter"))
-        model = merged(trained)
+        if processes.is_main_process:
+            model = merged(trained)
+            _save(model, processor, home_of_stage / "model")
+            draw_losses({recipe.name: folder / "metrics.jsonl"}, folder / "loss.png")
+        processes.wait_for_everyone()
+        if not processes.is_main_process:  # of a model that was sharded the first process alone has the whole
+            model, _ = _load(str(home_of_stage / "model"), recipe)
         model.requires_grad_(False)
         if recipe.model.quantization_config:
             console.print(DEQUANTIZED, style="yellow", highlight=False, soft_wrap=True)
-        if not processes.is_main_process:
-            continue
-        _save(model, processor, home_of_stage / "model")
-        draw_losses({recipe.name: folder / "metrics.jsonl"}, folder / "loss.png")
         if recipe.evaluation.metrics:
             examples = validation_examples[: recipe.evaluation.limit]
             _evaluate(recipe, model, processor, examples, args, home_of_stage / "evaluation", console)
@@ -234,7 +239,11 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
             **spec.model_dump(exclude={"preset", "pretrained", "adapter", "quantization_config"}),
             **spec.adapter.model_dump(exclude={"data_dependent_init"}),
         )
-    trust = spec.trust_remote_code
+    return _load(source, recipe)
+
+
+def _load(source: str, recipe: Recipe) -> tuple[PreTrainedModel, Any]:
+    trust = recipe.model.trust_remote_code
     with no_loading_bar():
         model = AutoModelForImageTextToText.from_pretrained(source, dtype="float32", trust_remote_code=trust)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust)
@@ -303,7 +312,7 @@ def _evaluate(
     folder: Path,
     console: Console,
 ) -> None:
-    """Score by generation, sighted and blind, in the precision that was trained in."""
+    """Score by generation, sighted and blind, in the precision that was trained in. All processes share the work."""
     network: Any = model.to(args.device).eval()  # type: ignore[arg-type]  # a device is a device
 
     def predict(requests: list[Any]) -> list[str]:
@@ -316,5 +325,12 @@ def _evaluate(
         )
 
     with generation_in_bfloat16(network, args.bf16):
-        summary = evaluate(examples, predict, recipe.evaluation.metrics, output_dir=folder, seed=recipe.seed)
+        summary = evaluate(
+            examples,
+            predict,
+            recipe.evaluation.metrics,
+            output_dir=folder,
+            seed=recipe.seed,
+            processes=Processes(args.process_index, args.world_size, gather_object),
+        )
     show(summary, console)

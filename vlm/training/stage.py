@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import tempfile
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArgumen
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from vlm.data.batches import RowSampler, padding
+from vlm.data.batches import padding
 from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, one_row_an_answer, supervised_tokens
 from vlm.errors import UserError
 from vlm.precision import default_device, fast_bfloat16
@@ -28,6 +29,7 @@ from vlm.training.history import duration
 from vlm.training.memory import estimate, gigabytes
 from vlm.training.parts import add_lora, set_trainable
 from vlm.training.peak import peak_flops
+from vlm.training.processes import GlobalBatch, sharded, units, what_differs
 from vlm.training.quantization import tokens_apart
 from vlm.training.report import parts_table
 from vlm.training.sampling import Samples
@@ -113,8 +115,10 @@ def run_stage(
     checkpoints = Path(tempfile.mkdtemp()) if dry_run else folder / "checkpoints" / stage.name
     args = training_arguments(recipe, stage, checkpoints)
     wants_loss = args.eval_strategy != "no"
+    in_parts = sharded(args)  # what is tried before training is tried on whole models, for which a GPU may be too small
     with tokens_apart(trained):
-        why = why_not_trees(trained, batches.collator, batches.train, args.device)
+        device = torch.device("cpu") if in_parts else args.device
+        why = why_not_trees(trained, batches.collator, batches.train, device)
     if why:
         console.print(
             f"no trees for {type(getattr(model, 'language_model', model)).__name__}, a row for each answer: {why}",
@@ -133,7 +137,6 @@ def run_stage(
         callbacks=[
             NewRows(rows),
             MetricsLog(folder / "metrics.jsonl", stage.name),
-            PartCheck(trained, rates),
             stop := StopOnSignal(),
             *early_stopping(stage),
         ],
@@ -144,12 +147,22 @@ def run_stage(
     into_run_folder(trainer.callback_handler.callbacks, folder / "tensorboard" / stage.name)
     if wants_loss:
         trainer.measures = measures(recipe, trainer, batches, folder / "samples" / stage.name)
-    memory = estimate(trainer, rows)
-    steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
-    trainer.throughput.flops_per_token = flops_per_token(trainer)
-    seconds = seconds_per_step(trainer) * args.gradient_accumulation_steps
+    if not trainer.is_deepspeed_enabled:  # which keeps gradients, and with ZeRO-3 weights too, out of sight
+        trainer.add_callback(PartCheck(trained, rates))
+    if in_parts:
+        trained._no_split_modules = units(trained)
+    memory = None if in_parts else estimate(trainer, rows)
     size = trainer._train_batch_size  # auto_find_batch_size may have lowered it
-    lengths = [rows.row_lengths[row] for row in RowSampler(rows, size * args.world_size)]
+    steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+    tried = {}
+    if memory:
+        trainer.throughput.flops_per_token = flops_per_token(trainer)
+        seconds = seconds_per_step(trainer) * args.gradient_accumulation_steps
+        tried = {
+            "memory": str(memory),
+            "expected time": f"{duration(steps * seconds)} ({seconds:.1f} s a step)",
+        }
+    lengths = [rows.row_lengths[row] for row in trainer._get_train_sampler() if row >= 0]
     precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     console.print(
         parts_table(
@@ -164,8 +177,8 @@ def run_stage(
                 "steps": f"{steps:,}",
                 "precision": str(precision).removeprefix("torch."),
                 "device": str(args.device),
-                "memory": str(memory),
-                "expected time": f"{duration(steps * seconds)} ({seconds:.1f} s a step)",
+                "batch": str(GlobalBatch.of(trainer)),
+                **tried,
             },
         )
     )
@@ -174,19 +187,31 @@ def run_stage(
         return trained, None
     trainer.throughput.peak_flops = peak_flops(args.device, precision)
     checkpoint = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    if checkpoint and (note := what_differs(checkpoint, GlobalBatch.of(trainer))):
+        console.print(note, style="yellow", highlight=False)
+    whole = copy.deepcopy(trained) if in_parts and args.process_index == 0 else trained
     with stop:
         trainer.train(resume_from_checkpoint=checkpoint)
     if speed := trainer.throughput.whole(trainer.accelerator):
         console.print(in_words(speed), highlight=False)
-        used = trainer.throughput.memory
-        console.print(
-            f"memory: {gigabytes(used)} GB at most, and {gigabytes(memory.total)} GB expected", highlight=False
-        )
+        expected = f", and {gigabytes(memory.total)} GB expected" if memory else ""
+        console.print(f"memory: {gigabytes(trainer.throughput.memory)} GB at most{expected}", highlight=False)
     if stop.stopped:
         raise Stopped(f"stopped after step {trainer.state.global_step} of {steps}; go on with --resume")
     if trainer.skipped_steps:
         console.print(f"{trainer.skipped_steps} steps were skipped: their gradients were not finite")
+    if in_parts:
+        trained = put_together(trainer, whole)
     return trained, trained if stage.lora else None
+
+
+def put_together(trainer: VLMTrainer, whole: Any) -> Any:
+    """The weights of a sharded model in `whole`, a copy from before they were sharded, on the first process. The others
+    get their parts back, which are of no use alone."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        whole.load_state_dict(state)
+    return whole
 
 
 def early_stopping(stage: Stage) -> list[EarlyStoppingCallback]:
@@ -202,7 +227,7 @@ def measures(recipe: Recipe, trainer: VLMTrainer, batches: Batches, folder: Path
     if getattr(processor, "fixed_image_tokens", False):  # otherwise another image may take another number of tokens
         found.append(BlindLoss(trainer, batches.held_out(recipe.data.max_tokens_per_row)))
     if recipe.evaluation.samples:
-        if trainer.sharded:
+        if sharded(trainer.args):
             raise UserError("evaluation.samples: a model of which each process holds a part cannot answer; set it to 0")
         examples = list({id(item.example): item.example for item in batches.validation}.values())
         chosen = examples[: recipe.evaluation.samples]

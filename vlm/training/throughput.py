@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from vlm.data.conversation import IGNORE
 from vlm.data.dataset import Row
 from vlm.training.memory import peak, reset_peak
 
@@ -26,7 +27,8 @@ class CountingCollator:
 
 
 def row_counts(rows: Sequence[Row]) -> Tensor:
-    """`[B, 3]`: images, answers and tokens of each row."""
+    """`[B, 3]`: images, answers and tokens of each row; 0 of a blank one."""
+    counted = [[item for item in row if item.tree.labels.count(IGNORE) < len(item.tree)] for row in rows]
     return torch.tensor(
         [
             [
@@ -34,7 +36,7 @@ def row_counts(rows: Sequence[Row]) -> Tensor:
                 sum(item.answers for item in row),
                 sum(len(item.tree) for item in row),
             ]
-            for row in rows
+            for row in counted
         ]
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -26,6 +27,7 @@ from vlm.precision import frozen_layers_in
 from vlm.training.inputs import training_inputs
 from vlm.training.norms import gradient_norms, parameter_norms
 from vlm.training.parts import freeze_state, named_parts
+from vlm.training.processes import GlobalBatch, sharded
 from vlm.training.throughput import CountingCollator, Throughput
 
 SAVING = ".saving"
@@ -95,8 +97,9 @@ class VLMTrainer(Trainer):
             self.data_collator = collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        """Batches of rows of about the same length."""
-        return RowSampler(self.train_dataset, self._train_batch_size * self.args.world_size)
+        """Batches of rows of about the same length, the same however they are divided among processes."""
+        together = 1 if self.args.dataloader_drop_last else self._train_batch_size * self.args.world_size
+        return RowSampler(self.train_dataset, self.get_total_train_batch_size(self.args), together)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         self.throughput.count(inputs.pop("counts"), inputs["input_ids"].numel())
@@ -106,7 +109,7 @@ class VLMTrainer(Trainer):
         """With how fast the steps were since the last log, or at the end all of them, and norms by part."""
         if "loss" in logs:
             logs |= self.throughput.since_last(self.accelerator) | self._grad_norms
-            if self.model is not None and not self.sharded:
+            if self.model is not None and not sharded(self.args):
                 logs |= parameter_norms(self.model)
         elif "train_loss" in logs:
             logs |= self.throughput.whole(self.accelerator)
@@ -118,15 +121,11 @@ class VLMTrainer(Trainer):
             return super().train(*args, **kwargs)
 
     def frozen_in_half(self) -> AbstractContextManager[None]:
-        """Within it frozen layers are in the precision of training."""
+        """Within it frozen layers are in the precision of training; where the model is sharded, all parameters have to
+        be of one kind."""
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         model: Any = self.model
-        return nullcontext() if half is None or self.sharded else frozen_layers_in(half, model)
-
-    @property
-    def sharded(self) -> bool:
-        """Whether a process holds a part of each weight, and all are to be of one kind."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return nullcontext() if half is None or sharded(self.args) else frozen_layers_in(half, model)
 
     def _logs_next(self) -> bool:
         """Whether the step that is being taken may be logged; epochs end where they end."""
@@ -177,9 +176,9 @@ class VLMTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """A step whose gradients are not finite changes nothing. Trainer would apply it, and log a loss of 0.0."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if torch.isfinite(torch.as_tensor(norm)):
+        if norm is None or torch.isfinite(torch.as_tensor(norm)):  # DeepSpeed has none before its first step
             self._bad_in_a_row = 0
-            if not self.sharded and self._logs_next():
+            if norm is not None and not sharded(self.args) and self._logs_next():
                 self._grad_norms = gradient_norms(model, float(norm))
             return norm
         self.skipped_steps += 1
@@ -239,6 +238,7 @@ class VLMTrainer(Trainer):
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(folder / name)
         if lead:
+            GlobalBatch.of(self).save(beside / name)
             self.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
             for file in (beside / name).rglob("*"):
                 if file.is_file():
@@ -254,12 +254,20 @@ class VLMTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """As in Trainer, which says nothing where there is no such state, and goes on otherwise than it would have."""
+        """As in Trainer, which says nothing where there is no such state, and goes on otherwise than it would have.
+
+        The states of another number of processes are of no use: numbers are drawn anew, others on each process.
+        """
         world, rank = self.args.world_size, self.args.process_index
+        before = None if checkpoint is None else GlobalBatch.in_checkpoint(checkpoint)
+        if before is not None and before.processes != world:
+            step = self.state.global_step
+            set_seed(random.Random(f"{self.args.seed}, {step}, {rank} of {world}").randrange(2**32))
+            return
         name = f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"
         if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, name)):
             raise UserError(
-                f"{checkpoint} holds no {name}: it was saved with another number of processes than {world}, or with "
-                "save_only_model. Resume it as it was started, or begin anew with --overwrite."
+                f"{checkpoint} holds no {name}: it was saved with save_only_model, or is not whole. Begin anew with "
+                "--overwrite."
             )
         super()._load_rng_state(checkpoint)

@@ -1,0 +1,112 @@
+"""The processes of a run: joining those that were started together, what each holds of the model, what of a batch."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from accelerate import PartialState
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from vlm.errors import UserError
+from vlm.precision import default_device
+from vlm.recipe import Recipe
+
+
+def join_processes(recipe: Recipe) -> PartialState:
+    """The processes that `accelerate launch` or torchrun started, or this one alone.
+
+    Whoever waits for another for more than `train.ddp_timeout` seconds fails. transformers drops that number on a CPU,
+    and anywhere if the processes have met before it makes its arguments, so it is given here.
+    Raises UserError if the model is to be sharded on a CPU, where accelerate would train with DDP and not say so.
+    """
+    stages = [stage.train for stage in recipe.stages]
+    cpu = any(train.get("use_cpu", default_device() == "cpu") for train in stages)
+    asked_for = [*_launched_with(), *(key for key in ("fsdp", "deepspeed") for train in stages if train.get(key))]
+    if cpu and asked_for:
+        raise UserError(
+            f"{asked_for[0]} shards the model over GPUs, and this run is on the CPU, where every process holds all of "
+            "it. Start it with torchrun, or with the configuration that `vlm recipes show accelerate/ddp` prints."
+        )
+    seconds = max(train.get("ddp_timeout", TrainingArguments.ddp_timeout) for train in stages)
+    return PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
+
+
+def sharded(args: TrainingArguments) -> bool:
+    """Whether a process holds a part of the model only: FSDP and DeepSpeed."""
+    return bool(_launched_with() or args.fsdp_plugin_args or args.deepspeed)
+
+
+def _launched_with() -> list[str]:
+    """What the file given to `accelerate launch` shards with."""
+    kinds = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+    return [name for key, name in kinds.items() if os.environ.get(key, "").lower() == "true"]
+
+
+def units(model: nn.Module) -> list[str]:
+    """The classes of the modules that are sharded one by one: those that must not be split, as far as they are there.
+
+    transformers names them for whole families, and accelerate fails at the first that a model does not have.
+    """
+    named = set(getattr(model, "_no_split_modules", None) or ())
+    return sorted(named & {type(module).__name__ for module in model.modules()})
+
+
+BATCH = "batch.json"
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The rows of an optimizer step, and how they are divided."""
+
+    processes: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> GlobalBatch:
+        return cls(trainer.args.world_size, trainer._train_batch_size, trainer.args.gradient_accumulation_steps)
+
+    @classmethod
+    def in_checkpoint(cls, folder: str | Path) -> GlobalBatch | None:
+        """That of a checkpoint; None if it was left out, as in those of older versions."""
+        file = Path(folder) / BATCH
+        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+    def save(self, folder: Path) -> None:
+        (folder / BATCH).write_text(json.dumps(vars(self)), encoding="utf-8")
+
+    @property
+    def rows(self) -> int:
+        return self.processes * self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def __str__(self) -> str:
+        processes = f"{self.processes} process{'es' if self.processes > 1 else ''}"
+        each = f"{self.per_device_train_batch_size} x {self.gradient_accumulation_steps} accumulated"
+        return f"{self.rows} rows ({processes} x {each})"
+
+
+def what_differs(checkpoint: str, now: GlobalBatch) -> str | None:
+    """What a run does otherwise that goes on from `checkpoint` on another number of processes; None on the same.
+
+    Raises UserError if a step would have another number of rows: the place in the data is counted in steps.
+    """
+    before = GlobalBatch.in_checkpoint(checkpoint)
+    if before is None or before == now:
+        return None
+    if before.rows != now.rows:
+        raise UserError(
+            f"a step had {before} when {checkpoint} was saved, and would have {now}. Set "
+            "train.per_device_train_batch_size and train.gradient_accumulation_steps so that it has "
+            f"{before.rows} again, or begin anew with --overwrite."
+        )
+    if before.processes == now.processes:
+        return None
+    return (
+        f"the checkpoint was saved on {before.processes} processes, and this run has {now.processes}: weights, "
+        "optimizer, schedule and place in the data go on from it; dropout and other random numbers are drawn anew"
+    )
