@@ -58,6 +58,7 @@ FLOORS: list[set[str]] = [
         "encoders",
         "export",
         "remote_code",
+        "runs",
         "hub",
         "serve",
         "quickstart",

@@ -380,9 +380,9 @@ def test_cross_attention_trains(values, adapter):
     train(values | {"model": model, "trainable": trainable, "lora": None, "evaluation": {}})
 
 
-def test_every_part_trains_with_gradient_checkpointing(values):
+def test_every_part_trains_with_activation_checkpointing(values):
     trainable = {"projector": 1e-3, "vision": 1e-4, "language": 1e-4}
-    arguments = TRAIN | {"gradient_checkpointing": True, "max_steps": 2}
+    arguments = TRAIN | {"activation_checkpointing": True, "max_steps": 2}
     train(values | {"trainable": trainable, "lora": None, "train": arguments, "evaluation": {}})
 
 
