@@ -1,8 +1,8 @@
 """Which encoders go with which bridges and decoders: `python -m benchmarks.combinations [-n 2]` writes the table in
 docs/bridges.md.
 
-Runs `tests/vlm/test_combinations.py` over every combination, with the arguments of pytest that are given here, and counts
-what passed. Takes about 20 minutes of one core. Needs the extra `test`.
+Runs `tests/vlm/test_combinations.py` over every combination, with the arguments of pytest that are given here, and
+counts what passed. Takes about 20 minutes of one core. Needs the extra `test`.
 """
 
 import sys

@@ -79,8 +79,8 @@ CONVERSATIONS = [
     [pytest.param(*each, marks=() if each in some() else pytest.mark.slow) for each in EVERY],
 )
 def test_any_encoder_any_bridge_any_decoder(encoder, bridge, decoder, tmp_path, record_property):
-    """A padded batch says what its rows say alone, and with a cache what it says without; images matter; gradients reach
-    every part; saved and loaded it is the same."""
+    """A padded batch says what its rows say alone, and with a cache what it says without; images matter; gradients
+    reach every part; saved and loaded it is the same."""
     model, processor = joined(encoder, bridge, decoder)
     batch = encode(processor, CONVERSATIONS)
     together = continuation(model, batch, 4)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, Siglip2ImageProcessor, Siglip2VisionConfig
+from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 
 from tests import tiny
 from tests.encoders import CALLED, ENCODERS, NAFLEX
