@@ -52,7 +52,7 @@ def test_nothing_changed(run, values):
     ],
 )
 def test_what_decides_nothing_about_the_steps_taken_may_differ(run, values, override):
-    assert [line.split(":")[0] for line in after(run, values, override)] == [override.split("=")[0]]
+    assert override.split("=")[0] in [line.split(":")[0] for line in after(run, values, override)]
 
 
 @pytest.mark.parametrize(
