@@ -48,7 +48,7 @@ def test_nothing_changed(run, values):
         "stages.1.train.bf16=true",
         "stages.1.train.gradient_accumulation_steps=2",
         "stages.1.trainable.projector=1e-4",
-        "stages.1.lora.learning_rate=1e-4",
+        "stages.1.lora.parts.language=1e-4",
     ],
 )
 def test_what_decides_nothing_about_the_steps_taken_may_differ(run, values, override):

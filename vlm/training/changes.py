@@ -18,7 +18,7 @@ MAY_DIFFER = re.compile(
     r"""
     name | output_dir | evaluation\..* | model\.trust_remote_code
     | data\.(train|validation|base_dir|max_bad|cache_features|max_cache_size)(\..*)?   # the data are compared
-    | stages\.\d+\.(trainable\.\w+ | lora\.(learning_rate|parts\.\w+))                    # a rate; not which parts learn
+    | stages\.\d+\.(trainable\.\w+ | lora\.(learning_rate|parts\.\w+))         # a rate; not which parts learn
     | stages\.\d+\.train\.(
         max_steps | num_train_epochs | max_grad_norm | per_device_eval_batch_size
         | per_device_train_batch_size | gradient_accumulation_steps  # their product is compared
