@@ -48,7 +48,6 @@ def test_nothing_changed(run, values):
         "stages.1.train.bf16=true",
         "stages.1.train.gradient_accumulation_steps=2",
         "stages.1.trainable.projector=1e-4",
-        "stages.1.lora.parts.language=1e-4",
     ],
 )
 def test_what_decides_nothing_about_the_steps_taken_may_differ(run, values, override):
@@ -80,6 +79,11 @@ def test_what_would_make_other_steps_is_refused_and_named(run, values, override)
     key = override.split("=")[0]
     with pytest.raises(UserError, match=rf"(?s)recipe has changed.*\n  {key}.*, now .*Take these back .*--overwrite"):
         after(run, values, override)
+
+
+def test_the_rate_of_lora_may_differ(run, values):
+    (line,) = after(run, values, "stages.1.lora.learning_rate=1e-4")
+    assert line == "stages.1.lora.parts.language: 0.01, now 0.0001"
 
 
 def test_a_stage_without_a_checkpoint_may_be_another(run, values):
