@@ -91,7 +91,7 @@ def epoch(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])
-    parser.add_argument("--repeats", type=int, default=3, help="runs of all but the longest, half before it, half after")
+    parser.add_argument("--repeats", type=int, default=3, help="of all but the longest, some before it, some after")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.folder:

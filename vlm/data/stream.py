@@ -128,10 +128,12 @@ class StreamCollator:
 
 
 class Window:
-    """Rows of the sources as batches; those that are not wanted cost no image."""
+    """`num_rows` rows of the sources as batches; those that are not wanted cost no image."""
 
-    def __init__(self, examples: list[Example], found: Found, layout: Layout, seed: str, batch_size: int) -> None:
-        self.found = found
+    def __init__(
+        self, num_rows: int, examples: list[Example], found: Found, layout: Layout, seed: str, batch_size: int
+    ) -> None:
+        self.num_rows, self.found = num_rows, found
         items = self._items(examples, layout)
         self.rows = TreeDataset(items, layout.max_tokens_per_row, seed, layout.augmentation)
         if not len(self.rows):
@@ -193,7 +195,8 @@ class StreamReader:
         """The window at `position`, which the sources stand before."""
         examples: list[Example] = []
         found = Found()
-        for reader, count in zip(self.sources, quotas(self.mixture.weights, self.position.window, WINDOW), strict=True):
+        counts = quotas(self.mixture.weights, self.position.window, WINDOW)
+        for reader, count in zip(self.sources, counts, strict=True):
             # Where a pass ends and the next begins, an image may come twice, and is then no example with two answers.
             for _, rows in groupby(reader.take(count), key=lambda row: row.epoch):
                 read = reader.source.examples([(row.place, row.content) for row in rows])
@@ -201,7 +204,7 @@ class StreamReader:
                 found.problems += read.problems
                 found.answers += read.total
         seed = f"{self.seed}, {self.position.window}"
-        return Window(examples, found, self.layout, seed, self.batch_size)
+        return Window(sum(counts), examples, found, self.layout, seed, self.batch_size)
 
     def next(self) -> StreamBatch:
         """The next batch.

@@ -189,6 +189,8 @@ def _pieces(source: DatasetSource, base_dir: Path) -> Pieces:
     path, files = source.place(base_dir)
     builder = datasets.load_dataset_builder(path, source.name, data_files=files, revision=source.revision)
     found = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
+    if files is not None and not any(found.values()):
+        raise FileNotFoundError(f"no file matches {', '.join(files)}")
     if isinstance(builder, Parquet) and source.split in found:
         return ParquetRowGroups(source, base_dir, found[source.split])
     return Files(source, base_dir, builder.as_streaming_dataset(source.split), found.get(source.split, []))

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from vlm.data.check import ProblemLog
 from vlm.data.dataset import TreeItem
 from vlm.data.example import Example
-from vlm.data.stream import WINDOW, Layout, Mixture, StreamDataset, first_window, opened_items
+from vlm.data.stream import Layout, Mixture, StreamDataset, first_window, opened_items
 from vlm.data.stream_sources import in_pieces
 from vlm.errors import UserError
 from vlm.recipe import Data, Recipe, Stage
@@ -66,7 +66,7 @@ class Stream:
         processes, size = args.world_size, args.train_batch_size
         if self.mixture.num_rows is not None:
             window = first_window(self.mixture, self.layout, size)
-            batches = self.mixture.num_rows * len(window.batches) / WINDOW
+            batches = self.mixture.num_rows * len(window.batches) / window.num_rows
             num_batches = max(1, round(batches / processes)) * processes
         elif args.max_steps > 0:
             num_batches = args.max_steps * args.gradient_accumulation_steps * processes
@@ -89,7 +89,7 @@ class Stream:
         rows = self.mixture.num_rows
         pieces = sum(len(source) for source in self.mixture.sources)
         known = "rows not counted" if rows is None else f"{rows:,} rows"
-        return {"stream": f"{known}, in {pieces:,} pieces; below, a sample"}
+        return {"stream": f"{known}, in {pieces:,} pieces; what follows is of a sample"}
 
 
 def report(rows: StreamDataset, max_length: int, console: Console) -> None:

@@ -1,0 +1,178 @@
+"""Whole runs on streams."""
+
+import json
+from io import BytesIO
+
+import datasets
+import pytest
+import torch
+
+from tests.tiny import image
+from tests.training.helpers import ANSWERS, TRAIN, Killed, kill_in, train
+from vlm import generation, recipe
+from vlm.data import stream
+from vlm.data.check import TooManyProblems
+from vlm.errors import UserError
+from vlm.recipe import RecipeError
+
+ROWS = 60
+ARGUMENTS = {key: value for key, value in TRAIN.items() if key not in ("eval_strategy", "eval_steps")} | {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 7,
+    "save_steps": 3,
+}
+
+
+def png(number):
+    file = BytesIO()
+    image(number).save(file, "png")
+    return file.getvalue()
+
+
+def save_parquet(folder, rows=ROWS, broken=()):
+    features = datasets.Features({"img": datasets.Image(), "text": datasets.Value("string")})
+    columns = {
+        "img": [{"bytes": b"not an image" if n in broken else png(n), "path": None} for n in range(rows)],
+        "text": [f"{ANSWERS[n % 6]} {n}" for n in range(rows)],
+    }
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / "a.parquet", batch_size=5)
+    return {"format": "dataset", "path": str(folder), "streaming": True, "columns": {"image": "img", "caption": "text"}}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_parquet(tmp_path_factory.mktemp("parquet"))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW", 15)
+
+
+@pytest.fixture
+def streamed(values, source):
+    data = {"train": source, "max_tokens_per_row": 120, "max_bad": 0}
+    return values | {"data": data, "train": ARGUMENTS, "evaluation": {}}
+
+
+def steps(folder):
+    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(entry["step"], entry["epoch"], entry["loss"]) for entry in entries if "loss" in entry]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_run_resumes_to_the_same_weights(streamed, source, images, tmp_path, monkeypatch, workers):
+    """Two sources by weight, LoRA with dropout, accumulation, augmentation, over several epochs."""
+    streamed["train"] = ARGUMENTS | {"dataloader_num_workers": workers}
+    streamed["data"] |= {
+        "train": [
+            source | {"weight": 3},
+            {"format": "image_folder", "path": str(images), "metadata": "train.jsonl", "weight": 1},
+        ],
+        "augmentation": {"random_resized_crop": {"scale": [0.3, 0.6]}},
+    }
+    train(streamed | {"output_dir": str(tmp_path / "undisturbed")})
+    with monkeypatch.context() as patch:
+        kill_in(patch, "train", 5)
+        with pytest.raises(Killed):
+            train(streamed)
+    torch.manual_seed(77)
+    train(streamed, resume=True)
+    wanted, found = (generation.load(str(tmp_path / name), device="cpu")[0] for name in ("undisturbed", "run"))
+    for (name, p), (_, q) in zip(wanted.named_parameters(), found.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert steps(tmp_path / "run") == steps(tmp_path / "undisturbed")
+
+
+def test_an_epoch_is_as_long_as_its_rows(streamed, tmp_path):
+    """Steps of two epochs, going by the first window of 15 rows; they are trained on in about as many."""
+    streamed["train"] = {key: value for key, value in ARGUMENTS.items() if key != "max_steps"} | {
+        "num_train_epochs": 2,
+        "gradient_accumulation_steps": 1,
+    }
+    said = train(streamed, dry_run=True)
+    assert f"{ROWS} rows, in 12 pieces" in said
+    assert "nothing was trained" in said
+    assert not (tmp_path / "run").exists()
+    train(streamed)
+    log = steps(tmp_path / "run")
+    assert log[-1][1] == 2.0
+    assert f"steps          {len(log)} " in said
+
+
+def test_without_a_known_number_of_rows_steps_are_needed(streamed, tmp_path):
+    folder = tmp_path / "jsonl"
+    folder.mkdir()
+    for number in range(8):
+        image(number).save(folder / f"{number}.png")
+    rows = [{"img": f"{n}.png", "text": ANSWERS[n % 6]} for n in range(8)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    streamed["data"] |= {
+        "train": {
+            "format": "dataset",
+            "path": "json",
+            "data_files": str(folder / "a.jsonl"),
+            "images": str(folder),
+            "streaming": True,
+            "columns": {"image": "img", "caption": "text"},
+        }
+    }
+    assert "rows not counted, in 1 pieces" in train(streamed, dry_run=True)
+    epochs = {key: value for key, value in ARGUMENTS.items() if key != "max_steps"}
+    with pytest.raises(UserError, match=r"not known.*set train.max_steps in place of num_train_epochs"):
+        train(streamed | {"train": epochs}, dry_run=True)
+
+
+def test_broken_images_are_left_out_named_and_bounded(streamed, tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    bad = save_parquet(folder, broken=range(0, ROWS, 4))
+    with pytest.raises(TooManyProblems, match=r"a.parquet:row \d*[02468]: .*not an image"):
+        train(streamed | {"data": streamed["data"] | {"train": bad}})
+    said = train(streamed | {"data": streamed["data"] | {"train": bad, "max_bad": 0.5}}, overwrite=True)
+    problems = json.loads((tmp_path / "run/data_problems.json").read_text())
+    assert f"Skipped {len(problems)} of" in said
+    assert len({problem["where"] for problem in problems}) == len(problems) > 1
+
+
+def test_a_resumed_run_has_as_many_workers(streamed, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_in(patch, "train", 5)
+        with pytest.raises(Killed):
+            train(streamed)
+    with pytest.raises(UserError, match=r"begun with 1 processes that read .* there are now 3.*num_workers"):
+        train(streamed | {"train": ARGUMENTS | {"dataloader_num_workers": 3}}, resume=True)
+
+
+def test_sources_read_whole_may_be_several_too(values, images, tmp_path):
+    whole = {"format": "image_folder", "path": str(images), "metadata": "train.jsonl"}
+    held_out = whole | {"metadata": "test.jsonl"}
+    said = train(values | {"data": values["data"] | {"train": [whole, held_out]}}, dry_run=True)
+    assert "examples       13 " in said
+    assert "stream " not in said
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"cache_features": True}, "data.cache_features: does not go with data that is streamed"),
+        ({"validation": "same"}, "data.validation.streaming: held-out data is read whole"),
+        ({"train": []}, "data.train: must not be empty"),
+        ({"train": [3]}, r"data.train.0: must be a section"),
+        ({"train": ["same", {"format": "llava", "path": "x", "weight": 2}]}, "give each source a `weight`, or none"),
+        ({"train": [{"format": "llava", "path": "x", "weight": 0}]}, "data.train.0.weight: must be more than 0, not 0"),
+        ({"train": [{"format": "llava", "pth": "x"}]}, "data.train.0.pth: unknown key; did you mean 'path'"),
+        ({"train": {"format": "llava", "path": "x", "weight": 2}}, "data.train.weight: unknown key"),
+        ({"train": {"format": "llava", "path": "x", "streaming": True}}, "data.train.streaming: unknown key"),
+    ],
+    ids=str,
+)
+def test_what_a_recipe_may_not_say(streamed, source, data, message):
+    for key, value in data.items():
+        if value == "same":
+            data = data | {key: source}
+        elif isinstance(value, list):
+            data = data | {key: [source if item == "same" else item for item in value]}
+    with pytest.raises(RecipeError, match=message):
+        recipe.from_dict(streamed | {"data": streamed["data"] | data})
