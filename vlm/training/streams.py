@@ -61,8 +61,11 @@ class Stream:
     def rows(self, args: TrainingArguments) -> StreamDataset:
         """All of it, with as many batches in an epoch as its rows will make, going by the first of them.
 
-        Raises UserError where the number of rows is not known, and none of steps is set.
+        Raises UserError where the number of rows is not known and none of steps is set, and for
+        `auto_find_batch_size`, which would begin the stream anew.
         """
+        if args.auto_find_batch_size:
+            raise UserError("train.auto_find_batch_size does not go with data that is streamed; set a batch size")
         processes, size = args.world_size, args.train_batch_size
         if self.mixture.num_rows is not None:
             window = first_window(self.mixture, self.layout, size)
