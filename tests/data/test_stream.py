@@ -109,6 +109,27 @@ def test_an_epoch_has_each_row_once_in_any_number_of_processes(processor, proces
     assert seen == Counter(str(n) for n in range(80))
 
 
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_end_of_an_epoch_does_not_disturb_the_stream(processor, workers):
+    """There the Trainer begins with new workers. Seven batches an epoch are not one for each of three readers."""
+    whole = [names(batch) for batch in read(dataset(processor, readers=max(1, workers)), 21)]
+    data = dataset(processor, readers=max(1, workers), batches=7)
+    loader = DataLoader(
+        data,
+        2,
+        sampler=SequentialSampler(data),
+        collate_fn=StreamCollator(lambda rows: {"names": names(rows)}),
+        num_workers=workers,
+    )
+    found = []
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        for batch in loader:
+            data.trained(batch["trained"])
+            found.append(batch["names"])
+    assert found == whole
+
+
 def test_a_window_has_each_of_its_rows_once_in_full_batches(processor):
     batches = read(dataset(processor), 40)
     seen = [name for batch in batches for name in names(batch)]

@@ -5,6 +5,7 @@ from io import BytesIO
 from itertools import islice
 
 import datasets
+import fsspec
 import pytest
 
 from tests.data.reader_files import images, png, write
@@ -102,6 +103,14 @@ def test_rows_are_counted_where_that_is_cheap(stored):
     assert len(pieces_of(stored, "parquet")) == 7, "row groups of four: four of 15 rows, three of 10"
 
 
+def test_rows_are_known_where_a_card_says_them(stored, tmp_path):
+    for name in ("0.tar", "1.tar"):
+        (tmp_path / name).write_bytes((stored / name).read_bytes())
+    info = f"dataset_info:\n  splits:\n  - name: train\n    num_examples: {ROWS}\n"
+    (tmp_path / "README.md").write_text(f"---\n{info}---\n")
+    assert pieces_of(tmp_path, "webdataset", path=".", data_files=None).num_rows == ROWS
+
+
 def test_a_large_row_group_is_read_through_a_buffer(stored, monkeypatch):
     whole = all_rows(pieces_of(stored, "parquet"))
     opened = []
@@ -131,6 +140,20 @@ def test_rows_of_one_image_are_one_example(stored):
     pieces = pieces_of(stored, "parquet", columns=COLUMNS | {"image_id": "n"})
     examples = pieces.examples(list(islice(all_rows(pieces), 12, 20))).examples
     assert [len(example.branches) for example in examples] == [2, 2, 2, 2]
+
+
+def test_files_that_are_elsewhere(stored):
+    """By fsspec, as those of the Hub."""
+    memory = fsspec.filesystem("memory")
+    for number in range(2):
+        memory.pipe(f"/shards/{number}.parquet", (stored / f"parquet/{number}.parquet").read_bytes())
+    there, here = (
+        pieces_of(stored, "parquet_files", data_files="memory://shards/*.parquet"),
+        pieces_of(stored, "parquet"),
+    )
+    assert all_rows(there) == all_rows(here)
+    assert there.num_rows == ROWS
+    assert there.where(Place(5, 2)) == "memory:///shards/1.parquet:row 6"
 
 
 def test_what_is_read_whole_is_in_pieces_too(stored):

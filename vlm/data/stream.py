@@ -27,7 +27,7 @@ from vlm.data.stream_sources import Pieces
 from vlm.errors import UserError
 
 WINDOW = 1000
-"""Rows. Each reader has those of one window in memory, with their encoded images."""
+"""Rows, or as many as there are. Each reader has those of one window in memory, with their encoded images."""
 EMPTY_WINDOWS = 10
 """After so many without one usable row a stream is given up."""
 
@@ -185,6 +185,8 @@ class StreamReader:
         self.mixture, self.layout, self.batch_size, self.number = mixture, layout, batch_size, number
         self.position = position or Position(cursors=[Cursor()] * len(mixture.sources))
         self.seed = f"{layout.seed}, {number} of {readers}"
+        rows = mixture.num_rows  # a window that is no longer than an epoch has no row twice
+        self.size = WINDOW if rows is None else min(WINDOW, -(-rows // readers))
         self.sources = [
             Reader(source, number, readers, f"{layout.seed}, {index}", cursor)
             for index, (source, cursor) in enumerate(zip(mixture.sources, self.position.cursors, strict=True))
@@ -195,7 +197,7 @@ class StreamReader:
         """The window at `position`, which the sources stand before."""
         examples: list[Example] = []
         found = Found()
-        counts = quotas(self.mixture.weights, self.position.window, WINDOW)
+        counts = quotas(self.mixture.weights, self.position.window, self.size)
         for reader, count in zip(self.sources, counts, strict=True):
             # Where a pass ends and the next begins, an image may come twice, and is then no example with two answers.
             for _, rows in groupby(reader.take(count), key=lambda row: row.epoch):

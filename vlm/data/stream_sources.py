@@ -119,7 +119,9 @@ class ParquetRowGroups(_Dataset):
 class Files(_Dataset):
     """Files that `datasets` streams: WebDataset, JSON Lines and others; one file is a piece."""
 
-    def __init__(self, source: DatasetSource, base_dir: Path, dataset: Any, files: Sequence[str]) -> None:
+    def __init__(
+        self, source: DatasetSource, base_dir: Path, dataset: Any, files: Sequence[str], num_rows: int | None
+    ) -> None:
         super().__init__(source, base_dir)
         columns = source.columns
         source.check_columns(dataset.column_names or list(next(iter(dataset), {})))
@@ -127,7 +129,7 @@ class Files(_Dataset):
             dataset = source.undecoded(dataset, columns.of_images)
         self.dataset = dataset.select_columns(columns.all)
         self.files = files if len(files) == dataset.num_shards else []
-        self.num_rows: int | None = None
+        self.num_rows = num_rows
 
     def __len__(self) -> int:
         return int(self.dataset.num_shards)
@@ -193,7 +195,9 @@ def _pieces(source: DatasetSource, base_dir: Path) -> Pieces:
         raise FileNotFoundError(f"no file matches {', '.join(files)}")
     if isinstance(builder, Parquet) and source.split in found:
         return ParquetRowGroups(source, base_dir, found[source.split])
-    return Files(source, base_dir, builder.as_streaming_dataset(source.split), found.get(source.split, []))
+    said = (builder.info.splits or {}).get(source.split)
+    dataset = builder.as_streaming_dataset(source.split)
+    return Files(source, base_dir, dataset, found.get(source.split, []), said.num_examples if said else None)
 
 
 def _footer(file: str) -> tuple[list[str], list[tuple[int, int, int, int]]]:
