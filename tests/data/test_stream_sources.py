@@ -177,6 +177,20 @@ def test_errors(stored, name):
             pieces_of(stored, name, split="tset")
 
 
+def test_a_damaged_file_is_named(stored, tmp_path):
+    content = (stored / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(content[: 10 * 1024 + 520])
+    pieces = pieces_of(tmp_path, "webdataset")
+    with pytest.raises(SourceError, match=r"0\.tar:row 5: cannot be read"):
+        list(pieces.rows(0))
+    content = bytearray((stored / "parquet/0.parquet").read_bytes())
+    content[4:2000] = bytes(1996)
+    (tmp_path / "parquet").mkdir()
+    (tmp_path / "parquet/0.parquet").write_bytes(content)
+    with pytest.raises(SourceError, match=r"0\.parquet:row 0: cannot be read"):
+        list(pieces_of(tmp_path, "parquet").rows(0))
+
+
 def test_files_that_are_not_there(tmp_path):
     source = {"format": "dataset", "path": "parquet", "data_files": "no/*.parquet", "columns": COLUMNS}
     with pytest.raises(SourceError, match=r"no file matches .*no/\*\.parquet"):

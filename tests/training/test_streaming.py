@@ -130,6 +130,12 @@ def test_without_a_known_number_of_rows_steps_are_needed(streamed, tmp_path):
         train(streamed | {"train": epochs}, dry_run=True)
 
 
+def test_what_would_lose_the_place_is_refused(streamed):
+    for key, value in (("auto_find_batch_size", True), ("dataloader_in_order", False)):
+        with pytest.raises(UserError, match=f"train.{key} does not go with data that is streamed"):
+            train(streamed | {"train": ARGUMENTS | {key: value}}, dry_run=True)
+
+
 def test_broken_images_are_left_out_named_and_bounded(streamed, tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()

@@ -288,9 +288,11 @@ class StreamDataset(Dataset[Row]):
         self._note(batch.found)
 
     def _note(self, found: Found) -> None:
-        self.found.add(found)
+        known = {(problem.where, problem.key) for problem in self.found.problems} if found.problems else set()
+        new = [problem for problem in found.problems if (problem.where, problem.key) not in known]
+        self.found.add(replace(found, problems=new))  # in the next epoch they come again
         self.log.total += found.answers
-        self.log.extend(found.problems)
+        self.log.extend(new)
 
     def save(self, file: Path) -> None:
         """Write where the readers of this process are."""
@@ -303,7 +305,9 @@ class StreamDataset(Dataset[Row]):
         Raises UserError if there were more or fewer readers, each of which has its own place.
         """
         if not file.is_file():
-            raise UserError(f"{file} is missing: the run was begun without streaming, or with other processes")
+            raise UserError(
+                f"{file} is missing: the run was begun without streaming, with fewer processes, or with save_only_model"
+            )
         saved = json.loads(file.read_text())
         if saved["readers"] != self.readers:
             raise UserError(

@@ -6,6 +6,7 @@ A row keeps its images as they are stored, encoded, so that it is cheap to read 
 from __future__ import annotations
 
 import os
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -72,7 +73,21 @@ class _Dataset:
         self.folder = source.image_folder(base_dir)
 
     def where(self, place: Place) -> str:
+        """File and row, for messages."""
         raise NotImplementedError
+
+    def _rows(self, piece: int, start: int) -> Iterator[dict[str, Any]]:
+        raise NotImplementedError
+
+    def rows(self, piece: int, start: int = 0) -> Iterator[dict[str, Any]]:
+        """As they are stored. Raises SourceError for a file that is damaged."""
+        row = start
+        try:
+            for content in self._rows(piece, start):
+                yield content
+                row += 1
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise SourceError(f"{self.where(Place(piece, row))}: cannot be read ({error})") from error
 
     def examples(self, rows: Sequence[tuple[Place, dict[str, Any]]]) -> ReadResult:
         columns, collector = self.source.columns, Collector()
@@ -104,7 +119,7 @@ class ParquetRowGroups(_Dataset):
         file, _, first_row, _, _ = self.pieces[place.piece]
         return f"{self.files[file]}:row {first_row + place.row}"
 
-    def rows(self, piece: int, start: int = 0) -> Iterator[dict[str, Any]]:
+    def _rows(self, piece: int, start: int) -> Iterator[dict[str, Any]]:
         file, group, _, _, size = self.pieces[piece]
         opened = _parquet(self.files[file], size > BUFFER_FROM, os.getpid())
         batches = opened.iter_batches(
@@ -138,7 +153,7 @@ class Files(_Dataset):
         name = self.files[place.piece] if self.files else f"{self.source.path}[{self.source.split}], part {place.piece}"
         return f"{name}:row {place.row}"
 
-    def rows(self, piece: int, start: int = 0) -> Iterator[dict[str, Any]]:
+    def _rows(self, piece: int, start: int) -> Iterator[dict[str, Any]]:
         yield from self.dataset.shard(len(self), piece).skip(start)
 
 
@@ -160,7 +175,7 @@ class Saved(_Dataset):
     def where(self, place: Place) -> str:
         return f"{self.source.path}[{self.source.split}]:row {place.piece * ROWS_IN_A_PIECE + place.row}"
 
-    def rows(self, piece: int, start: int = 0) -> Iterator[dict[str, Any]]:
+    def _rows(self, piece: int, start: int) -> Iterator[dict[str, Any]]:
         stop = min(len(self.dataset), (piece + 1) * ROWS_IN_A_PIECE)
         for first in range(piece * ROWS_IN_A_PIECE + start, stop, ROWS_AT_ONCE):
             batch = self.dataset[first : min(stop, first + ROWS_AT_ONCE)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import TrainingArguments
@@ -61,11 +62,12 @@ class Stream:
     def rows(self, args: TrainingArguments) -> StreamDataset:
         """All of it, with as many batches in an epoch as its rows will make, going by the first of them.
 
-        Raises UserError where the number of rows is not known and none of steps is set, and for
-        `auto_find_batch_size`, which would begin the stream anew.
+        Raises UserError where the number of rows is not known and none of steps is set, and for arguments with which
+        batches come in another order.
         """
-        if args.auto_find_batch_size:
-            raise UserError("train.auto_find_batch_size does not go with data that is streamed; set a batch size")
+        if args.auto_find_batch_size or not args.dataloader_in_order:
+            key = "auto_find_batch_size" if args.auto_find_batch_size else "dataloader_in_order"
+            raise UserError(f"train.{key} does not go with data that is streamed, whose place it would lose; remove it")
         processes, size = args.world_size, args.train_batch_size
         if self.mixture.num_rows is not None:
             window = first_window(self.mixture, self.layout, size)
@@ -96,14 +98,15 @@ class Stream:
 
 
 def report(rows: StreamDataset, max_length: int, console: Console) -> None:
-    """Say what was left out, and note what is bad, of all processes."""
-    for number, found in enumerate(gather_object([rows.found])):
-        if number == 0:
-            total = found
-        else:
-            total.add(found)
-            rows.log.total += found.answers
-            rows.log.extend(found.problems)
+    """Say what was left out, and note what is bad, of all processes. They call it together; the first one speaks."""
+    everything = gather_object([rows.found])
+    if not PartialState().is_main_process:
+        return
+    total, *others = everything
+    for found in others:
+        total.add(found)
+        rows.log.total += found.answers
+        rows.log.extend(found.problems)
     if total.left_out.branches:
         console.print(total.left_out.in_words(max_length, "training"), highlight=False)
     if total.of_text:
