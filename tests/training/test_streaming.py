@@ -1,11 +1,16 @@
 """Whole runs on streams."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from io import BytesIO
 
 import datasets
 import pytest
 import torch
+import yaml
 
 from tests.tiny import image, tiny
 from tests.training.helpers import ANSWERS, TRAIN, Killed, arguments, kill_in, train
@@ -84,6 +89,37 @@ def test_an_interrupted_run_resumes_to_the_same_weights(streamed, source, images
     for (name, p), (_, q) in zip(wanted.named_parameters(), found.named_parameters(), strict=True):
         assert torch.equal(p, q), name
     assert steps(tmp_path / "run") == steps(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_same_weights(streamed, tmp_path):
+    """With a worker each, beyond the end of an epoch."""
+    streamed["train"] = ARGUMENTS | {"dataloader_num_workers": 1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(streamed))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "vlm",
+        "train",
+    ]
+
+    def run(*words):
+        subprocess.run(
+            [*command, str(tmp_path / "recipe.yaml"), *words], check=True, env=os.environ | {"ACCELERATE_USE_CPU": "1"}
+        )
+        return (tmp_path / "run/model/model.safetensors").read_bytes(), steps(tmp_path / "run")
+
+    wanted = run()
+    assert wanted[1][-1][1] > 1, "it did not come to the end of an epoch"
+    shutil.rmtree(tmp_path / "run/model")
+    for step in (6, 7):
+        shutil.rmtree(tmp_path / f"run/checkpoints/train/checkpoint-{step}")
+    assert run("--resume") == wanted
 
 
 @pytest.mark.parametrize("workers", [0, 2])
