@@ -2,7 +2,7 @@
 
 A window is the next `WINDOW` rows of a reader. Its examples are tokenized, packed and dealt into batches as a whole
 data set would be; images are opened when their batch is wanted. All of it follows from the seed and the place, so that
-a resumed run tokenizes one window again, and opens no image of the batches that were done.
+a resumed run tokenizes one window again; where tokens do not depend on pixels it opens no image of what was done.
 """
 
 from __future__ import annotations
