@@ -7,11 +7,33 @@ model width.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.adapters.projector import Grid, Projector
 
 NORM_EPS = 1e-12  # BERT's, which BLIP-2 starts from
+
+
+class QFormerAttention(nn.Module):
+    """Queries `[B, M, D]` attend to states `[B, N, D_s]`, with a layer for each projection, as BERT and checkpoints of
+    BLIP-2 have them."""
+
+    def __init__(self, hidden_size: int, num_attention_heads: int, states_size: int) -> None:
+        super().__init__()
+        self.head_dim = hidden_size // num_attention_heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(states_size, hidden_size)
+        self.v_proj = nn.Linear(states_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):  # as in nn.MultiheadAttention
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, queries: Tensor, states: Tensor) -> Tensor:
+        projected = self.q_proj(queries), self.k_proj(states), self.v_proj(states)
+        q, k, v = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in projected)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class QFormerLayer(nn.Module):
@@ -22,13 +44,10 @@ class QFormerLayer(nn.Module):
         self, hidden_size: int, num_attention_heads: int, intermediate_size: int, vision_hidden_size: int | None
     ) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(hidden_size, num_attention_heads, batch_first=True)
+        self.attention = QFormerAttention(hidden_size, num_attention_heads, hidden_size)
         self.attention_norm = nn.LayerNorm(hidden_size, eps=NORM_EPS)
         if vision_hidden_size is not None:
-            width = vision_hidden_size
-            self.crossattention = nn.MultiheadAttention(
-                hidden_size, num_attention_heads, kdim=width, vdim=width, batch_first=True
-            )
+            self.crossattention = QFormerAttention(hidden_size, num_attention_heads, vision_hidden_size)
             self.crossattention_norm = nn.LayerNorm(hidden_size, eps=NORM_EPS)
         self.attends_to_features = vision_hidden_size is not None
         self.feed_forward = nn.Sequential(
@@ -37,11 +56,9 @@ class QFormerLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(hidden_size, eps=NORM_EPS)
 
     def forward(self, queries: Tensor, features: Tensor) -> Tensor:
-        attended = self.attention(queries, queries, queries, need_weights=False)[0]
-        queries = self.attention_norm(queries + attended)
+        queries = self.attention_norm(queries + self.attention(queries, queries))
         if self.attends_to_features:
-            attended = self.crossattention(queries, features, features, need_weights=False)[0]
-            queries = self.crossattention_norm(queries + attended)
+            queries = self.crossattention_norm(queries + self.crossattention(queries, features))
         return self.feed_forward_norm(queries + self.feed_forward(queries))
 
 

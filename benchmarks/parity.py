@@ -4,35 +4,23 @@ Runs the tests that compare the two, on tiny random models in float32, and takes
 computed here. Needs the extra `test`.
 """
 
-import re
 import sys
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-ROOT = Path(__file__).parents[1]
-DOCUMENT = ROOT / "docs" / "parity.md"
+from benchmarks.noted import ROOT, replace_table, run
 
 
-class Collected:
-    """A plugin of pytest that runs the tests with the fixture `parity`, and keeps what those noted that passed."""
-
-    def __init__(self) -> None:
-        self.found: dict[tuple[str, str], list[float]] = {}
+class OnlyParity:
+    """A plugin of pytest that runs the tests with the fixture `parity`."""
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         items[:] = [item for item in items if "parity" in item.fixturenames]
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when == "call" and report.passed:
-            for name, value in report.user_properties:
-                if name == "parity":
-                    system, compared, difference = value
-                    self.found.setdefault((system, compared), []).append(difference)
 
-
-def table(found: dict[tuple[str, str], list[float]]) -> str:
+def table(noted: list[tuple[str, str, float]]) -> str:
+    found: dict[tuple[str, str], list[float]] = {}
+    for system, compared, difference in noted:
+        found.setdefault((system, compared), []).append(difference)
     lines = ["| system | compared | cases | largest difference |", "| --- | --- | --- | --- |"]
     for (system, compared), differences in sorted(found.items(), key=lambda item: item[0][0].lower()):
         largest = max(differences)
@@ -41,13 +29,9 @@ def table(found: dict[tuple[str, str], list[float]]) -> str:
 
 
 def main() -> int:
-    collected = Collected()
-    failed = pytest.main(["-q", "-p", "no:cacheprovider", str(ROOT / "tests")], plugins=[collected])
-    rows = table(collected.found)
-    text = DOCUMENT.read_text(encoding="utf-8")
-    DOCUMENT.write_text(re.sub(r"(?m)(?:^\|.*\n)+", lambda _: rows, text, count=1), encoding="utf-8")
-    print(rows)
-    return int(failed)
+    noted, status = run("parity", [str(ROOT / "tests")], OnlyParity())
+    replace_table(ROOT / "docs" / "parity.md", table(noted))
+    return status
 
 
 if __name__ == "__main__":

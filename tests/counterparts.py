@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, InternVLVisionConfig, SiglipImageProcessor, SiglipVisionConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Blip2VisionConfig,
+    InternVLVisionConfig,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+)
 from typer.testing import CliRunner
 
 from tests import stock
-from tests.stock_prompted import SIGLIP
+from tests.stock_prompted import SIGLIP, blip2, opt_config, opt_tokenizer, paligemma
 from tests.stock_prompted import idefics as stock_idefics
 from tests.tiny import byte_level_tokenizer, encode, image, open_gates, text_config, tiny, user
 from vlm.build import assemble
@@ -93,6 +100,8 @@ COUNTERPARTS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "idefics": idefics,
     "idefics2": idefics2,
     "mllama": mllama,
+    "paligemma": lambda: paligemma(sliding_window=24),
+    "blip2": blip2,
 }
 """By the names of `FAMILIES`; an image is one tile."""
 
@@ -112,12 +121,20 @@ def counterpart(name: str) -> tuple[Any, Any]:
     return model.eval(), processor
 
 
-def asked(processor: Any, *conversations: Any) -> Any:
-    """Images and texts, in order, of each conversation as a left-padded batch."""
-    if type(processor).__name__ == "IdeficsProcessor":  # it has no chat template
-        processor.tokenizer.padding_side = "left"
-        return processor(text=[list(parts) for parts in conversations], padding=True)
-    return encode(processor, [[user(*parts)] for parts in conversations])
+def asked(processor: Any, *questions: tuple[Any, ...]) -> Any:
+    """Questions, each of images and texts in their order, as a left-padded batch that waits for answers."""
+    if processor.chat_template is not None:
+        return encode(processor, [[user(*parts)] for parts in questions])
+    processor.tokenizer.padding_side = "left"
+    if type(processor).__name__ == "IdeficsProcessor":
+        return processor(text=[list(parts) for parts in questions], padding=True)
+    images = [[part for part in parts if not isinstance(part, str)] for parts in questions]
+    texts = ["".join(part for part in parts if isinstance(part, str)) for parts in questions]
+    if type(processor).__name__ == "PaliGemmaProcessor":
+        texts = ["<image>" * len(row) + text for row, text in zip(images, texts, strict=True)]
+    made = processor(images=images, text=texts, return_tensors="pt", padding=True)
+    made.pop("labels", None)
+    return made
 
 
 def siglip(projector: Any, **options: Any) -> tuple[Any, Any]:
@@ -129,9 +146,10 @@ def squares(vision: Any, projector: Any, **options: Any) -> tuple[Any, Any]:
     torch.manual_seed(0)
     tower = AutoModel.from_config(vision)
     decoder = options.pop("decoder", "llama")
-    language_model = AutoModelForCausalLM.from_config(text_config(decoder))
+    decoder = text_config(decoder) if isinstance(decoder, str) else decoder
+    language_model = AutoModelForCausalLM.from_config(decoder)
     pictures = options.pop("pictures", None) or SiglipImageProcessor(size={"height": 32, "width": 32})
-    tokenizer = byte_level_tokenizer()
+    tokenizer = options.pop("tokenizer", None) or byte_level_tokenizer()
     model, processor = assemble(tower, language_model, pictures, tokenizer, projector=projector, **options)
     open_gates(model)
     return model.eval(), processor
@@ -160,11 +178,8 @@ def export(model: Any, processor: Any, name: str, folder: Path) -> None:
 def for_ours(inputs: Any) -> dict[str, Any]:
     """What our model takes of the stock processor's output."""
     pixels = inputs["pixel_values"]
-    return {
-        "input_ids": inputs["input_ids"],
-        "attention_mask": inputs["attention_mask"],
-        "pixel_values": pixels.flatten(0, -4)[pixels.flatten(0, -4).flatten(1).any(dim=1)],
-    }
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs}
+    return given | {"pixel_values": pixels.flatten(0, -4)[pixels.flatten(0, -4).flatten(1).any(dim=1)]}
 
 
 INTERN_VIT = InternVLVisionConfig(**SIGLIP | {"image_size": [32, 32], "patch_size": [8, 8]})
@@ -174,6 +189,21 @@ def gemma3() -> tuple[Any, Any]:
     markers = ("\n\n<start_of_image>", "<end_of_image>\n\n")
     pool = {"type": "average_pool", "num_image_tokens": 4}
     return siglip(pool, decoder="gemma3", image_markers=markers, image_attention="bidirectional")
+
+
+def own_paligemma() -> tuple[Any, Any]:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    options: dict[str, Any] = {"image_attention": "prefix_lm", "chat_template": "paligemma", "tokenizer": tokenizer}
+    return siglip("linear", decoder=text_config("gemma2", 2, sliding_window=8), **options)
+
+
+def own_blip2(decoder: Any = None, **changes: Any) -> tuple[Any, Any]:
+    tokenizer = opt_tokenizer()
+    qformer = {"type": "qformer", "num_image_tokens": 4, "hidden_size": 16, "num_attention_heads": 2}
+    options = {"vision_feature_select_strategy": "full", "chat_template": "blip2", "tokenizer": tokenizer} | changes
+    vision = Blip2VisionConfig(**SIGLIP)
+    return squares(vision, qformer, decoder=decoder or opt_config(tokenizer), **options)
 
 
 IDEFICS3_MARKERS = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
@@ -190,5 +220,11 @@ EXPRESSIBLE: dict[str, Callable[[], tuple[Any, Any]]] = {
     "internvl, tiles": lambda: squares(
         INTERN_VIT, "pixel_shuffle_mlp", image_markers=("<img>", "</img>"), tiling={"type": "internvl", "max_tiles": 6}
     ),
+    "paligemma": own_paligemma,
+    "blip2": own_blip2,
 }
 """Models of ours, by what they can become, and how."""
+PROMPTED = {"paligemma", "blip2"}
+"""Those whose processors have no chat template, so that no server of chats takes them."""
+WITHOUT_STATISTICS = ("internvl", "internvl, tiles", "blip2")
+"""Those whose layers can take none."""

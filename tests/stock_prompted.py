@@ -48,7 +48,7 @@ QFORMER = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "intermediate_size": 48,
+    "intermediate_size": 96,
     "encoder_hidden_size": 24,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
@@ -81,7 +81,7 @@ def opt_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _opt(tokenizer: Any) -> OPTConfig:
+def opt_config(tokenizer: Any) -> OPTConfig:
     return OPTConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -106,7 +106,7 @@ def _with_queries(model: Any) -> Any:
     return model
 
 
-def paligemma() -> tuple[Any, Any]:
+def paligemma(sliding_window: int = 4096) -> tuple[Any, Any]:
     """Image and question see each other both ways, the answer goes on from left to right."""
     tokenizer = byte_level_tokenizer()
     tokenizer.bos_token = "<|im_start|>"
@@ -118,7 +118,13 @@ def paligemma() -> tuple[Any, Any]:
     processor = PaliGemmaProcessor(pictures, tokenizer)
     config = PaliGemmaConfig(
         vision_config=SIGLIP | {"vision_use_head": False, "model_type": "siglip_vision_model"},
-        text_config=text_config("gemma2", 2, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id),
+        text_config=text_config(
+            "gemma2",
+            2,
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            sliding_window=sliding_window,
+        ),
         image_token_index=tokenizer.image_token_id,
         projection_dim=32,
         hidden_size=32,
@@ -132,7 +138,7 @@ def blip2() -> tuple[Any, Any]:
     config = Blip2Config(
         vision_config=SIGLIP,
         qformer_config=QFORMER,
-        text_config=_opt(tokenizer),
+        text_config=opt_config(tokenizer),
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
@@ -146,7 +152,7 @@ def instructblip() -> tuple[Any, Any]:
     config = InstructBlipConfig(
         vision_config=SIGLIP,
         qformer_config=QFORMER | {"vocab_size": len(words)},
-        text_config=_opt(tokenizer),
+        text_config=opt_config(tokenizer),
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )

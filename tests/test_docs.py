@@ -25,7 +25,7 @@ TEXTS = {name: path.read_text(encoding="utf-8") for name, path in GUIDES.items()
 
 
 SECTIONS = (
-    recipe_model.Model, recipe_model.Adapter, recipe.Data, recipe.Lora, recipe.Evaluation,
+    recipe_model.Model, recipe_model.Adapter, recipe_model.Quantization, recipe.Data, recipe.Lora, recipe.Evaluation,
     augmentation.Augmentation, augmentation.RandomResizedCrop, augmentation.ColorJitter,
 )  # fmt: skip
 

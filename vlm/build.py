@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import logging
 
 from vlm.adapters import build_projector, unknown_name
+from vlm.chat_templates import CHATML, TemplateName, chat_template_for, ends_with_eos, tokens_of
 from vlm.configuration import VLMConfig
 from vlm.encoder import encode, load_vision_tower, mllama_feature_layers, resize_positions
 from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, keep_tiles_whole, load_image_processor
 from vlm.loading import load_quietly
 from vlm.modeling import VLMForConditionalGeneration
-from vlm.processing import CHATML, IMAGE_TOKEN, PLAIN_TURNS, VLMProcessor, chat_template_for, tokens_of
+from vlm.processing import IMAGE_TOKEN, VLMProcessor
 from vlm.tiling import MAX_TILES, tiler_of
 from vlm.vision_towers import VisionTowers, side_by_side
 
@@ -28,7 +29,7 @@ def build(
     *,
     image_size: ImageSize | Sequence[ImageSize] | None = None,
     image_aspect_ratio: ImageAspectRatio = "square",
-    chat_template: Literal["auto", "chatml"] = "auto",
+    chat_template: TemplateName = "auto",
     image_markers: Sequence[str] | None = None,
     trust_remote_code: bool = False,
     **bridge: Any,
@@ -38,9 +39,9 @@ def build(
 
     `bridge` are arguments of [`VLMConfig`], such as `projector`, `fusion` and `vision_feature_layer`, and `tiling`,
     which is `{"type": "tiles" | "anyres", "max_tiles": ...}` (see [`vlm.tiling.Tiler`]). `image_size` and
-    `image_aspect_ratio` are those of [`load_vision`]. `chat_template` is `auto`, the language model's own, or `chatml`,
-    plain ChatML turns without a system prompt. `image_markers` are written before and after each image; what is in
-    angle brackets in them becomes a token. Weights are float32.
+    `image_aspect_ratio` are those of [`load_vision`]. `chat_template` is a name of [`chat_template_for`].
+    `image_markers` are written before and after each image; what is in angle brackets in them becomes a token. Weights
+    are float32.
 
     Raises ValueError for an unknown projector or option, a decoder that has no place for cross-attention, a tokenizer
     without the tokens of the chat template, an image processor whose images differ in size, encoders whose grids
@@ -101,7 +102,7 @@ def assemble(
     tokenizer: Any,
     *,
     tiling: dict[str, Any] | None = None,
-    chat_template: Literal["auto", "chatml"] = "auto",
+    chat_template: TemplateName = "auto",
     image_markers: Sequence[str] | None = None,
     **bridge: Any,
 ) -> tuple[VLMForConditionalGeneration, VLMProcessor]:
@@ -110,7 +111,7 @@ def assemble(
     `vision_feature_layer` may be `mllama`: [`vlm.encoder.mllama_feature_layers`] says which that is.
     """
     require_arguments(bridge)
-    template = chat_template_for(tokenizer, chatml=chat_template == "chatml", image_markers=image_markers or ("", ""))
+    template = chat_template_for(tokenizer, chat_template, image_markers=image_markers or ("", ""))
     add_image_token(tokenizer, language_model, tokens_of(image_markers or ()))
     if bridge.get("vision_feature_layer") == "mllama":
         bridge["vision_feature_layer"] = mllama_feature_layers(vision_tower)
@@ -214,7 +215,7 @@ def generation_config_for(language_model: PreTrainedModel, tokenizer: Any, templ
     stops = [stop for stop in stops if stop is not None] or [tokenizer.eos_token_id]
     if template.endswith(CHATML):
         stops.append(tokenizer.convert_tokens_to_ids("<|im_end|>"))
-    elif template.endswith(PLAIN_TURNS):
+    elif ends_with_eos(template):
         stops.append(tokenizer.eos_token_id)
     config.eos_token_id = list(dict.fromkeys(stops))
     return config

@@ -33,11 +33,20 @@ class _Commands(TyperGroup):
             raise typer.Exit(2) from None
 
 
+class _ListsByDefault(TyperGroup):
+    """A group whose command `list` may be left out: its arguments are no commands."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["list", *args])
+
+
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 recipes_app = typer.Typer(invoke_without_command=True)
 data_app = typer.Typer(no_args_is_help=True)
 cache_app = typer.Typer(no_args_is_help=True)
+runs_app = typer.Typer(cls=_ListsByDefault, invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes", help="List the recipes that come with vlm.")
+app.add_typer(runs_app, name="runs", help="List the runs in a folder, or compare two.")
 app.add_typer(data_app, name="data", help="Look at data before training on it.")
 app.add_typer(cache_app, name="cache", help="Features of frozen encoders that are kept on disk.")
 
@@ -85,6 +94,36 @@ def show_recipe(name: str) -> None:
     from vlm import recipe as recipes
 
     typer.echo(recipes.packaged_text(name), nl=False)
+
+
+RUNS = Path("runs")
+
+
+@runs_app.callback()
+def runs(ctx: typer.Context) -> None:
+    """List the runs in a folder, or compare two: vlm runs [FOLDER], vlm runs compare A B"""
+    if ctx.invoked_subcommand is None:
+        list_runs(RUNS)
+
+
+@runs_app.command("list")
+def list_runs(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Default: runs.")] = RUNS) -> None:
+    """List the runs in a folder: how far they have come, and how well."""
+    from vlm import runs as comparing
+
+    comparing.ls(folder, console)
+
+
+@runs_app.command("compare")
+def compare_runs(
+    first: Annotated[Path, typer.Argument(metavar="A")],
+    second: Annotated[Path, typer.Argument(metavar="B")],
+    output: Annotated[Path, typer.Option(help="The picture of both losses.")] = Path("comparison.png"),
+) -> None:
+    """Say in what the recipes of two runs differ and what they came to, and draw their losses."""
+    from vlm import runs as comparing
+
+    comparing.compare(first, second, output, console)
 
 
 @data_app.command("check")
@@ -242,7 +281,9 @@ def push(
 @app.command()
 def export(
     model: ModelArgument,
-    to: Annotated[str, typer.Option(help="llava, idefics3, smolvlm, gemma3, internvl, gguf or remote_code.")],
+    to: Annotated[
+        str, typer.Option(help="llava, idefics3, smolvlm, gemma3, internvl, paligemma, blip2, gguf or remote_code.")
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Folder for the checkpoint. Default: exported-TYPE in the run folder.")
     ] = None,

@@ -12,7 +12,7 @@ from vlm.tiling import tiler_of
 
 BLOCKS = ("flamingo", "idefics")
 FUSIONS = ("prefix", "cross_attention", "prefix+cross_attention")
-IMAGE_ATTENTIONS = ("causal", "bidirectional")
+IMAGE_ATTENTIONS = ("causal", "bidirectional", "prefix_lm")
 
 
 class VLMConfig(PreTrainedConfig):
@@ -33,8 +33,9 @@ class VLMConfig(PreTrainedConfig):
         image_token_id: the token that holds an image's place in `input_ids`.
         image_seq_length: how many such tokens an image, or with tiling each of its tiles, takes: the projector's tokens
             with `prefix`, else 1.
-        image_attention: whom an image's tokens see with `prefix`: what is before them, as words do (`causal`), or their
-            whole image too (`bidirectional`, as in Gemma 3).
+        image_attention: whom an image's tokens see with `prefix`: what is before them, as words do (`causal`), their
+            whole image too (`bidirectional`, as in Gemma 3), or all of the prompt, whose words see all of it as well
+            (`prefix_lm`, as in PaliGemma; with any fusion). The prompt ends where the first answer begins.
         vision_feature_layer: which hidden state of the encoder is used, as in LLaVA (-2 there), or a list of them,
             concatenated on channels. `None` is the encoder's own `last_hidden_state`, after its final norm; for SigLIP
             that is not the same as -1.
@@ -59,7 +60,7 @@ class VLMConfig(PreTrainedConfig):
     cross_attention_layers: list[int] | Literal["mllama"] | None = None
     image_token_id: int = 0
     image_seq_length: int = 1
-    image_attention: Literal["causal", "bidirectional"] = "causal"
+    image_attention: Literal["causal", "bidirectional", "prefix_lm"] = "causal"
     vision_feature_layer: int | list[int] | None = None
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     tiling: Any = None

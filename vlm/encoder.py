@@ -15,12 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.blip_2.configuration_blip_2 import Blip2VisionConfig
+from transformers.models.blip_2.modeling_blip_2 import Blip2VisionModel
 from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
 from vlm.loading import load_quietly
 
-AutoModel.register(MllamaVisionConfig, MllamaVisionModel, exist_ok=True)  # a model of its own that Auto lacks
+# Models of their own that Auto lacks.
+AutoModel.register(MllamaVisionConfig, MllamaVisionModel, exist_ok=True)
+AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)
+
+HALVES = {"blip_2_vision_model": {r"^vision_model\.": ""}}
+"""Encoders that transformers does not look for in the whole model: how their weights are called there."""
 
 
 @dataclass
@@ -52,7 +59,13 @@ def load_vision_tower(name: str, *, pooled: bool = False, trust_remote_code: boo
     """
     config = vision_config_of(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
     return load_quietly(
-        AutoModel, name, pooled=pooled, config=config, dtype="float32", trust_remote_code=trust_remote_code
+        AutoModel,
+        name,
+        pooled=pooled,
+        config=config,
+        dtype="float32",
+        trust_remote_code=trust_remote_code,
+        key_mapping=HALVES.get(config.model_type),
     )
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from vlm import generation, remote_code
 from vlm.errors import UserError, nearest
-from vlm.interop import FAMILIES, REASONS, gguf, target_of, to_stock
+from vlm.interop import FAMILIES, REASONS, family_of, gguf, target_of, to_stock
 from vlm.modeling import VLMForConditionalGeneration
 
 OTHERS = ("gguf", "remote_code")
@@ -57,7 +57,7 @@ def save(stock: PreTrainedModel, processor: Any, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = stock.config
-    family = FAMILIES[config.model_type]
+    family = family_of(config.model_type)
     config.architectures = [type(stock).__name__]
     config.save_pretrained(folder)
     if stock.generation_config is not None:

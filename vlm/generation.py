@@ -243,8 +243,10 @@ def share_trunk(model: Any, inputs: Any, requests: Sequence[Request], max_new_to
 
 def _can_share(model: Any, length: int) -> bool:
     """Our own models can, unless a window slides over rows of `length` tokens: it would count the padding between what
-    is shared and the rest."""
-    return hasattr(model, "get_vision_features") and length <= (sliding_window(model) or length)
+    is shared and the rest; or the image sees the question."""
+    if not hasattr(model, "get_vision_features") or model.config.image_attention == "prefix_lm":
+        return False
+    return length <= (sliding_window(model) or length)
 
 
 def _one_continuation(model: Any, options: dict[str, Any]) -> bool:

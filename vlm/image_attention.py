@@ -1,16 +1,18 @@
-"""Tokens of an image that see each other both ways, as in Gemma 3 (arXiv 2503.19786); words see what is before."""
+"""Who sees whom besides what is before: the tokens of an image each other, as in Gemma 3 (arXiv 2503.19786), or image
+and prompt each other, as in PaliGemma (arXiv 2407.07726), a prefix LM (T5, arXiv 1910.10683)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 
 
-def bidirectional_image_masks(
+def image_attention_masks(
     config: Any,
     inputs_embeds: Tensor,
     attention_mask: Tensor | None,
@@ -20,15 +22,16 @@ def bidirectional_image_masks(
 ) -> Any:
     """The decoder's masks `[B, 1, L, L]`, by kind of layer where it has several.
 
-    `token_type_ids [B, L]`, of the tokens behind those in the `cache`, are 1 at image tokens; a run of them is an
-    image. In layers with a sliding window an image token sees of its image what is in the window, as in Gemma 3.
-    Raises ValueError for attention that takes no such mask.
+    `token_type_ids [B, L]` are of the tokens behind those in the `cache`. With `image_attention: bidirectional` they
+    are 1 at image tokens, a run of which is an image; in layers with a sliding window an image token sees of its image
+    what is in the window, as in Gemma 3. With `prefix_lm` they are 0 in the prompt, whose tokens see all of it in every
+    layer, as in PaliGemma 2, and 1 behind it. Raises ValueError for attention that takes no such mask.
     """
     text_config = config.get_text_config()
     if "flash" in str(text_config._attn_implementation):
         raise ValueError(
-            "image_attention: bidirectional needs a mask, which flash attention does not take: load the model with "
-            'attn_implementation="sdpa"'
+            f"image_attention: {config.image_attention} needs a mask, which flash attention does not take: load the "
+            'model with attn_implementation="sdpa"'
         )
     arguments: dict[str, Any] = {
         "config": text_config,
@@ -37,9 +40,14 @@ def bidirectional_image_masks(
         "cache": cache,
         "position_ids": position_ids,
     }
-    blocks: Tensor = get_block_sequence_ids_for_mask(token_type_ids, device=inputs_embeds.device)
+    blocks: Tensor
+    if config.image_attention == "prefix_lm":
+        blocks = torch.where(token_type_ids == 0, 0, -1)
+    else:
+        blocks = get_block_sequence_ids_for_mask(token_type_ids, device=inputs_embeds.device)
     if cache is not None:  # masks count from the first token ever read
         blocks = F.pad(blocks, (cache.get_seq_length(), 0), value=-1)
-    if "sliding_attention" in (getattr(text_config, "layer_types", None) or ()):
+    slides = "sliding_attention" in (getattr(text_config, "layer_types", None) or ())
+    if slides and config.image_attention == "bidirectional":
         return create_masks_for_vision_model(**arguments, block_sequence_ids=blocks)
     return create_masks_for_generate(**arguments, block_sequence_ids=blocks)

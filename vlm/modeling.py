@@ -28,7 +28,7 @@ from vlm.adapters import AnyresMerger, TilePositions, VisionStates, build_projec
 from vlm.configuration import VLMConfig
 from vlm.encoder import encode, vision_hidden_size
 from vlm.fusion import insert_cross_attention
-from vlm.image_attention import bidirectional_image_masks
+from vlm.image_attention import image_attention_masks
 from vlm.tiling import Size, Tiler, tiler_of
 
 
@@ -194,23 +194,24 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         `vision_features` and `vision_grid` (see `get_vision_features`) may come in place of `pixel_values`. With tiling
         both are of tiles, and `image_sizes [images, 2]`, each `(height, width)`, says which are one image. With a
         `cache`, images are those of the new tokens, and `vision_states` what the tokens in it left to look at.
-        `token_type_ids` are for those who make masks; here `input_ids` say where images are.
+        `token_type_ids [B, L]` say with `image_attention: prefix_lm` what is prompt (0) and what comes behind it (1).
         Raises ValueError if image tokens and images do not match.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is not None or vision_features is not None:
+        has_images = pixel_values is not None or vision_features is not None
+        token_type_ids = self._token_types(input_ids, has_images, cache, attention_mask, token_type_ids)
+        if token_type_ids is not None:
+            attention_mask = image_attention_masks(
+                self.config, inputs_embeds, attention_mask, cache, position_ids, token_type_ids
+            )
+        if has_images:
             images = self.get_image_features(pixel_values, vision_features, vision_grid, image_sizes)
             images = [visual_tokens.to(inputs_embeds) for visual_tokens in images]
             image_tokens = self.image_tokens(self._sizes(image_sizes, len(images)))
             image_mask = self._image_mask(input_ids, image_tokens)
             if self.config.uses_prefix:
                 inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), torch.cat(images))
-                whole = isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4)
-                if self.config.image_attention == "bidirectional" and not whole:
-                    attention_mask = bidirectional_image_masks(
-                        self.config, inputs_embeds, attention_mask, cache, position_ids, image_mask.long()
-                    )
             if self.config.uses_cross_attention:
                 latest = VisionStates.of(images, self._image_index(image_mask, image_tokens, attention_mask))
                 vision_states = vision_states.followed_by(latest) if vision_states is not None else latest
@@ -239,6 +240,21 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             vision_states=vision_states,
         )
+
+    def _token_types(
+        self, input_ids: Tensor | None, has_images: bool, cache: Any, attention_mask: Any, token_type_ids: Tensor | None
+    ) -> Tensor | None:
+        """`[B, L]`, as [`image_attention_masks`] takes them; None if the decoder's own masks will do. Raises ValueError
+        if nothing says where a prompt ends."""
+        if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4):
+            return None
+        if self.config.image_attention == "bidirectional":
+            if not has_images or not self.config.uses_prefix or input_ids is None:
+                return None
+            return (input_ids == self.config.image_token_id).long()
+        if self.config.image_attention == "causal" or (cache is not None and cache.get_seq_length()):
+            return None
+        return _require_types(token_type_ids)
 
     def _image_mask(self, input_ids: Tensor | None, image_tokens: list[int]) -> Tensor:
         """`[B, L]`, where the image tokens are. Raises ValueError unless they make whole images, of `image_tokens`
@@ -275,15 +291,17 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return ordinal[:, None, :].masked_fill(~visible, -1).amax(dim=-1)
 
     def create_masks_for_generate(self, config: Any, *, token_type_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        """The decoder's masks `[B, 1, L, L]`, as `generate` asks for them before it calls `forward`. With
-        `token_type_ids`, 1 at image tokens, those see each other."""
-        if token_type_ids is None:
+        """The decoder's masks `[B, 1, L, L]`, as `generate` asks for them before it calls `forward`; `token_type_ids`
+        are those of [`image_attention_masks`]."""
+        if self.config.image_attention == "prefix_lm":
+            _require_types(token_type_ids)
+        if self.config.image_attention == "causal" or token_type_ids is None:
             create = getattr(self.language_model, "create_masks_for_generate", create_masks_for_generate)
             return create(config=config.get_text_config(), **kwargs)
         embeds, mask, cache, positions = (
             kwargs[name] for name in ("inputs_embeds", "attention_mask", "cache", "position_ids")
         )
-        return bidirectional_image_masks(config, embeds, mask, cache, positions, token_type_ids)
+        return image_attention_masks(config, embeds, mask, cache, positions, token_type_ids)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         if self.config.image_attention == "bidirectional":
@@ -299,8 +317,12 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
+        types = model_kwargs.get("token_type_ids")
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         model_kwargs["vision_states"] = outputs.vision_states
+        if types is not None and self.config.image_attention == "prefix_lm":
+            # What is written is no prompt, and transformers repeats the last type.
+            model_kwargs["token_type_ids"][:, types.shape[1] :] = 1
         return model_kwargs
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
@@ -321,3 +343,12 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 expanded[name] = torch.cat(rows)
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[misc]
         return input_ids, {**kwargs, **given, **expanded}
+
+
+def _require_types(token_type_ids: Tensor | None) -> Tensor:
+    if token_type_ids is None:
+        raise ValueError(
+            "image_attention: prefix_lm needs token_type_ids, 0 in the prompt and 1 behind it: let the processor "
+            "prepare the text, by its chat template or by itself"
+        )
+    return token_type_ids

@@ -79,9 +79,11 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "cross_attention_frequency": 2,
             }
         },
+        "vision_feature_select_strategy": "full",
+        "chat_template": "blip2",
     },
     # PaliGemma (arXiv 2407.07726)
-    "paligemma": {"adapter": {"projector": "linear"}},
+    "paligemma": {"adapter": {"projector": "linear", "image_attention": "prefix_lm"}, "chat_template": "paligemma"},
     # Llama 3.2 Vision (arXiv 2407.21783, section 7)
     "mllama": {
         "adapter": {"projector": "linear", "fusion": "cross_attention", "cross_attention_layers": "mllama"},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -18,32 +18,6 @@ from vlm.tiling import Size, size_of, tiler_of
 
 IMAGE_TOKEN = "<image>"
 
-# A message's content as one string, an image part becoming the image token: what language models' templates expect.
-FLATTEN = (
-    "{%- set ns = namespace(flat=[]) -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['content'] is string -%}{%- set ns.flat = ns.flat + [message] -%}"
-    "{%- else -%}{%- set text = namespace(value='') -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{%- set text.value = text.value + '<image>' -%}"
-    "{%- elif part['type'] == 'text' -%}{%- set text.value = text.value + part['text'] -%}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- set ns.flat = ns.flat + [dict(message, content=text.value)] -%}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- set messages = ns.flat -%}"
-)
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-# For base language models, whose tokenizers know no token for a turn but the one that ends a text.
-PLAIN_TURNS = (
-    "{% for message in messages %}{{ message['role'] + '\\n' + message['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
-)
-
 
 class VLMProcessor(ProcessorMixin):
     """An image processor and a tokenizer in one (as `LlavaProcessor`).
@@ -51,7 +25,8 @@ class VLMProcessor(ProcessorMixin):
     Args:
         image_seq_length: how many image tokens stand for an image, or each of its tiles, in `input_ids`; equal to the
             model's.
-        image_attention: equal to the model's; with `bidirectional`, `token_type_ids` are given, 1 at image tokens.
+        image_attention: equal to the model's; with `bidirectional`, `token_type_ids` are given, 1 at image tokens; with
+            `prefix_lm` too, 0 in the prompt, and 1 from the first answer of a conversation on.
         image_token: the placeholder in text. One placeholder an image, in order; it is expanded here.
         tiling: equal to the model's; see [`vlm.tiling.Tiler`].
     """
@@ -83,7 +58,7 @@ class VLMProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         names = ["input_ids", "attention_mask", "pixel_values"]
         names += ["image_sizes"] if self.tiler is not None else []
-        return [*names, "token_type_ids"] if self.image_attention == "bidirectional" else names
+        return names if self.image_attention == "causal" else [*names, "token_type_ids"]
 
     def __call__(
         self,
@@ -145,13 +120,40 @@ class VLMProcessor(ProcessorMixin):
         return self.tiler.text((height, width), self.image_token, self.image_seq_length)
 
     def _with_types(self, inputs: BatchFeature) -> BatchFeature:
-        if self.image_attention == "bidirectional" and "input_ids" in inputs:
-            ids = inputs["input_ids"]
-            if isinstance(ids, torch.Tensor):
-                inputs["token_type_ids"] = (ids == self.image_token_id).long()
-            else:
-                inputs["token_type_ids"] = [[int(token == self.image_token_id) for token in row] for row in ids]
+        """Of texts, which with `prefix_lm` are prompts."""
+        if self.image_attention == "causal" or "input_ids" not in inputs:
+            return inputs
+        ids, marks = inputs["input_ids"], self.image_attention == "bidirectional"
+        if isinstance(ids, torch.Tensor):
+            inputs["token_type_ids"] = (ids == self.image_token_id).long() if marks else torch.zeros_like(ids)
+        else:
+            inputs["token_type_ids"] = [[int(marks and token == self.image_token_id) for token in row] for row in ids]
         return inputs
+
+    def _mark_answers(self, inputs: Any, conversations: Sequence[Any], *args: Any, **kwargs: Any) -> None:
+        """Make the types of each conversation 1 from where its first answer begins, as it does in `inputs`: behind what
+        the template writes of the messages before, ready for an answer."""
+        sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
+        for row, messages in enumerate(conversations):
+            before = [_without_images(message) for message in takewhile(_is_no_answer, messages)]
+            if len(before) < len(messages):
+                options = {"pixels": False, "image_sizes": sizes[: _count_images(before)]}
+                prompt = self.apply_chat_template(
+                    before,
+                    *args,
+                    tokenize=True,
+                    return_dict=True,
+                    add_generation_prompt=True,
+                    processor_kwargs=options,
+                    **kwargs,
+                )["input_ids"][0]
+                types = inputs["token_type_ids"][row]
+                ids, mask = (torch.as_tensor(inputs[name][row]).tolist() for name in ("input_ids", "attention_mask"))
+                start = mask.index(1)
+                same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids[start:], strict=False))
+                end = start + len([*same])
+                types[end:] = 1 if isinstance(types, torch.Tensor) else [1] * (len(types) - end)
+            sizes = sizes[_count_images(messages) :]
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.image_seq_length
@@ -180,7 +182,34 @@ class VLMProcessor(ProcessorMixin):
         if kwargs.get("tokenize"):
             kwargs.setdefault("sanitize_control_tokens", not kwargs.get("return_assistant_tokens_mask"))
             kwargs["processor_kwargs"] = {"add_special_tokens": False, **(kwargs.get("processor_kwargs") or {})}
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        made = super().apply_chat_template(conversation, *args, **kwargs)
+        if self.image_attention == "prefix_lm" and kwargs.get("tokenize") and kwargs.get("return_dict"):
+            conversations, _ = self._normalize_conversations(conversation)
+            self._mark_answers(made, conversations, *args, **{k: v for k, v in kwargs.items() if k not in _OF_ONE_CALL})
+        return made
+
+
+_OF_ONE_CALL = (
+    *("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"),
+    *("add_generation_prompt", "continue_final_message", "processor_kwargs"),
+)
+
+
+def _is_no_answer(message: Any) -> bool:
+    return message["role"] != "assistant"
+
+
+def _without_images(message: Any) -> dict[str, Any]:
+    """A message whose images are placeholders alone."""
+    if isinstance(message["content"], str):
+        return dict(message)
+    parts = [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]
+    return {**message, "content": parts}
+
+
+def _count_images(messages: Sequence[Any]) -> int:
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    return sum(part["type"] == "image" for content in contents for part in content)
 
 
 def _images_per_text(images: Any, placeholders: list[int]) -> list[int]:
@@ -197,30 +226,3 @@ def _images_per_text(images: Any, placeholders: list[int]) -> list[int]:
         left -= given[-1]
     given[-1] += left
     return given
-
-
-def tokens_of(image_markers: Sequence[str]) -> list[str]:
-    """The special tokens among what stands around images: all that is in angle brackets."""
-    return list(dict.fromkeys(re.findall(r"<[^<>\s]+>", "".join(image_markers))))
-
-
-def chat_template_for(tokenizer: Any, *, chatml: bool = False, image_markers: Sequence[str] = ("", "")) -> str:
-    """A chat template that places images: the tokenizer's own, ChatML if it has none or `chatml` asks for it, or, for a
-    tokenizer without ChatML's tokens, turns that end with its end-of-sequence token. It writes `image_markers` before
-    and after each image.
-
-    Roles are marked by special tokens alone, so that no text that a user writes can be taken for one.
-    Raises ValueError if the tokenizer lacks the tokens.
-    """
-    flatten = FLATTEN.replace(repr(IMAGE_TOKEN), repr(IMAGE_TOKEN.join(image_markers)))
-    if tokenizer.chat_template is not None and not chatml:
-        return flatten + tokenizer.get_chat_template()
-    # Templates write the first token of a text themselves, where the tokenizer would have put one.
-    begin = "{{- bos_token -}}" if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
-    if {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.get_added_vocab()):
-        return flatten + begin + CHATML
-    if chatml:
-        raise ValueError("chatml needs the tokens <|im_start|> and <|im_end|>, which this tokenizer lacks: use auto")
-    if tokenizer.eos_token is None:
-        raise ValueError("the tokenizer has neither a chat template nor an end-of-sequence token to end turns with")
-    return flatten + begin + PLAIN_TURNS

@@ -38,7 +38,7 @@ __all__ = [
     "require_models",
 ]
 
-PARTS = ("vision", "projector", "fusion", "language")
+PARTS = ("projector", "vision", "fusion", "language")
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Source = dict[str, Any]
 """Where examples come from: `format` and the keys of that format (see vlm.data.readers). One of several for training
@@ -157,17 +157,43 @@ def _source_problems(source: Source, several: bool) -> list[tuple[KeyPath, str]]
     return found
 
 
+def _with_rates(value: Any, parts: Sequence[str]) -> Any:
+    """A list of parts, or a section of part to learning rate, as the latter; None is to be decided."""
+    if isinstance(value, list):
+        value = dict.fromkeys(map(str, value))
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a section such as `{parts[0]}: 1e-4`, or a list of parts, not {value!r}")
+    found: list[tuple[KeyPath, str]] = []
+    for part, rate in value.items():
+        if part not in parts:
+            found.append(((part,), f"there is no such part of the model; {nearest(part, parts)}"))
+        elif rate is not None and not (_number(rate) and 0 < rate < float("inf")):
+            found.append(((part,), f"must be a learning rate such as 1e-4, not {rate!r}"))
+    if found:
+        raise FoundError(found)
+    return value
+
+
 class Lora(Section):
-    """Low-rank adapters on the language model, in the words of peft.LoraConfig (arXiv 2106.09685)."""
+    """Low-rank adapters, in the words of peft.LoraConfig (arXiv 2106.09685)."""
+
+    parts: dict[str, float | None] = Field(default={"language": None}, min_length=1)
+    """Where they are, language or vision, to learning rate. A list of parts uses `learning_rate` for each. After
+    validation every part has a number, and `learning_rate` is gone."""
 
     r: int = Field(default=16, ge=1)
     lora_alpha: int = Field(default=32, ge=1)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Any = "all-linear"
-    """`all-linear`, or a list of module names such as `[q_proj, v_proj]`."""
+    """`all-linear`, or a list of module names such as `[q_proj, v_proj]`; of linear layers in each of the parts."""
     use_rslora: bool = False
     learning_rate: Rate | None = None
-    """Default: `learning_rate` of the stage's `train` section."""
+    """Of parts without one of their own. Default: `learning_rate` of the stage's `train` section."""
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _places(cls, value: Any) -> Any:
+        return _with_rates(value, ("language", "vision"))
 
     @field_validator("target_modules")
     @classmethod
@@ -194,19 +220,7 @@ class Stage(Section):
     @field_validator("trainable", mode="before")
     @classmethod
     def _parts(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            value = dict.fromkeys(map(str, value))
-        if not isinstance(value, dict):
-            raise ValueError(f"must be a section such as `projector: 1e-3`, or a list of parts, not {value!r}")
-        found: list[tuple[KeyPath, str]] = []
-        for part, rate in value.items():
-            if part not in PARTS:
-                found.append(((part,), f"there is no such part of the model; {nearest(part, PARTS)}"))
-            elif rate is not None and not (_number(rate) and 0 < rate < float("inf")):
-                found.append(((part,), f"must be a learning rate such as 1e-4, not {rate!r}"))
-        if found:
-            raise FoundError(found)
-        return value
+        return _with_rates(value, PARTS)
 
     @field_validator("train")
     @classmethod
@@ -223,28 +237,38 @@ class Stage(Section):
     def _rates(self) -> "Stage":
         if not self.trainable and self.lora is None:
             raise FoundError([(("trainable",), "nothing would learn; for example `trainable: {projector: 1e-3}`")])
-        if self.lora and "language" in self.trainable:
-            raise FoundError(
-                [(("trainable", "language"), "LoRA trains the language model already; remove this or `lora`")]
-            )
+        lora = self.lora
+        if lora and (twice := sorted(self.trainable.keys() & lora.parts.keys())):
+            what = {"language": "language model", "vision": "vision encoder"}
+            why = "LoRA trains the {} already; remove this, or it from `lora.parts`"
+            raise FoundError([(("trainable", part), why.format(what[part])) for part in twice])
         bare = [part for part, rate in self.trainable.items() if rate is None]
-        bare_lora = self.lora is not None and self.lora.learning_rate is None
+        bare_lora = [part for part, rate in lora.parts.items() if rate is None] if lora else []
+        if lora and lora.learning_rate:
+            if not bare_lora:
+                why = "has no effect: every part under `lora.parts` has a rate of its own; change those"
+                raise FoundError([(("lora", "learning_rate"), why)])
+            lora.parts = {part: own or lora.learning_rate for part, own in lora.parts.items()}
+            lora.learning_rate, bare_lora = None, []
         if "learning_rate" in self.train and not bare and not bare_lora:
             why = "has no effect: every part under `trainable` and `lora` has a rate of its own; change those"
             raise FoundError([(("train", "learning_rate"), why)])
         if bare or bare_lora:
             rate = float(self.train.get("learning_rate", recipe_train.default_learning_rate()))
             self.trainable = {part: own or rate for part, own in self.trainable.items()}
-            if self.lora and bare_lora:
-                self.lora = self.lora.model_copy(update={"learning_rate": rate})
+            if lora:
+                lora.parts = {part: own or rate for part, own in lora.parts.items()}
             self.train = {key: value for key, value in self.train.items() if key != "learning_rate"}
         return self
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """Part to learning rate, LoRA's under the name `lora`."""
+        """Part to learning rate; LoRA's under the names `lora`, in the language model, and `lora_vision`."""
         rates = {part: float(rate) for part, rate in self.trainable.items() if rate}
-        return rates | ({"lora": float(self.lora.learning_rate)} if self.lora and self.lora.learning_rate else {})
+        names = {"language": "lora", "vision": "lora_vision"}
+        return rates | {
+            names[part]: float(rate) for part, rate in (self.lora.parts if self.lora else {}).items() if rate
+        }
 
 
 def _number(value: Any) -> bool:
@@ -259,6 +283,8 @@ class Evaluation(Section):
     max_new_tokens: int = Field(default=32, ge=1)
     limit: int | None = Field(default=None, ge=1)
     """Use only so many examples."""
+    samples: int = Field(default=0, ge=0)
+    """So many held-out examples are answered in each evaluation during training (`train.eval_strategy`), and scored."""
     max_batch_tokens: int = Field(default=MAX_BATCH_TOKENS, ge=1)
     """The most tokens of a batch, prompts and answers with their padding; lower it if memory runs out."""
 
@@ -312,14 +338,37 @@ class Recipe(Section):
             if "fusion" in stage.trainable and not self.model.pretrained and self.model.adapter.fusion == "prefix":
                 why = "`fusion: prefix` has no weights; remove it, or choose cross_attention in model.adapter"
                 found.append((("stages", i, "trainable", "fusion"), why))
+            if "language" in stage.trainable and self.model.quantization_config:
+                why = "weights in 4 or 8 bits cannot learn; use `lora`, or remove model.quantization_config"
+                found.append((("stages", i, "trainable", "language"), why))
             if stage.name in [earlier.name for earlier in self.stages[:i]]:
                 found.append((("stages", i, "name"), f"there are two stages called '{stage.name}'; give each a name"))
+            found += [(("stages", i, "train", key), why) for key, why in self._about_evaluation(stage.train)]
+        if self.evaluation.samples:
+            if not self.evaluation.metrics:
+                found.append((("evaluation", "samples"), "are answered to be scored; name `metrics`"))
+            if all(stage.train.get("eval_strategy", "no") == "no" for stage in self.stages):
+                found.append((("evaluation", "samples"), "are answered in evaluations; set `eval_strategy` in `train`"))
         if self.evaluation.metrics and self.data.validation is None:
             found.append((("evaluation", "metrics"), "there is nothing to measure on; add `data.validation`"))
         if found:
             raise FoundError(found)
         self.output_dir = str(Path(self.output_dir or f"runs/{self.name}").expanduser())
         return self
+
+    def _about_evaluation(self, train: dict[str, Any]) -> list[tuple[str, str]]:
+        """What is wrong with how a stage evaluates as it trains."""
+        found = []
+        if train.get("eval_strategy", "no") != "no" and self.data.validation is None:
+            found.append(("eval_strategy", "there is nothing to evaluate on; add `data.validation`"))
+        known = ["loss", *(self.evaluation.metrics if self.evaluation.samples else ())]
+        best = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
+        if best not in known:
+            why = f"is not measured during training; {nearest(best, known)}"
+            if best in self.evaluation.metrics:
+                why = "is measured during training only with `evaluation.samples`, the number of examples to answer"
+            found.append(("metric_for_best_model", why))
+        return found
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe with every default written out, as plain values: what `from_dict` gives back unchanged."""

@@ -27,8 +27,9 @@ class Adapter(Section):
     """Its type, and the options of that type: `mlp`, or `{type: average_pool, num_image_tokens: 49}`."""
     fusion: Literal["prefix", "cross_attention", "prefix+cross_attention"] = "prefix"
     """Visual tokens stand in the sequence, decoder layers attend to them, or both."""
-    image_attention: Literal["causal", "bidirectional"] = "causal"
-    """With `prefix`: tokens of an image see what is before them, as words do, or their whole image too (Gemma 3)."""
+    image_attention: Literal["causal", "bidirectional", "prefix_lm"] = "causal"
+    """With `prefix`: tokens of an image see what is before them, as words do, or their whole image too (Gemma 3); with
+    `prefix_lm` all that is before the first answer sees all of that, in both directions (PaliGemma)."""
     cross_attention_every: int = Field(default=4, ge=1)
     """With cross-attention: one block for every so many decoder layers."""
     cross_attention_block: Literal["flamingo", "idefics"] = "flamingo"
@@ -91,6 +92,32 @@ class Tiling(Section):
     tiles."""
 
 
+class Quantization(Section):
+    """The language model in 4 or 8 bits while it is trained, in the words of transformers.BitsAndBytesConfig."""
+
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = False
+    """Quantize the scales too: 0.4 bits a weight less."""
+    llm_int8_threshold: float = Field(default=6.0, ge=0)
+    """In 8 bits: inputs larger than this are multiplied in half precision."""
+    llm_int8_skip_modules: list[str] | None = None
+    """Names of layers that stay as they are, such as `[down_proj]`."""
+
+    @model_validator(mode="after")
+    def _one_width(self) -> "Quantization":
+        if self.load_in_4bit == self.load_in_8bit:
+            raise FoundError([(("load_in_4bit",), "set either this or `load_in_8bit` to true")])
+        return self
+
+    def to_config(self) -> Any:
+        """The transformers.BitsAndBytesConfig."""
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(**self.model_dump())
+
+
 class Model(Section):
     """Either `pretrained`, a vision-language model as it is, or `vision` and `language`, joined by `adapter`."""
 
@@ -118,11 +145,14 @@ class Model(Section):
     mean colour, so that nothing is lost at the edges."""
     tiling: Tiling | None = None
     """Cut large images into tiles of that size; null gives the encoder each image as one."""
-    chat_template: Literal["auto", "chatml"] = "auto"
-    """`auto` is the language model's own; `chatml` is plain ChatML turns without a system prompt, which is shorter."""
+    chat_template: Literal["auto", "chatml", "paligemma", "blip2"] = "auto"
+    """`auto` is the language model's own; `chatml` is plain ChatML turns without a system prompt, which is shorter;
+    `paligemma` and `blip2` are the prompts of these models: images, a question, and the answer."""
     image_markers: list[str] | None = Field(default=None, min_length=2, max_length=2)
     """What is written before and after each image, such as `["<img>", "</img>"]`; what is in angle brackets becomes a
     token. Some architectures that a model can be exported to have markers of their own."""
+    quantization_config: Quantization | None = None
+    """Train through a language model in 4 or 8 bits, which takes less memory (QLoRA, arXiv 2305.14314)."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model from the Hub. Only for a model whose code you have read."""
 
@@ -148,7 +178,7 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> "Model":
-        joined = set(type(self).model_fields) - {"pretrained", "trust_remote_code"}
+        joined = set(type(self).model_fields) - {"pretrained", "quantization_config", "trust_remote_code"}
         if self.pretrained:
             if beside := sorted(joined & self.model_fields_set - at_default(self)):
                 why = "does not go with `pretrained`, which is a whole model already; remove one of them"

@@ -46,6 +46,9 @@ REFUSED: dict[str, str] = {
 }
 """Fields of TrainingArguments that a recipe may not set, each with what to do instead."""
 
+STOPPING: dict[str, Any] = {"early_stopping_patience": int, "early_stopping_threshold": float}
+"""Arguments of transformers.EarlyStoppingCallback, which stand in the `train:` section too."""
+
 _NAMES: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -62,7 +65,7 @@ def training_fields() -> dict[str, Any]:
     """Return the fields a recipe may set, name to type. Imports transformers, hence torch: a second or so."""
     from transformers import TrainingArguments
 
-    return {name: hint for name, hint in typing.get_type_hints(TrainingArguments).items() if _settable(name)}
+    return {name: hint for name, hint in typing.get_type_hints(TrainingArguments).items() if _settable(name)} | STOPPING
 
 
 def _settable(name: str) -> bool:
@@ -89,6 +92,10 @@ def check(train: dict[str, Any]) -> list[tuple[str, str]]:
             problems.append((key, f"no such field of TrainingArguments; {_suggest(key, known)}"))
         elif why := _wrong(value, known[key]):
             problems.append((key, why))
+    if "early_stopping_patience" in train and train.get("eval_strategy", "no") == "no":
+        problems.append(("early_stopping_patience", "needs `eval_strategy`: it counts evaluations without a gain"))
+    if "early_stopping_threshold" in train and "early_stopping_patience" not in train:
+        problems.append(("early_stopping_threshold", "has no effect without `early_stopping_patience`"))
     return problems
 
 

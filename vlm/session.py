@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from vlm.adapters import VisionStates
+from vlm.data.prompts import is_prefix_lm
 from vlm.generation import Request, encode_images, fixed_image_tokens, has_plain_generate, to_generate, tokenize
 from vlm.tiling import size_of
 
@@ -51,6 +52,8 @@ class Session:
         self._cache: Any = None  # a DynamicCache
         self._ids: list[int] = []
         """What the cache holds the keys and values of."""
+        self._prompt = 0
+        """How many tokens at its beginning see each other, and are kept together or not at all."""
         self._images: list[Image.Image] = []
         """The images of the last request, and maybe of tokens in the cache."""
         self._features: dict[int, torch.Tensor] = {}
@@ -95,8 +98,9 @@ class Session:
         fixed = fixed_image_tokens(self.model, self.processor)
         inputs = tokenize(self.processor, [request], pixels=not fixed).to(self.model.device)
         ids = inputs["input_ids"][0].tolist()
+        prompt = int((inputs["token_type_ids"] == 0).sum()) if is_prefix_lm(self.processor) else 0
         keeps = options.get("use_cache", True) and (fixed or _is_causal(self.model, inputs))
-        length, known = self._in_cache(ids, images, fixed) if keeps else (0, 0)
+        length, known = self._in_cache(ids, images, fixed, prompt) if keeps else (0, 0)
         # Taken away until the answer is there: what an error leaves of a cache is good for nothing.
         cache, self._cache = self._cache, None
         if cache is not None and length:
@@ -109,12 +113,13 @@ class Session:
             inputs = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask", "cache")}
         output = self.model.generate(**to_generate(self.model, self.processor, inputs, options))
         if keeps and isinstance(output.cache, DynamicCache) and not output.cache.offloading:
-            self._cache, self._images = output.cache, list(images)
+            self._cache, self._images, self._prompt = output.cache, list(images), prompt
             # All but the last token, which nobody has read.
             self._ids = output.sequences[0, : output.cache.get_seq_length()].tolist()
 
-    def _in_cache(self, ids: Sequence[int], images: Sequence[Image.Image], fixed: bool) -> tuple[int, int]:
-        """How many of the first tokens of a request need not be read, and how many whole images stand in them."""
+    def _in_cache(self, ids: Sequence[int], images: Sequence[Image.Image], fixed: bool, prompt: int) -> tuple[int, int]:
+        """How many of the first tokens of a request, whose `prompt` first ones see each other, need not be read, and
+        how many whole images stand in them."""
         if self._cache is None:
             return 0, 0
         pairs = zip(self._ids, ids[:-1], strict=False)  # one is left to predict from
@@ -127,6 +132,8 @@ class Session:
                 length = min(length, first)
                 break
             known += count
+        if prompt != self._prompt or length < prompt:
+            return 0, 0
         # What has slid out of a window does not come back, nor does the state of a recurrent layer.
         croppable = all(
             layer.is_croppable and not (slides and layer.get_seq_length() >= layer.sliding_window)

@@ -16,15 +16,10 @@ OPTIONS = {
 
 
 def take_attention(ours, theirs, prefix):
-    """`theirs` is an attention layer with its output and norm; ours keeps its three projections together or apart."""
-    kinds = [getattr(theirs.attention, kind) for kind in ("query", "key", "value")]
+    """`theirs` is an attention layer with its output and norm."""
     attention = getattr(ours, prefix)
-    if attention.in_proj_weight is not None:
-        attention.in_proj_weight.copy_(torch.cat([linear.weight for linear in kinds]))
-    else:
-        for name, linear in zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), kinds, strict=True):
-            getattr(attention, name).copy_(linear.weight)
-    attention.in_proj_bias.copy_(torch.cat([linear.bias for linear in kinds]))
+    for kind in ("query", "key", "value"):
+        getattr(attention, f"{kind[0]}_proj").load_state_dict(getattr(theirs.attention, kind).state_dict())
     attention.out_proj.load_state_dict(theirs.output.dense.state_dict())
     getattr(ours, f"{prefix}_norm").load_state_dict(theirs.output.LayerNorm.state_dict())
 

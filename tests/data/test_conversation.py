@@ -5,9 +5,10 @@ from transformers import LlavaProcessor
 
 from tests.stock import stock
 from tests.tiny import byte_level_tokenizer, image, image_processor, metaspace_tokenizer, tiny
+from vlm.chat_templates import FLATTEN, chat_template_for
 from vlm.data.conversation import template_options, tokenize_branch
 from vlm.data.example import Branch, question_and_answer
-from vlm.processing import FLATTEN, IMAGE_TOKEN, VLMProcessor, chat_template_for
+from vlm.processing import IMAGE_TOKEN, VLMProcessor
 
 X = -100
 
@@ -37,13 +38,13 @@ BARE = (
 )
 
 
-def processor_with(template=None, tokenizer=None):
+def processor_with(template=None, tokenizer=None, name="auto"):
     tokenizer = tokenizer or byte_level_tokenizer()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = template
     tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    return VLMProcessor(image_processor(), tokenizer, chat_template_for(tokenizer), image_seq_length=4)
+    return VLMProcessor(image_processor(), tokenizer, chat_template_for(tokenizer, name), image_seq_length=4)
 
 
 def turns(*texts, images=1):
@@ -79,6 +80,8 @@ TEMPLATES = {
     "inst": (lambda: processor_with(INST, metaspace_tokenizer()), "", "</s>"),
     "system prompt": (lambda: processor_with(WITH_SYSTEM), "", "<|im_end|>"),
     "bare": (lambda: processor_with(BARE), "", "\n"),
+    "paligemma": (lambda: processor_with(name="paligemma"), "", "<|endoftext|>"),
+    "blip2": (lambda: processor_with(name="blip2"), "", "<|endoftext|>"),
 }
 
 

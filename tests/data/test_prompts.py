@@ -7,13 +7,15 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, ViltProcess
 from tests.data.test_tree_masks import conversation
 from tests.stock import stock
 from tests.stock_prompted import PROMPTED, QFORMER, SIGLIP, wordpiece_tokenizer
-from tests.tiny import image, image_processor, metaspace_tokenizer
+from tests.tiny import encode, image, image_processor, metaspace_tokenizer, user
+from vlm.chat_templates import chat_template_for
 from vlm.data.conversation import IGNORE, tokenize_branch
 from vlm.data.dataset import TreeCollator, make_items
 from vlm.data.example import Example
 from vlm.data.prompts import _answer_ids, encode_prompt, require_prompt
 from vlm.errors import UserError
 from vlm.generation import generate, require_supported
+from vlm.processing import VLMProcessor
 from vlm.training.inputs import training_inputs
 
 PT = {"return_tensors": "pt"}
@@ -58,6 +60,19 @@ def test_paligemmas_prompt_sees_itself_both_ways_and_its_answer_is_read_from_lef
     same = [(other == scores[0]).all(dim=1) for other in scores[1:]]
     assert not same[0].any()
     assert same[1].tolist() == [True] * (len(labels) - 2) + [False] * 2
+
+
+@pytest.mark.parametrize(("name", "template"), [("paligemma", "paligemma"), ("blip-2", "blip2")])
+@pytest.mark.parametrize("question", [QUESTION, "", " what:"])
+def test_ours_writes_the_prompts_of_stock_models(name, template, question):
+    processor, wanted = tokenized(name, question)
+    way, length = ("prefix_lm", 16) if name == "paligemma" else ("causal", 4)
+    made = chat_template_for(processor.tokenizer, template)
+    ours = VLMProcessor(processor.image_processor, processor.tokenizer, made, length, image_attention=way)
+    assert tokenize_branch(ours, conversation(question, ANSWER), [image(0)]) == wanted
+    asked = [[user(image(0), question)]]
+    row = encode_prompt(processor, conversation(question, ANSWER).messages[:1], [image(0)])["input_ids"]
+    assert torch.equal(encode(ours, asked)["input_ids"], row)
 
 
 @pytest.mark.parametrize("name", ["blip", "git"])

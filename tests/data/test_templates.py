@@ -41,6 +41,8 @@ TEMPLATES = {
     "trims": (processor_with(TRIMS), "<|im_end|>"),
     "system prompt": (processor_with(WITH_SYSTEM), "<|im_end|>"),
     "bare": (processor_with(BARE), "\n"),
+    "paligemma": (processor_with(name="paligemma"), "<|endoftext|>"),
+    "blip2": (processor_with(name="blip2"), "<|endoftext|>"),
     "forgets": (processor_with(FORGETS), "<|im_end|>"),
     "system last": (processor_with(SYSTEM_LAST, metaspace_tokenizer()), "</s>"),
 }

@@ -209,26 +209,42 @@ def prefixed(prompt, answer):
     return TokenizedBranch(ids, labels, {"token_type_ids": [0] * prefix + [1] * len(answer)})
 
 
-@pytest.mark.parametrize("prompts", [([1, 2], [1, 3]), ([1, 2], [1, 2])])
-def test_paligemma_has_no_tree_of_several_answers(prompts):
-    """Its image sees the prompt, so that a trunk of several prompts would see each; and the end of a shared one, which
-    stands in each branch once more."""
+def test_paligemma_has_no_tree_of_several_prompts():
+    """Its image sees the prompt, so that a trunk would see each."""
     model = paligemma()
-    tree = make_tree([prefixed(prompt, [4, 5 + n]) for n, prompt in enumerate(prompts)])
+    tree = make_tree([prefixed([1, 2], [4, 5]), prefixed([1, 3], [4, 6])])
     with pytest.raises(NotATree, match="what the answers about an image share would see what they do not share"):
         TreeMasks(model)([[tree]], lay_out([[tree]], 0)["attention_mask"])
 
 
-def test_paligemma_answers_share_rows_one_by_one():
+def test_a_trunk_sees_the_end_of_its_prompt_once():
     model = paligemma()
-    branches = [prefixed([1, 2], [4, 5]), prefixed([3], [6, 7, 8])]
-    pixels = torch.randn(2, 3, 32, 32)
-    trees = [make_tree([branch]) for branch in branches]
+    tree = make_tree([TokenizedBranch([9, 1, 2, n], [X, X, X, n], {"token_type_ids": [0, 0, 0, 1]}) for n in (4, 5, 6)])
+    mask = TreeMasks(model)([[tree]], lay_out([[tree]], 0)["attention_mask"])["attention_mask"]
+    seen = [
+        "111.....",
+        "111.....",
+        "111.....",
+        "1111....",
+        "11..1...",
+        "11..11..",
+        "11....1.",
+        "11....11",
+    ]  # 9 1 | 2 4 | 2 5 | 2 6
+    assert ["".join("1" if c else "." for c in line) for line in mask[0, 0].tolist()] == seen
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_paligemma_answers_share_rows_and_those_with_one_prompt_a_tree(shared):
+    model = paligemma()
+    branches = [prefixed([1, 2], [4, 5]), prefixed([1, 2] if shared else [3], [6, 7, 8])]
+    pixels = torch.randn(1, 3, 32, 32).repeat(2, 1, 1, 1) if shared else torch.randn(2, 3, 32, 32)
+    trees = [make_tree(branches)] if shared else [make_tree([branch]) for branch in branches]
     batch = lay_out([trees], 0)
     batch |= TreeMasks(model)([trees], batch["attention_mask"])
     labels = batch.pop("labels")
     with torch.no_grad():
-        found = supervised_loss(model(**batch, pixel_values=pixels), labels)
+        found = supervised_loss(model(**batch, pixel_values=pixels[: len(trees)]), labels)
         total = torch.tensor(0.0)
         for branch, own in zip(branches, pixels, strict=True):
             types = torch.tensor([branch.token_types["token_type_ids"]])

@@ -20,6 +20,14 @@ from vlm.training import run as running
 from vlm.training.parts import set_trainable
 from vlm.training.trainer import VLMTrainer
 
+LORA = {
+    "parts": ["language"],
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "target_modules": "all-linear",
+    "use_rslora": False,
+}
 ANSWERS = ["a cat", "a dog and a cat on the street", "2", "no", "a cat and a dog and a cat", "on the street"]
 
 
@@ -94,13 +102,13 @@ def weights(model: Any) -> dict[str, Any]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def save_parts(folder: Path) -> Path:
-    """A vision encoder and a language model, each a folder as the Hub has them."""
+def save_parts(folder: Path, **changes: Any) -> Path:
+    """A vision encoder and a language model, each a folder as the Hub has them; `changes` to the latter's config."""
     torch.manual_seed(0)
     AutoModel.from_config(clip_config()).save_pretrained(folder / "vision")
     image_processor().save_pretrained(folder / "vision")
     tokenizer = byte_level_tokenizer()
-    config = text_config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    config = text_config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "language")
     tokenizer.save_pretrained(folder / "language")
     return folder

@@ -11,13 +11,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from tests.tiny import tiny
-from tests.training.helpers import examples, trainer_of, weights
+from tests.training.helpers import LORA, examples, trainer_of, weights
 from vlm.errors import UserError
 from vlm.training.callbacks import StopOnSignal
 from vlm.training.parts import add_lora
 
 RATES = {"projector": 1e-2, "lora": 1e-2}
-LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "target_modules": "all-linear", "use_rslora": False}
+WITH_DROPOUT = LORA | {"lora_dropout": 0.3}
 OPTIONS = {
     "max_steps": 6,
     "gradient_accumulation_steps": 2,
@@ -33,7 +33,7 @@ def make(folder, callbacks=(), **changes):
     """LoRA with dropout, accumulation, several epochs: 7 examples, 2 rows a step."""
     model, processor = tiny()
     torch.manual_seed(1)
-    adapted = add_lora(model, LORA, RATES)
+    adapted = add_lora(model, WITH_DROPOUT, RATES)
     return trainer_of(
         folder, RATES, made=(adapted, processor), data=examples(7), callbacks=callbacks, **OPTIONS, **changes
     )

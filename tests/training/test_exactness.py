@@ -12,7 +12,7 @@ from tests.data.test_tree_masks import examples
 from tests.data.test_trees import assert_close, gradients
 from tests.stock import stock
 from tests.tiny import ALL_FUSIONS, text_config, tiny
-from tests.training.helpers import rows_of, trainer_of
+from tests.training.helpers import LORA, rows_of, trainer_of
 from vlm.data.dataset import TreeCollator
 from vlm.data.tree_masks import TreeMasks
 from vlm.data.trees import paths
@@ -20,7 +20,6 @@ from vlm.training.parts import add_lora
 from vlm.tree_attention import tree_attention
 
 X = -100
-LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", "use_rslora": False}
 RATES = {"projector": 1e-2, "language": 1e-2}
 
 
@@ -73,10 +72,10 @@ def test_lora_and_checkpointing_of_stock_models(tmp_path, name, lora):
     rates = {"projector": 1e-2, "lora": 1e-2} if lora else RATES
     if lora:
         model = add_lora(model, LORA, rates)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     found = trained_loss(tmp_path, model, processor, rates)
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     if name == "gemma3":  # its reference has to be told the types of its tokens
         expected = trained_loss(tmp_path, model, processor, rates)
     else:
@@ -93,7 +92,7 @@ def test_gradient_checkpointing(tmp_path, decoder, fusion):
     runs = []
     mlp = next(module for module in model.language_model.modules() if type(module).__name__.endswith("MLP"))
     mlp.register_forward_pre_hook(lambda module, args: runs.append(1))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     found = trained_loss(tmp_path, model, processor, rates)
     assert_close(found, (expected[0], {name: expected[1][name] for name in found[1]}))
     assert len(runs) == 2, "forward, and once more for the gradients"

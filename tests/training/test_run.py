@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, set_seed
 from typer.testing import CliRunner
 
+from tests.counterparts import own_paligemma
 from tests.tiny import image, small_projector
 from tests.training.helpers import STAGES, TRAIN, recipe_values, save_images, staged, train
 from vlm import generation, recipe
@@ -149,6 +150,24 @@ def test_exported_as_a_model_of_transformers_it_answers_as_it_was_evaluated(fini
     processor = AutoProcessor.from_pretrained(tmp_path / "llava")
     answers = generation.generate(model, processor, REQUESTS, max_new_tokens=4)
     rows = [json.loads(line) for line in (folder / "evaluation/predictions.jsonl").read_text().splitlines()]
+    assert answers == [row["prediction"] for row in rows]
+
+
+def test_a_run_of_the_preset_of_paligemma_becomes_one(tmp_path):
+    """Trained in trees, two captions to one image and prompt; and asked as the stock processor asks."""
+    model, processor = own_paligemma()
+    for name, part in {"vision": model.vision_tower, "language": model.language_model}.items():
+        part.save_pretrained(tmp_path / name)
+    processor.image_processor.save_pretrained(tmp_path / "vision")
+    processor.tokenizer.save_pretrained(tmp_path / "language")
+    values = recipe_values(tmp_path, save_images(tmp_path / "images"), tmp_path / "run")
+    said = train(values | {"model": values["model"] | {"preset": "paligemma"}})
+    assert "no trees" not in said
+    rows = [json.loads(row) for row in (tmp_path / "run/evaluation/predictions.jsonl").read_text().splitlines()]
+    export = ["export", str(tmp_path / "run"), "--to", "paligemma", "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, export)
+    assert result.exit_code == 0, result.output
+    answers = generation.generate(*generation.load(str(tmp_path / "out"), device="cpu"), REQUESTS, max_new_tokens=4)
     assert answers == [row["prediction"] for row in rows]
 
 
@@ -361,9 +380,9 @@ def test_cross_attention_trains(values, adapter):
     train(values | {"model": model, "trainable": trainable, "lora": None, "evaluation": {}})
 
 
-def test_every_part_trains_with_gradient_checkpointing(values):
+def test_every_part_trains_with_activation_checkpointing(values):
     trainable = {"projector": 1e-3, "vision": 1e-4, "language": 1e-4}
-    arguments = TRAIN | {"gradient_checkpointing": True, "max_steps": 2}
+    arguments = TRAIN | {"activation_checkpointing": True, "max_steps": 2}
     train(values | {"trainable": trainable, "lora": None, "train": arguments, "evaluation": {}})
 
 

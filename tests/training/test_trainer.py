@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import ResNetConfig, Trainer, TrainerCallback
 
 from tests.tiny import clip_config, small_projector, tiny
-from tests.training.helpers import examples, rows_of, trainer_of, weights
+from tests.training.helpers import LORA, examples, rows_of, trainer_of, weights
 from vlm.adapters import PROJECTORS
 from vlm.data.conversation import IGNORE
 from vlm.data.dataset import TreeCollator, one_row_an_answer, shifted, supervised_tokens
@@ -262,8 +262,6 @@ def test_the_held_out_loss_counts_every_token_once(tmp_path):
 
 
 # --- LoRA
-
-LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", "use_rslora": False}
 
 
 def _some_logits(model, processor):

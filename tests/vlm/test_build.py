@@ -22,6 +22,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from tests.stock import stock
 from tests.tiny import (
     byte_level_tokenizer,
     clip_config,
@@ -29,6 +30,7 @@ from tests.tiny import (
     encode,
     image,
     image_processor,
+    logits,
     metaspace_tokenizer,
     text_config,
     tiny,
@@ -107,6 +109,19 @@ def test_the_vision_half_of_a_dual_encoder_says_what_the_whole_does(folders, par
     parity("CLIP", "patch embeddings of its vision half", difference)
     assert difference < 1e-6
     assert (features.pooled - expected.pooler_output).abs().max() < 1e-6
+
+
+def test_the_encoder_of_blip_2_is_found_in_the_whole_and_kept(folders, tmp_path):
+    whole, its_processor = stock("blip-2")
+    whole.save_pretrained(tmp_path / "whole")
+    its_processor.save_pretrained(tmp_path / "whole")
+    model, processor = build(str(tmp_path / "whole"), str(folders / "metaspace"))
+    for name, value in whole.vision_model.state_dict().items():
+        assert torch.equal(model.vision_tower.state_dict()[name], value), name
+    model.save_pretrained(tmp_path / "ours")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours")
+    inputs = encode(processor, [[user(image(), "what")]])
+    assert torch.equal(logits(again, **inputs), logits(model.eval(), **inputs))
 
 
 def test_weights_are_those_of_the_checkpoints(folders):

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tests import fake_hub, tiny
 from tests.fake_hub import TOKEN, FakeHub
 from tests.stock import stock
+from tests.training.helpers import LORA
 from vlm.errors import UserError
 from vlm.hub import model_card, push
 from vlm.training.parts import add_lora
@@ -151,7 +152,7 @@ def test_a_run_without_recipe_and_scores_has_a_card_too(hub, run_dir, tmp_path):
 def lora_run(run_dir, made):
     """The run with LoRA and a bridge trained beside it, laid out as training does, and the model it started from."""
     start = made[0]
-    lora = {"r": 2, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": True, "target_modules": "all-linear"}
+    lora = LORA | {"r": 2, "use_rslora": True}
     trained = add_lora(copy.deepcopy(start), lora, {"projector": 1e-3, "fusion": 1e-3, "lora": 1e-3})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from tests.tiny import encode, image, tiny, user
+from tests.training import helpers
 from vlm.precision import frozen_layers_in, generation_in_bfloat16
 from vlm.training.parts import add_lora, set_trainable
 
-LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "use_rslora": False, "target_modules": "all-linear"}
+LORA = helpers.LORA | {"r": 2, "lora_alpha": 4}
 
 
 def loss_and_gradients(model, inputs):

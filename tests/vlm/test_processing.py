@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.tiny import TOKENIZERS, byte_level_tokenizer, image, image_processor, metaspace_tokenizer, tiny, user
-from vlm.processing import VLMProcessor, chat_template_for
+from vlm.chat_templates import chat_template_for
+from vlm.processing import VLMProcessor
 
 TOKENS = 3
 NASTY = [
@@ -110,9 +111,9 @@ def test_the_language_models_own_template_is_kept():
 
 
 def test_chatml_can_be_asked_for_and_needs_its_tokens():
-    assert "<|im_start|>" in chat_template_for(byte_level_tokenizer(LLAMA_2), chatml=True)
+    assert "<|im_start|>" in chat_template_for(byte_level_tokenizer(LLAMA_2), "chatml")
     with pytest.raises(ValueError, match="which this tokenizer lacks: use auto"):
-        chat_template_for(metaspace_tokenizer(), chatml=True)
+        chat_template_for(metaspace_tokenizer(), "chatml")
 
 
 # --- images and placeholders

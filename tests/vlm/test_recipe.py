@@ -374,7 +374,7 @@ def test_data_from_the_command_line() -> None:
 
 def test_every_field_of_training_arguments_is_either_set_by_us_or_settable() -> None:
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert set(recipe_train.training_fields()) | recipe_train.REFUSED.keys() == names
+    assert set(recipe_train.training_fields()) | recipe_train.REFUSED.keys() == names | recipe_train.STOPPING.keys()
     assert not set(recipe_train.training_fields()) & recipe_train.REFUSED.keys()
 
 
@@ -407,7 +407,8 @@ def test_every_option_of_a_new_model_is_a_key_of_the_model_section() -> None:
     options = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
     config = VLMConfig()
     bridge = {name: getattr(config, name) for name in VLMConfig.__annotations__}
-    assert keys.keys() - {*options, *bridge} == {"preset", "pretrained", "adapter", "data_dependent_init"}
+    of_training = {"data_dependent_init", "quantization_config"}
+    assert keys.keys() - {*options, *bridge} == {"preset", "pretrained", "adapter", *of_training}
     found_while_building = {"image_token_id", "image_seq_length", "vision_hidden_size", "tie_word_embeddings"}
     assert bridge.keys() - keys.keys() == {"vision_config", "text_config", *found_while_building}
     assert options.keys() <= keys.keys()

@@ -23,6 +23,7 @@ CASES = {
     "mllama": {"projector": small_projector("qformer"), "fusion": "cross_attention_layers"},
     "tiles": {"projector": "pixel_shuffle", "tiling": {"type": "tiles", "max_tiles": 4}},
     "gemma3": {"decoder": "gemma3", "projector": "linear", "image_attention": "bidirectional"},
+    "paligemma": {"decoder": "gemma2", "image_attention": "prefix_lm", "chat_template": "paligemma"},
 }
 
 WITHOUT_VLM = """

@@ -19,6 +19,7 @@ from vlm.data.conversation import IGNORE, TokenizedBranch, tokenize_branch
 from vlm.data.example import Branch, Example, Problem
 from vlm.data.features import FeatureCache
 from vlm.data.images import ImageError, image_size, open_image
+from vlm.data.prompts import is_prefix_lm
 from vlm.data.tree_masks import TreeMasks, require_trees
 from vlm.data.trees import Tree, lay_out, lay_out_plain, make_tree, pack, paths, trunk_length
 from vlm.errors import UserError
@@ -99,7 +100,8 @@ def make_items(
     and left out (whoever built it reported them). Without it every image is opened here, so that a broken one is
     reported now and does not stop the training later, unless `open_images` is false. What is longer than `max_length`
     tokens is handled as `too_long` says and counted; an image is never cut, and neither is an answer. Where text stands
-    before an image and differs between the branches, they do not share the image, and each becomes a tree of its own.
+    before an image and differs between the branches, they do not share the image, and each becomes a tree of its own;
+    so does each prompt of a prefix LM, whose image sees it.
     Raises ValueError for `too_long="error"`, and UserError for a model that needs as many images in each example.
     """
     _require_one_count(examples, processor)
@@ -124,7 +126,7 @@ def make_items(
             report(image_problem(error, example))
             continue
         branches = [_tokenize(processor, branch, images, sizes, memory) for branch in example.branches]
-        groups = [branches] if _share_images(branches, processor) else [[branch] for branch in branches]
+        groups = _groups(branches, processor)
         kept = [fitting for group in groups if (fitting := _fit(group, max_length, too_long, example, left_out))]
         left_out.examples += not kept
         keys = features[index] if features is not None else ()
@@ -133,14 +135,21 @@ def make_items(
     return items, left_out
 
 
-def _share_images(branches: list[TokenizedBranch], processor: Any) -> bool:
-    """Whether all image tokens are in the trunk, so that each image is in the row once, and nothing else is a branch's
-    own."""
+def _groups(branches: list[TokenizedBranch], processor: Any) -> list[list[TokenizedBranch]]:
+    """The branches that make a tree together. All do, if all image tokens are in the trunk, so that each image is in
+    the row once, and nothing else is a branch's own. Where an image sees its prompt, those with the same prompt do."""
     if any(branch.question_inputs for branch in branches):
-        return len(branches) == 1
+        return [[branch] for branch in branches]
+    if is_prefix_lm(processor):
+        by_prompt: dict[Any, list[TokenizedBranch]] = {}
+        for branch in branches:
+            prompt = branch.token_types["token_type_ids"].count(0)
+            by_prompt.setdefault(tuple(branch.input_ids[:prompt]), []).append(branch)
+        return list(by_prompt.values())
     start = trunk_length(branches)
     image_tokens = set(processor.image_token_ids)
-    return len(branches) == 1 or all(image_tokens.isdisjoint(branch.input_ids[start:]) for branch in branches)
+    shared = all(image_tokens.isdisjoint(branch.input_ids[start:]) for branch in branches)
+    return [branches] if shared else [[branch] for branch in branches]
 
 
 def _tokenize(

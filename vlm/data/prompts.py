@@ -58,6 +58,12 @@ ONE_IMAGE = ("BlipProcessor", "Blip2Processor", "GitProcessor", "InstructBlipPro
 """No token says where an image of theirs stands: a prompt has one."""
 
 
+def is_prefix_lm(processor: Any) -> bool:
+    """Whether image and prompt see each other both ways in the processor's model: one more question is another image to
+    it. Its token types are 0 in the prompt and 1 behind it."""
+    return type(processor).__name__ == "PaliGemmaProcessor" or getattr(processor, "image_attention", "") == "prefix_lm"
+
+
 def has_chat_template(processor: Any) -> bool:
     return getattr(processor, "chat_template", None) is not None
 

@@ -1,12 +1,14 @@
 """Who sees whom in a row of trees, by the model's own rule.
 
 In most decoders a token sees all before it. In some it sees less (a sliding window: Mistral, Gemma 2), in some more
-(the tokens of an image see each other: Gemma 3). Whatever the rule is, it is about one conversation, and that is one
-path through a tree. So the model is asked for the mask that it would make for each path, and its answer carried over:
+(the tokens of an image see each other: Gemma 3; image and prompt do: PaliGemma). Whatever the rule is, it is about one
+conversation, and that is one path through a tree. So the model is asked for the mask that it would make for each path,
+and its answer carried over:
 
     mask of the tree at (i, j) = mask of a path through i and j, at the places of i and j in it
 
-The trunk is on every path, and must see the same on each.
+The trunk is on every path, and must see the same on each. Where it sees the end of a prompt that all answers have,
+which stands in each branch once more, it is given that of the first: they are all alike.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from transformers.masking_utils import create_masks_for_generate
 from vlm.attention import supports_own_attention
 from vlm.data.prompts import IMAGE_MASKS
 from vlm.data.trees import Tree, path_places, paths
-from vlm.tree_attention import tree_layout
+from vlm.tree_attention import TRUNK, tree_layout
 
 PathMasks = dict[str, Tensor | None]
 """For each kind of layer the boolean mask `[L, L]` of a path; None if it is causal and nothing else."""
@@ -67,13 +69,15 @@ class TreeMasks:
         for row, trees in enumerate(rows):
             start = 0
             for tree in trees:
-                for path, places in zip(paths(tree), path_places(tree), strict=True):
+                trunk = tree.branch_ids.count(TRUNK)
+                for number, (path, places) in enumerate(zip(paths(tree), path_places(tree), strict=True)):
                     at = start + torch.tensor(places)
                     for kind, mask in self._of_path(path, known).items():
                         whole = masks.setdefault(kind, causal)
                         if mask is not None:
+                            _require_same_trunk(mask, tree, trunk)
                             whole = masks[kind] = causal.clone() if whole is causal else whole
-                            whole[row, 0, at[:, None], at] = mask
+                            whole[row, 0, at[:, None], at] = _own_rows(mask, trunk) if number else mask
                 start += len(tree)
         if all(mask is causal for mask in masks.values()) and self._tree_attention:
             return {"attention_mask": causal, "tree_layout": tree_layout(rows)}
@@ -100,12 +104,27 @@ class TreeMasks:
             made = made if isinstance(made, dict) else {"all": made}
             # Recurrent layers take no mask of this kind.
             known[key] = {k: m[0, 0] if m is not None and m.ndim == 4 else None for k, m in made.items()}
-        trunk = len(path) - sum(path.branch_ids)
-        for mask in known[key].values():
-            if mask is not None and mask[:trunk, trunk:].any():
-                raise NotATree("what the answers about an image share would see what they do not share")
         return known[key]
 
     def _as_taken(self, mask: Tensor) -> Tensor:
         """Eager attention adds its mask to the scores; a boolean one would be taken for 0 and 1."""
         return torch.where(mask, 0.0, torch.finfo(torch.float32).min) if self._added else mask
+
+
+def _require_same_trunk(mask: Tensor, tree: Tree, trunk: int) -> None:
+    """Raise [`NotATree`] if the first `trunk` tokens of a path with this `mask [L, L]` see more of a branch than what
+    all branches of `tree` begin with."""
+    if not mask[:trunk, trunk:].any():
+        return
+    seen = int(mask[:trunk].any(dim=0).nonzero().max()) + 1
+    columns = (tree.input_ids, *tree.token_types.values())
+    begins = [[[column[i] for i in places[trunk:seen]] for column in columns] for places in path_places(tree)]
+    if mask[:seen, seen:].any() or any(begin != begins[0] for begin in begins):
+        raise NotATree("what the answers about an image share would see what they do not share")
+
+
+def _own_rows(mask: Tensor, trunk: int) -> Tensor:
+    """The mask of a path without what its trunk sees of its branch."""
+    mask = mask.clone()
+    mask[:trunk, trunk:] = False
+    return mask

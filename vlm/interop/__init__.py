@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 
 from vlm.configuration import VLMConfig
 from vlm.errors import UserError, nearest
+from vlm.interop.blip2 import Blip2
 from vlm.interop.check import check_equal
 from vlm.interop.family import Family, image_of
 from vlm.interop.gemma3 import Gemma3
@@ -28,6 +29,7 @@ from vlm.interop.internvl import InternVL
 from vlm.interop.llava import Llava
 from vlm.interop.llava_next import LlavaNext
 from vlm.interop.mllama import Mllama
+from vlm.interop.paligemma import PaliGemma
 from vlm.interop.processor import from_stock_processor
 from vlm.interop.standardize import folded
 from vlm.modeling import VLMForConditionalGeneration
@@ -43,13 +45,13 @@ FAMILIES: dict[str, Family] = {
     "idefics": Idefics(),
     "idefics2": Idefics2(),
     "mllama": Mllama(),
+    "paligemma": PaliGemma(),
+    "blip2": Blip2(),
 }
-"""By `model_type` of the stock configuration."""
+"""By `model_type` of the stock configuration, without the dash that BLIP-2 has there and nowhere else."""
 
 
 REASONS = {
-    "paligemma": "its image and question see each other both ways, which no image_attention of ours does",
-    "blip-2": "its encoder is no model of its own in transformers, and its processor has no chat template",
     "qwen2_vl": "its tokens have positions in three directions (M-RoPE)",
     "qwen2_5_vl": "its tokens have positions in three directions (M-RoPE)",
     "qwen3_vl": "its tokens have positions in three directions (M-RoPE)",
@@ -59,6 +61,7 @@ REASONS = {
 
 def family_of(name: str) -> Family:
     """Raises UserError for an architecture that there is no description of, with the reason if one is known."""
+    name = {"blip-2": "blip2"}.get(name, name)
     if name in REASONS:
         raise UserError(f"there is no counterpart of {name} among ours: {REASONS[name]}")
     if name not in FAMILIES:
@@ -106,6 +109,7 @@ def from_stock(stock: PreTrainedModel, processor: Any = None) -> Any:
     for name, stock_name, renamed in family.names(model):
         state[name] = renamed.from_stock(weights[stock_name]) if renamed else weights[stock_name]
     model.load_state_dict(state, assign=True)
+    model.multi_modal_projector.to(model.language_model.dtype)  # BLIP-2 keeps the most of its own in float32
     _finish(model, stock)
     if processor is None:
         return model
@@ -128,7 +132,7 @@ def to_stock(model: VLMForConditionalGeneration, processor: Any, target: str) ->
     ours = model.config
     config = stock_class.config_class(
         vision_config=family.vision_config(ours.vision_config),
-        text_config=copy.deepcopy(ours.text_config),
+        text_config=family.text_config(ours.text_config),
         tie_word_embeddings=ours.tie_word_embeddings,
         **{name: getattr(ours, key) for key, name in family.fields.items()},
         **family.settings(model, image),
@@ -153,7 +157,7 @@ def _finish(made: PreTrainedModel, source: PreTrainedModel) -> None:
     made.tie_weights()
     made.eval().requires_grad_(False)
     made.generation_config = copy.deepcopy(source.generation_config)
-    made.config.dtype = source.dtype
+    made.config.dtype = made.dtype
     # Of the whole, which sets that of its parts, and then of the parts: some cannot compute it as the others do.
     made.config._attn_implementation = source.config._attn_implementation
     for part in ("vision_config", "text_config"):

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from transformers import BatchFeature
 
+from vlm.data.prompts import encode_prompt, has_chat_template
 from vlm.errors import UserError
 from vlm.tiling import Size
 
@@ -63,6 +65,8 @@ def _tiles(pixels: torch.Tensor) -> torch.Tensor:
 def _read(processor: Any, images: list[PIL.Image.Image]) -> Any:
     content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     content.append({"type": "text", "text": "What is it?"})
+    if not has_chat_template(processor):
+        return BatchFeature(encode_prompt(processor, [{"role": "user", "content": content}], images))
     return processor.apply_chat_template(
         [{"role": "user", "content": content}],
         tokenize=True,
@@ -74,6 +78,6 @@ def _read(processor: Any, images: list[PIL.Image.Image]) -> Any:
 
 def _short(processor: Any, inputs: Any) -> str:
     """The tokens as text, a run of image tokens as one with its length."""
-    text, image = processor.tokenizer.decode(inputs["input_ids"][0]), processor.image_token
+    text, image = processor.tokenizer.decode(inputs["input_ids"][0]), str(processor.image_token)
     count = text.count(image)
     return repr(text.replace(image * count, f"{image} x {count}") if count else text)

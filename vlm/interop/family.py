@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, SiglipImageProcessor
 
+from vlm.chat_templates import TemplateName, chat_template_for
 from vlm.encoder import encode
 from vlm.errors import UserError
 from vlm.image_processors import image_size_of
@@ -76,6 +77,7 @@ class Family:
         fixed: keys of its configuration that have to be so, since ours computes nothing else.
         image_attention: as in `VLMConfig`.
         image_markers: what its processor writes before and after the tokens of an image.
+        prompt: the chat template of ours that writes what its processor writes without one.
         tilings: types of `tiling` that do what its processor does; None is an image that is not cut.
         others: tensors that belong to no part, our names to its.
         into_ours_only: no model of ours becomes one.
@@ -95,6 +97,7 @@ class Family:
     image_attention = "causal"
     image_markers: tuple[str, str] = ("", "")
     tilings: tuple[str | None, ...] = (None,)
+    prompt: TemplateName | None = None
     others: Mapping[str, str] = {}
     into_ours_only = False
     older: Mapping[str, str] = {
@@ -155,6 +158,10 @@ class Family:
         """The configuration of the vision tower as the architecture wants it."""
         return copy.deepcopy(config)
 
+    def text_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The configuration of the language model as the architecture wants it."""
+        return copy.deepcopy(config)
+
     # --- what they share
 
     def check_output_is_read(self, config: Any) -> None:
@@ -163,6 +170,15 @@ class Family:
             raise UserError(
                 f"{self.architecture} reads the patches of its encoder's output: it can be made of a model trained "
                 "without vision_feature_layer and with vision_feature_select_strategy: default"
+            )
+
+    def check_own_size(self, config: Any, image: Image) -> None:
+        """Raises UserError unless images of a model of ours have the size that its encoder was made for."""
+        side = config.vision_config.image_size
+        if image.size != (side, side):
+            raise UserError(
+                f"{self.architecture} interpolates no position embeddings: images have to be {side} x {side} pixels, "
+                f"as its encoder was made for, and this model's are {image.size[0]} x {image.size[1]}"
             )
 
     def pixels_of(self, image_processor: Any) -> dict[str, Any]:
@@ -196,6 +212,14 @@ class Family:
             )
         return processor.chat_template.replace(written, in_template(placeholder))
 
+    def check_prompt(self, processor: Any) -> None:
+        """Raises UserError unless a processor of ours writes the `prompt`."""
+        if self.prompt and processor.chat_template != chat_template_for(processor.tokenizer, self.prompt):
+            raise UserError(
+                f"the processor of {self.architecture} writes a prompt of its own and no turns; only a model trained "
+                f"with it can become one, with chat_template: {self.prompt} under model in its recipe"
+            )
+
     def check_stock(self, config: Any) -> None:
         """Raises UserError for a stock configuration that ours cannot express."""
         for key, wanted in self.fixed.items():
@@ -225,7 +249,11 @@ class Family:
                 f"image_attention is {config.image_attention}; {self.architecture} has {self.image_attention} and no "
                 "other"
             )
-        if config.tie_word_embeddings and not hasattr(model.language_model.base_model, "embed_tokens"):
+        self.check_language_model(model)
+
+    def check_language_model(self, model: VLMForConditionalGeneration) -> None:
+        """Raises UserError for a language model whose output layer the architecture has in no such form."""
+        if model.config.tie_word_embeddings and not hasattr(model.language_model.base_model, "embed_tokens"):
             raise UserError(
                 f"{self.architecture} can tie its output layer to embed_tokens alone, and "
                 f"{type(model.language_model).__name__}, whose output layer is tied, has none"

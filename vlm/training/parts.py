@@ -1,7 +1,8 @@
-"""The parts of a model that a recipe can train: vision, projector, fusion, language, and LoRA on the language model."""
+"""The parts of a model that a recipe can train: vision, projector, fusion, language, and LoRA on two of them."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vlm.errors import UserError
 
-PARTS = ("vision", "projector", "fusion", "language", "lora")
+PARTS = ("vision", "projector", "fusion", "language", "lora", "lora_vision")
 
 # Names of our model first; then what stock vision-language models of transformers call the same.
 _VISION = ("vision_tower", "vision_model", "visual", "image_encoder")
@@ -38,7 +39,7 @@ def part_of(name: str) -> str:
     """The part that the parameter `name` belongs to."""
     names = name.split(".")
     if any(n.startswith("lora_") for n in names):
-        return "lora"
+        return "lora_vision" if any(n in _VISION for n in names) else "lora"
     if any(n in _PROJECTOR for n in names):  # whatever is in it, cross-attention too
         return "projector"
     if any(n in _FUSION for n in names):
@@ -55,6 +56,12 @@ def named_parts(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
             yield part_of(name), name, parameter
 
 
+def weights_of(parameter: nn.Parameter) -> int:
+    """How many weights it holds: several may share a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(parameter.shape if state is None else state.shape)
+
+
 def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
     """Parameters of the parts in `rates` learn, all others are frozen. Raises UserError for a part without any."""
     found = set()
@@ -68,9 +75,14 @@ def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
         )
 
 
+def trains_vision(rates: Mapping[str, float]) -> bool:
+    """Whether what the encoder says changes in training."""
+    return not rates.keys().isdisjoint(("vision", "lora_vision"))
+
+
 def freeze_state(model: nn.Module, rates: Mapping[str, float]) -> None:
     """Put frozen vision encoders into evaluation mode: their dropout and batch statistics must not act either."""
-    if "vision" not in rates:
+    if not trains_vision(rates):
         for name, module in model.named_modules():
             if name.split(".")[-1] in _VISION:
                 module.eval()
@@ -87,22 +99,29 @@ def _modules_of(model: nn.Module, rates: Mapping[str, float]) -> list[str]:
     return found
 
 
-def add_lora(model: nn.Module, lora: Mapping[str, Any], rates: Mapping[str, float]) -> PeftModel:
-    """LoRA on the language model; the other parts in `rates` are saved with it.
+def linear_layers(model: nn.Module, part: str) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of the linear layers in the numbered layers of a part: without embeddings and output head."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and part_of(name) == part and re.search(r"\.\d+\.", name):
+            yield name, module
 
-    `target_modules` are names of linear layers, or `all-linear`: each one in the decoder's layers.
+
+def add_lora(model: nn.Module, lora: Mapping[str, Any], rates: Mapping[str, float]) -> PeftModel:
+    """LoRA on the parts in `lora`, language or vision; the other parts in `rates` are saved with it.
+
+    `target_modules` are names of linear layers, or `all-linear`: each one in the numbered layers of a part. Raises
+    UserError for a part that has none of them.
     """
     targets = lora["target_modules"]
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and part_of(name) == "language"
-        and re.search(r"\.\d+\.", name)
-        and (targets == "all-linear" or name.split(".")[-1] in targets)
-    ]
-    if not names:
-        raise UserError(f"lora.target_modules: the language model has no linear layer named {targets}")
+    names: list[str] = []
+    for part in lora["parts"]:
+        mine = [
+            name for name, _ in linear_layers(model, part) if targets == "all-linear" or name.split(".")[-1] in targets
+        ]
+        if not mine:
+            what = "language model" if part == "language" else "vision encoder"
+            raise UserError(f"lora.target_modules: the {what} has no linear layer named {targets}")
+        names += mine
     config = LoraConfig(
         r=lora["r"],
         lora_alpha=lora["lora_alpha"],

@@ -5,6 +5,7 @@ RUN/metrics.jsonl       losses and rates by step        RUN/loss.png           t
 RUN/checkpoints/STAGE/  to resume from                  RUN/data_problems.json what was left out, and why
 RUN/model/              the model, LoRA merged in       RUN/adapter/           LoRA and trained parts, unmerged
 RUN/evaluation/         summary.json, predictions.jsonl, samples.html
+RUN/samples/STAGE/      the same of a few held-out examples, by step
 """
 
 from __future__ import annotations
@@ -35,17 +36,28 @@ from vlm.eval.summary import show
 from vlm.loading import no_loading_bar
 from vlm.precision import generation_in_bfloat16
 from vlm.recipe import Recipe, Stage, require_models
+from vlm.recipe_model import Quantization
 from vlm.training.features import Keys, kept_features
+from vlm.training.history import draw_losses
+from vlm.training.parts import trains_vision
 from vlm.training.processes import join_processes, sharded
-from vlm.training.report import environment, plot_losses
-from vlm.training.stage import Batches, initialize_projector, merged, run_stage, training_arguments
+from vlm.training.quantization import merged, quantize
+from vlm.training.report import environment
+from vlm.training.stage import Batches, initialize_projector, run_stage, training_arguments
 from vlm.training.streams import Stream, mixture_of, stream_layout
+from vlm.training.tracking import require_trackers
 from vlm.tree_attention import tree_attention
 
 CONTENTS = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "loss.png", "data_problems.json",
     "checkpoints", "stages", "model", "model.saving", "adapter", "evaluation",
+    "samples", "tensorboard",
 )  # fmt: skip
+
+DEQUANTIZED = (
+    "quantized weights are saved and scored as the float32 numbers that they stand for, with LoRA merged in: a model "
+    "like any other, as large as before, but a rounded one"
+)
 
 
 def train(
@@ -61,6 +73,8 @@ def train(
     Raises UserError if the folder already holds a run and neither `resume` nor `overwrite` says what to do with it.
     """
     require_models(recipe)
+    for stage in recipe.stages:
+        require_trackers(stage.train.get("report_to"))
     processes = join_processes(recipe)
     folder = Path(recipe.output_dir)
     if not dry_run:
@@ -83,7 +97,9 @@ def train(
         last = number == len(recipe.stages) - 1
         console.print(f"stage {number + 1} of {len(recipe.stages)}: {stage.name}", style="bold", highlight=False)
         args = training_arguments(recipe, stage, folder / "checkpoints" / stage.name)
-        frozen = "vision" not in stage.learning_rates and hasattr(model, "get_vision_features")
+        if recipe.model.quantization_config:
+            _quantize(model, recipe.model.quantization_config, args, console)
+        frozen = not trains_vision(stage.learning_rates) and hasattr(model, "get_vision_features")
         wants_loss = args.eval_strategy != "no"
         trained_on = [] if mixture else _to_learn_from(train_examples, stage, console)
         held_out = validation_examples if wants_loss else []
@@ -120,11 +136,13 @@ def train(
         if processes.is_main_process:
             model = merged(trained)
             _save(model, processor, home_of_stage / "model")
-            plot_losses(folder / "metrics.jsonl", folder / "loss.png")
+            draw_losses({recipe.name: folder / "metrics.jsonl"}, folder / "loss.png")
         processes.wait_for_everyone()
         if not processes.is_main_process:  # of a model that was sharded the first process alone has the whole
             model, _ = _load(str(home_of_stage / "model"), recipe)
         model.requires_grad_(False)
+        if recipe.model.quantization_config:
+            console.print(DEQUANTIZED, style="yellow", highlight=False, soft_wrap=True)
         if recipe.evaluation.metrics:
             examples = validation_examples[: recipe.evaluation.limit]
             _evaluate(recipe, model, processor, examples, args, home_of_stage / "evaluation", console)
@@ -224,7 +242,7 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
         source = generation.checkpoint_of(spec.pretrained)
     else:
         return build(
-            **spec.model_dump(exclude={"preset", "pretrained", "adapter"}),
+            **spec.model_dump(exclude={"preset", "pretrained", "adapter", "quantization_config"}),
             **spec.adapter.model_dump(exclude={"data_dependent_init"}),
         )
     return _load(source, recipe)
@@ -237,6 +255,17 @@ def _load(source: str, recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust)
     generation.require_supported(model, processor)
     return model, processor
+
+
+def _quantize(model: PreTrainedModel, section: Quantization, args: TrainingArguments, console: Console) -> None:
+    before = model.get_memory_footprint()
+    layers, linear = quantize(model, section.to_config(), args.device)
+    console.print(
+        f"quantized: {layers} of {linear} linear layers of the language model in {4 if section.load_in_4bit else 8} "
+        f"bits; the model takes {model.get_memory_footprint() / 1e9:.2g} GB, and took {before / 1e9:.2g} GB",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _items(

@@ -12,23 +12,32 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from vlm.data.batches import RowSampler, padding
 from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, one_row_an_answer, supervised_tokens
 from vlm.data.stream import StreamDataset
+from vlm.errors import UserError
 from vlm.precision import default_device, fast_bfloat16
 from vlm.recipe import Recipe, Stage
+from vlm.recipe_train import STOPPING
+from vlm.training.blind import BlindLoss
 from vlm.training.callbacks import MetricsLog, NewRows, PartCheck, StopOnSignal, Stopped
 from vlm.training.checks import why_not_trees
+from vlm.training.history import duration
+from vlm.training.memory import estimate, gigabytes
 from vlm.training.parts import add_lora, set_trainable
 from vlm.training.peak import peak_flops
 from vlm.training.processes import GlobalBatch, sharded, units, what_differs
-from vlm.training.report import duration, parts_table
+from vlm.training.quantization import tokens_apart
+from vlm.training.report import parts_table
+from vlm.training.sampling import Samples
 from vlm.training.step import flops_per_token, seconds_per_step
 from vlm.training.streams import Stream, report
 from vlm.training.throughput import in_words
+from vlm.training.tracking import Progress, into_run_folder
 from vlm.training.trainer import VLMTrainer, stream_file
 
 INITIALIZATION_IMAGES = 256
@@ -62,20 +71,32 @@ class Batches:
 
 def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
     """The stage's `train` section, and what we set ourselves; precision by the device unless the recipe says it."""
-    chosen = {"use_cpu": default_device() == "cpu", "report_to": "none", **stage.train}
+    chosen = {
+        "use_cpu": default_device() == "cpu",
+        "report_to": "none",
+        "run_name": f"{recipe.name}-{stage.name}",
+        **stage.train,
+    }
     if not {"bf16", "fp16"} & set(chosen):
         chosen["bf16"] = fast_bfloat16("cpu" if chosen["use_cpu"] else default_device())
-    if chosen.get("gradient_checkpointing"):
-        chosen.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
-    return TrainingArguments(
-        output_dir=str(folder),
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        remove_unused_columns=False,
-        logging_nan_inf_filter=False,
-        prediction_loss_only=True,
-        **chosen,
-    )
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # as they were called before 5.24
+        if old in chosen:
+            chosen[old.replace("gradient", "activation")] = chosen.pop(old)
+    chosen = {key: value for key, value in chosen.items() if key not in STOPPING}
+    if "early_stopping_patience" in stage.train:
+        chosen.setdefault("metric_for_best_model", "loss")
+    try:
+        return TrainingArguments(
+            output_dir=str(folder),
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            remove_unused_columns=False,
+            logging_nan_inf_filter=False,
+            prediction_loss_only=True,
+            **chosen,
+        )
+    except ValueError as error:
+        raise UserError(f"train: {error}") from error
 
 
 def run_stage(
@@ -99,7 +120,10 @@ def run_stage(
     args = training_arguments(recipe, stage, checkpoints)
     wants_loss = args.eval_strategy != "no"
     in_parts = sharded(args)  # what is tried before training is tried on whole models, for which a GPU may be too small
-    if why := why_not_trees(trained, batches.collator, batches.train, torch.device("cpu") if in_parts else args.device):
+    with tokens_apart(trained):
+        device = torch.device("cpu") if in_parts else args.device
+        why = why_not_trees(trained, batches.collator, batches.train, device)
+    if why:
         console.print(
             f"no trees for {type(getattr(model, 'language_model', model)).__name__}, a row for each answer: {why}",
             markup=False,
@@ -119,18 +143,30 @@ def run_stage(
             NewRows(rows),
             MetricsLog(folder / "metrics.jsonl", stage.name),
             stop := StopOnSignal(),
+            *early_stopping(stage),
         ],
     )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress(stage.name))
+    into_run_folder(trainer.callback_handler.callbacks, folder / "tensorboard" / stage.name)
+    if wants_loss:
+        trainer.measures = measures(recipe, trainer, batches, folder / "samples" / stage.name)
     if not trainer.is_deepspeed_enabled:  # which keeps gradients, and with ZeRO-3 weights too, out of sight
         trainer.add_callback(PartCheck(trained, rates))
     if in_parts:
         trained._no_split_modules = units(trained)
+    memory = None if in_parts else estimate(trainer, tried)
+    size = trainer._train_batch_size  # auto_find_batch_size may have lowered it
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
     timed = {}
-    if not in_parts:
+    if memory:
         trainer.throughput.flops_per_token = flops_per_token(trainer, tried)
         seconds = seconds_per_step(trainer, tried) * args.gradient_accumulation_steps
-        timed = {"expected time": f"{duration(steps * seconds)} ({seconds:.1f} s a step)"}
+        timed = {
+            "memory": str(memory),
+            "expected time": f"{duration(steps * seconds)} ({seconds:.1f} s a step)",
+        }
     lengths = [tried.row_lengths[row] for row in RowSampler(tried, trainer.get_total_train_batch_size(args))]
     precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     console.print(
@@ -143,7 +179,7 @@ def run_stage(
                 "rows": f"{len(tried):,}",
                 "answers": f"{sum(item.answers for item in batches.train):,}",
                 "tokens": f"{sum(lengths):,}, of them supervised {supervised_tokens(batches.train):,}",
-                "padding": f"{padding(lengths, args.train_batch_size):.1%} of the token places",
+                "padding": f"{padding(lengths, size):.1%} of the token places",
                 "steps": f"{steps:,}",
                 "precision": str(precision).removeprefix("torch."),
                 "device": str(args.device),
@@ -166,6 +202,8 @@ def run_stage(
         trainer.train(resume_from_checkpoint=checkpoint)
     if speed := trainer.throughput.whole(trainer.accelerator):
         console.print(in_words(speed), highlight=False)
+        expected = f", and {gigabytes(memory.total)} GB expected" if memory else ""
+        console.print(f"memory: {gigabytes(trainer.throughput.memory)} GB at most{expected}", highlight=False)
     if isinstance(rows, StreamDataset):
         report(rows, recipe.data.max_length, console)
     if stop.stopped:
@@ -184,6 +222,27 @@ def put_together(trainer: VLMTrainer, whole: Any) -> Any:
     if trainer.is_world_process_zero():
         whole.load_state_dict(state)
     return whole
+
+
+def early_stopping(stage: Stage) -> list[EarlyStoppingCallback]:
+    """transformers' own callback, if the stage asks for it."""
+    options = {key: value for key, value in stage.train.items() if key in STOPPING}
+    return [EarlyStoppingCallback(**options)] if options else []
+
+
+def measures(recipe: Recipe, trainer: VLMTrainer, batches: Batches, folder: Path) -> list[Any]:
+    """What an evaluation during training gives beside the held-out loss."""
+    processor = batches.collator.processor
+    found: list[Any] = []
+    if getattr(processor, "fixed_image_tokens", False):  # otherwise another image may take another number of tokens
+        found.append(BlindLoss(trainer, batches.held_out(recipe.data.max_tokens_per_row)))
+    if recipe.evaluation.samples:
+        if sharded(trainer.args):
+            raise UserError("evaluation.samples: a model of which each process holds a part cannot answer; set it to 0")
+        examples = list({id(item.example): item.example for item in batches.validation}.values())
+        chosen = examples[: recipe.evaluation.samples]
+        found.append(Samples(trainer, processor, chosen, recipe.evaluation, folder))
+    return found
 
 
 @torch.no_grad()
@@ -214,8 +273,3 @@ def word_size(model: Any) -> float:
     embeddings = model.get_input_embeddings()
     some = torch.linspace(0, embeddings.num_embeddings - 1, 4096, device=model.device).long()
     return float(embeddings(some).float().square().mean().sqrt())
-
-
-def merged(trained: Any) -> PreTrainedModel:
-    """The model with LoRA merged into its weights; a model without LoRA as it is."""
-    return trained.merge_and_unload() if isinstance(trained, PeftModel) else trained

@@ -51,12 +51,12 @@ def flops_per_token(trainer: Any, rows: TreeDataset) -> float:
     number = min(trainer._train_batch_size, len(rows))
     places = [(2 * i + 1) * len(rows) // (2 * number) for i in range(number)]
     with (
-        _untouched(trainer),
+        untouched(trainer),
         _checkpointing_off(trainer.model),
         FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter,
     ):
         for place in places:
-            _forward_and_backward(trainer, trainer.data_collator([rows[place]]))
+            forward_and_backward(trainer, trainer.data_collator([rows[place]]))
     return float(counter.get_total_flops()) / sum(rows.row_lengths[place] for place in places)
 
 
@@ -66,16 +66,17 @@ def seconds_per_step(trainer: Any, rows: TreeDataset) -> float:
     start = max(0, (len(rows) - size) // 2)
     batch = rows.row_lengths[start : start + size]
     inputs = trainer.data_collator([rows[i] for i in range(start, start + len(batch))])
-    with _untouched(trainer):
+    with untouched(trainer), checkpointing(trainer):
         for _ in range(2):  # the first one warms caches up
             began = time.monotonic()
-            _forward_and_backward(trainer, dict(inputs))
+            forward_and_backward(trainer, dict(inputs))
             synchronize(trainer.args.device)
             seconds = time.monotonic() - began
     return seconds * (sum(rows.row_lengths) / len(rows)) / (sum(batch) / len(batch))
 
 
-def _forward_and_backward(trainer: Any, batch: dict[str, Any]) -> None:
+def forward_and_backward(trainer: Any, batch: dict[str, Any]) -> None:
+    """As in training, without a step."""
     args = trainer.args
     precision = (
         torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
@@ -89,16 +90,31 @@ def _forward_and_backward(trainer: Any, batch: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _untouched(trainer: Any) -> Iterator[None]:
+def untouched(trainer: Any) -> Iterator[None]:
     """Random numbers and batch statistics are afterwards as they were before, and the model is in training mode."""
     device = trainer.args.device
     model = trainer.model.to(device).train()
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), trainer.frozen_in_half():
         yield
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
+
+
+@contextmanager
+def checkpointing(trainer: Any) -> Iterator[None]:
+    """Within it activations are computed anew in the backward pass, if training is to do so: Trainer begins later."""
+    if not trainer.args.activation_checkpointing:
+        yield
+        return
+    options = dict(trainer.args.activation_checkpointing_kwargs or {})
+    chosen = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+    trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **chosen)
+    try:
+        yield
+    finally:
+        trainer.model.activation_checkpointing_disable()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from transformers import TrainerCallback
 
 from vlm.data.conversation import IGNORE
 from vlm.data.dataset import Row
+from vlm.training.memory import peak, reset_peak
 
 
 @dataclass
@@ -61,8 +61,7 @@ class Throughput(TrainerCallback):
         self.counts = torch.zeros(4, dtype=torch.long, device=self.device)
         self.seconds = 0.0
         self.total, self.total_seconds = torch.zeros_like(self.counts), 0.0
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        reset_peak(self.device)
         self.since = self.clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -80,7 +79,7 @@ class Throughput(TrainerCallback):
 
     def since_last(self, accelerator: Any) -> dict[str, float]:
         """What is logged of the steps since the last call. All processes call it together."""
-        each = accelerator.gather(torch.cat([self.counts, self.counts.new_tensor([_peak_memory(self.device)])])[None])
+        each = accelerator.gather(torch.cat([self.counts, self.counts.new_tensor([peak(self.device)])])[None])
         counts, self.memory, self.processes = each[:, :4].sum(dim=0), int(each[:, 4].max()), len(each)
         seconds = self.seconds
         self.total += counts
@@ -108,16 +107,6 @@ class Throughput(TrainerCallback):
             rates["mfu"] = self.flops_per_token * tokens / seconds / (self.peak_flops * self.processes)
         rates["peak_memory_gb"] = self.memory / 1e9
         return {name: float(f"{value:.4g}") for name, value in rates.items()}
-
-
-def _peak_memory(device: torch.device) -> int:
-    """The most bytes in use so far: on a CUDA device since training began, else by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # there is none on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def in_words(rates: Mapping[str, float]) -> str:

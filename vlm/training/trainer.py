@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from vlm.data.stream import StreamCollator, StreamDataset
 from vlm.errors import UserError
 from vlm.precision import frozen_layers_in
 from vlm.training.inputs import training_inputs
+from vlm.training.norms import gradient_norms, parameter_norms
 from vlm.training.parts import freeze_state, named_parts
 from vlm.training.processes import GlobalBatch, sharded
 from vlm.training.throughput import CountingCollator, Throughput
@@ -88,6 +89,9 @@ class VLMTrainer(Trainer):
         self._saving = False
         self.throughput = Throughput()
         self.add_callback(self.throughput)
+        self.measures: list[Callable[[float], dict[str, float]]] = []
+        """What else an evaluation gives: called with the held-out loss, after it."""
+        self._grad_norms: dict[str, float] = {}
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in Trainer, and in each batch what is counted of it."""
@@ -115,20 +119,31 @@ class VLMTrainer(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With how fast the steps were since the last log, or at the end all of them."""
+        """With how fast the steps were since the last log, or at the end all of them, and norms by part."""
         if "loss" in logs:
-            logs |= self.throughput.since_last(self.accelerator)
+            logs |= self.throughput.since_last(self.accelerator) | self._grad_norms
+            if self.model is not None and not sharded(self.args):
+                logs |= parameter_norms(self.model)
         elif "train_loss" in logs:
             logs |= self.throughput.whole(self.accelerator)
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; frozen layers are cast to the precision of training once, not in each step."""
+        with self.frozen_in_half():
+            return super().train(*args, **kwargs)
+
+    def frozen_in_half(self) -> AbstractContextManager[None]:
+        """Within it frozen layers are in the precision of training; where the model is sharded, all parameters have to
+        be of one kind."""
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         model: Any = self.model
-        # Where the model is sharded, all parameters have to be of one kind.
-        with nullcontext() if half is None or sharded(self.args) else frozen_layers_in(half, model):
-            return super().train(*args, **kwargs)
+        return nullcontext() if half is None or sharded(self.args) else frozen_layers_in(half, model)
+
+    def _logs_next(self) -> bool:
+        """Whether the step that is being taken may be logged; epochs end where they end."""
+        step, every = self.state.global_step + 1, self.state.logging_steps
+        return self.args.logging_strategy != "steps" or step == 1 or step % max(int(every), 1) == 0
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The head runs on supervised positions alone: `[B, L, V]` logits never exist."""
@@ -176,6 +191,8 @@ class VLMTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is None or torch.isfinite(torch.as_tensor(norm)):  # DeepSpeed has none before its first step
             self._bad_in_a_row = 0
+            if norm is not None and not sharded(self.args) and self._logs_next():
+                self._grad_norms = gradient_norms(model, float(norm))
             return norm
         self.skipped_steps += 1
         self._bad_in_a_row += 1
@@ -206,7 +223,11 @@ class VLMTrainer(Trainer):
         self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         output: Any = super().evaluation_loop(*args, **kwargs)
         total, count = self._evaluated.tolist()
-        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / max(count, 1)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics[f"{prefix}_loss"] = loss = total / max(count, 1)
+        if prefix == "eval":
+            for measure in self.measures:
+                output.metrics.update(measure(loss))
         return output
 
     def _get_output_dir(self, trial: Any) -> str:

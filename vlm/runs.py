@@ -1,0 +1,131 @@
+"""`vlm runs`: the runs in a folder, how far they have come and how well, and two of them side by side."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from vlm.errors import UserError
+from vlm.training.history import draw_losses, duration, is_alive, read_metrics
+
+
+def ls(folder: Path, console: Console) -> None:
+    """List the runs in `folder`, itself or any below it; the latest first. Raises UserError if there are none."""
+    found = [path.parent for path in folder.rglob("recipe.yaml") if _is_run(path.parent)]
+    if not found:
+        raise UserError(f"there is no run in {folder}: a run is a folder that `vlm train` has written")
+    table = Table("run", "recipe", "step", "state", "best", "changed", box=None, pad_edge=False)
+    for run in sorted(found, key=_changed, reverse=True):
+        recipe, entries = _recipe(run), _entries(run)
+        name = str(run.relative_to(folder)) if run != folder else str(run)
+        ago = duration(time.time() - _changed(run))
+        table.add_row(name, str(recipe.get("name")), _step(recipe, entries), state(run), _best(run), f"{ago} ago")
+    console.print(table, highlight=False)
+
+
+def compare(first: Path, second: Path, picture: Path, console: Console) -> None:
+    """Print in what the recipes of two runs differ, and what they came to; draw their losses into `picture`.
+
+    Raises UserError for a folder that is no run.
+    """
+    runs = {}
+    for run in (first, second):
+        if not _is_run(run):
+            raise UserError(f"{run} is no run: there is no recipe.yaml and environment.json in it")
+        runs[run] = (dict(_flat(_recipe(run))), _results(run))
+    (a, ours), (b, theirs) = runs[first], runs[second]
+    table = Table("", str(first), str(second), box=None, pad_edge=False)
+    for key in dict.fromkeys([*a, *b]):
+        if a.get(key) != b.get(key) and key != "output_dir":
+            table.add_row(key, str(a.get(key, "")), str(b.get(key, "")))
+    if not table.row_count:
+        table.add_row("the recipes are the same", "", "")
+    table.add_section()
+    for key in dict.fromkeys([*ours, *theirs]):
+        table.add_row(key, ours.get(key, ""), theirs.get(key, ""))
+    console.print(table, highlight=False)
+    draw_losses({str(run): run / "metrics.jsonl" for run in (first, second)}, picture)
+    console.print(f"losses: {picture}", highlight=False, soft_wrap=True)
+
+
+def state(run: Path) -> str:
+    """`finished`, `running` (its process is alive on this machine) or `stopped`."""
+    if (run / "model" / "config.json").is_file():
+        return "finished"
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    return "running" if is_alive(environment.get("process")) else "stopped"
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "recipe.yaml").is_file() and (folder / "environment.json").is_file()
+
+
+def _changed(run: Path) -> float:
+    files = (run / name for name in ("recipe.yaml", "metrics.jsonl", "model", "evaluation/summary.json"))
+    return max(file.stat().st_mtime for file in files if file.exists())
+
+
+def _recipe(run: Path) -> dict[str, Any]:
+    return yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+
+
+def _entries(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+
+
+def _step(recipe: dict[str, Any], entries: list[dict[str, Any]]) -> str:
+    """`120 of 500`, in which stage if there are several; how many there will be follows from the epoch."""
+    if not entries:
+        return "0"
+    last = entries[-1]
+    stages = recipe["stages"]
+    number = next((i for i, stage in enumerate(stages) if stage["name"] == last["stage"]), 0)
+    section = stages[number]["train"]
+    steps = section.get("max_steps", -1)
+    if steps <= 0 and last.get("epoch"):
+        steps = round(last["step"] / last["epoch"] * section.get("num_train_epochs", 3))
+    text = f"{last['step']} of {steps}" if steps > 0 else str(last["step"])
+    return f"{text} ({last['stage']}, stage {number + 1} of {len(stages)})" if len(stages) > 1 else text
+
+
+def _results(run: Path) -> dict[str, str]:
+    """The lowest held-out loss and the scores, with the blind ones."""
+    entries = _entries(run)
+    found = {"step": str(entries[-1]["step"])} if entries else {}
+    if losses := [(entry["eval_loss"], entry["step"]) for entry in entries if "eval_loss" in entry]:
+        loss, step = min(losses)
+        found["lowest held-out loss"] = f"{loss:.4f} (step {step})"
+    if (run / "evaluation" / "summary.json").is_file():
+        summary = json.loads((run / "evaluation" / "summary.json").read_text(encoding="utf-8"))
+        for name, score in summary["metrics"].items():
+            blind = "" if score["blind_score"] is None else f", blind {score['blind_score']:.3f}"
+            found[name] = f"{score['score']:.3f}{blind}"
+    return found
+
+
+def _best(run: Path) -> str:
+    """The score of the first metric, or the lowest held-out loss before there is one."""
+    results = _results(run)
+    results.pop("step", None)
+    loss = results.pop("lowest held-out loss", None)
+    if results:
+        name = next(iter(results))
+        return f"{name} {results[name].partition(',')[0]}"
+    return "" if loss is None else f"loss {loss.partition(' ')[0]}"
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """`stages.0.train.max_steps`, 10 for each value that stands in a recipe."""
+    items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else None
+    if items is None:
+        yield key, value
+        return
+    for name, inner in items:
+        yield from _flat(inner, f"{key}.{name}" if key else str(name))

@@ -1,0 +1,71 @@
+"""What a run has left to read, for those who only look at it: no model library is imported here."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from all others."""
+    return {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def is_alive(process: Mapping[str, Any] | None) -> bool:
+    """Whether the process that `environment.json` names still runs, as far as this machine can tell."""
+    if not process or process["host"] != platform.node() or not psutil.pid_exists(process["pid"]):
+        return False
+    try:
+        return abs(psutil.Process(process["pid"]).create_time() - process["started"]) < 1  # the number may be another's
+    except psutil.NoSuchProcess:
+        return False
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of a `metrics.jsonl`."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def draw_losses(runs: Mapping[str, Path], picture: Path) -> None:
+    """The training and held-out losses of runs, by name their `metrics.jsonl`, over the steps as a PNG. Stages follow
+    one another."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    color = 0
+    for run, metrics in runs.items():
+        entries = read_metrics(metrics) if metrics.is_file() else []
+        offset, stages = 0, list(dict.fromkeys(entry["stage"] for entry in entries))
+        for stage in stages:
+            mine = [entry for entry in entries if entry["stage"] == stage]
+            for key, style, name in (("loss", "-", "training"), ("eval_loss", "o--", "held out")):
+                points = [(offset + entry["step"], entry[key]) for entry in mine if key in entry]
+                if points:
+                    words = [run] * (len(runs) > 1) + [stage] * (len(stages) > 1) + [name]
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=": ".join(words))
+                color += 1
+            offset += max(entry["step"] for entry in mine)
+    axes.set(xlabel="step", ylabel="cross-entropy per supervised token", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(picture, dpi=150)
+    pyplot.close(figure)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `3 min 20 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

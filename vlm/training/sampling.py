@@ -1,0 +1,56 @@
+"""Answers about a few held-out images while the model still learns: to read, to look at, and to choose the best by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+
+from vlm import generation
+from vlm.data.example import Example
+from vlm.eval import evaluate
+from vlm.recipe import Evaluation
+
+
+class Samples:
+    """Called after an evaluation it answers `examples`, writes `predictions.jsonl`, `summary.json` and `samples.html`
+    into `folder`/step-N, and gives each metric of the recipe as `eval_METRIC`. The model is in evaluation mode then."""
+
+    def __init__(
+        self, trainer: Any, processor: Any, examples: Sequence[Example], evaluation: Evaluation, folder: Path
+    ) -> None:
+        self.trainer, self.processor, self.examples = trainer, processor, examples
+        self.evaluation, self.folder = evaluation, folder
+
+    def __call__(self, sighted: float) -> dict[str, float]:
+        scores = [self._scores() if self.trainer.is_world_process_zero() else {}]
+        broadcast_object_list(scores)  # all processes choose the best by them
+        return scores[0]
+
+    def _scores(self) -> dict[str, float]:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model = model.get_base_model() if isinstance(model, PeftModel) else model  # with LoRA in its layers
+        with torch.no_grad(), self.trainer.compute_loss_context_manager():
+            summary = evaluate(
+                self.examples,
+                partial(self._answers, model),
+                self.evaluation.metrics,
+                output_dir=self.folder / f"step-{self.trainer.state.global_step}",
+                blind=False,
+                bootstrap=0,
+            )
+        return {f"eval_{name}": found["score"] for name, found in summary["metrics"].items()}
+
+    def _answers(self, model: Any, requests: list[Any]) -> list[str]:
+        return generation.generate(
+            model,
+            self.processor,
+            requests,
+            max_new_tokens=self.evaluation.max_new_tokens,
+            max_batch_tokens=self.evaluation.max_batch_tokens,
+        )
