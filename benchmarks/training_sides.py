@@ -98,7 +98,7 @@ class Ours:
             rates=dict.fromkeys(("projector", "language") if trained == "language" else ("projector",), RATE),
         )
         with tree_attention(self.model):  # without it the whole square of a row would be counted
-            self.trainer.throughput.flops_per_token = flops_per_token(self.trainer)
+            self.trainer.throughput.flops_per_token = flops_per_token(self.trainer, rows)
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.trainer.throughput.peak_flops = max(peak_flops.__wrapped__(self.args.device, dtype) for _ in range(3))
 

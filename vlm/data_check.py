@@ -23,13 +23,13 @@ def run(words: Sequence[str], *, model: str | None, console: Console) -> bool:
     data = recipe.parse_data(words)
     reading = _reading(model, data.max_length) if model else {}
     fine = True
-    for name, source in (("train", data.train), ("validation", data.validation)):
-        if source is None:
-            continue
+    sources = [("train", source) for source in data.sources]
+    sources += [("validation", data.validation)] if data.validation is not None else []
+    for name, source in sources:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             seen = _bar(progress)
             report = check(source, base_dir=Path(data.base_dir), progress=seen, **reading)
-        if data.validation is not None:
+        if len(sources) > 1:
             console.print(f"\n{name}", style="bold")
         console.print(render(report), soft_wrap=True)
         fine = fine and not report.problems and not report.unsupervised

@@ -45,13 +45,15 @@ def run(
         max_new_tokens = loaded.evaluation.max_new_tokens
     else:
         section = recipe.parse_data(words)
-        label = section.train["format"]
+        label = section.sources[0]["format"]
     if not metrics:
         raise UserError(f"say what to measure: --metrics with one or more of {', '.join(METRICS)}, joined by commas")
     for name in metrics:
         if name not in METRICS:
             raise UserError(f"there is no metric '{name}'; {nearest(name, METRICS)}")
-    source = section.validation or section.train
+    if section.validation is None and (section.streams or len(section.sources) > 1):
+        raise UserError(f"{label} has no held-out data, and what it trains on is not one source that is read whole")
+    source = section.validation or section.sources[0]
     examples, problems = read(source | ({"limit": limit} if limit else {}), base_dir=Path(section.base_dir))
     for problem in problems[:5]:
         console.print(f"left out: {problem}", markup=False, highlight=False, soft_wrap=True)

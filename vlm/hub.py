@@ -112,9 +112,10 @@ def model_card(run_dir: str | Path, repo_id: str, *, merge_lora: bool = True) ->
     bases = [name for names in named for name in (names if isinstance(names, list) else [names]) if name]
     base_ids = [hub_id for base in bases if (hub_id := _hub_id(base))]
     data = _section(recipe, "data")
-    train, test = (data[key] if isinstance(data.get(key), dict) else {} for key in ("train", "validation"))
-    dataset = _data_name(test or train)
-    dataset_ids = sorted({source["path"] for source in (train, test) if _is_hub_dataset(source)})
+    train, test = data.get("train") or {}, data.get("validation") or {}
+    sources = [*(train if isinstance(train, list) else [train]), test]  # of training, and what is held out
+    dataset = _data_name(test or sources[0])
+    dataset_ids = sorted({source["path"] for source in sources if _is_hub_dataset(source)})
 
     name = repo_id.split("/")[-1]
     metadata = ModelCardData(
@@ -127,7 +128,7 @@ def model_card(run_dir: str | Path, repo_id: str, *, merge_lora: bool = True) ->
         eval_results=[
             EvalResult(
                 task_type="image-text-to-text",
-                dataset_type=dataset if _is_hub_dataset(test or train) else "custom",
+                dataset_type=dataset if _is_hub_dataset(test or sources[0]) else "custom",
                 dataset_name=dataset,
                 metric_type=metric,
                 metric_name=metric,
@@ -143,7 +144,7 @@ def model_card(run_dir: str | Path, repo_id: str, *, merge_lora: bool = True) ->
         _introduction(bases),
         "## Use\n\n" + _usage(repo_id, run_dir / "model", merge_lora),
         "## Scores\n\n" + _score_table(metrics, dataset) if metrics else "",
-        "## Training\n\n" + _training(run_dir, recipe, train, test) if recipe else "",
+        "## Training\n\n" + _training(run_dir, recipe, sources) if recipe else "",
     ]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
@@ -212,8 +213,10 @@ def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) else "-"
 
 
-def _training(run_dir: Path, recipe: Mapping[str, Any], train: Mapping[str, Any], test: Mapping[str, Any]) -> str:
-    text = f"Trained on {_data_name(train)}" + (f", held out: {_data_name(test)}" if test else "") + ". "
+def _training(run_dir: Path, recipe: Mapping[str, Any], sources: Sequence[Mapping[str, Any]]) -> str:
+    *train, test = sources
+    trained_on = ", ".join(map(_data_name, train))
+    text = f"Trained on {trained_on}" + (f", held out: {_data_name(test)}" if test else "") + ". "
     environment = _read_json(run_dir / "environment.json")
     versions: dict[str, Any] = next(
         (environment[key] for key in ("packages", "versions") if isinstance(environment.get(key), dict)), {}

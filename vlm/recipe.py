@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from vlm import recipe_train
 from vlm.batches import MAX_BATCH_TOKENS
@@ -41,13 +41,15 @@ __all__ = [
 PARTS = ("projector", "vision", "fusion", "language")
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Source = dict[str, Any]
-"""Where examples come from: `format` and the keys of that format (see vlm.data.readers)."""
+"""Where examples come from: `format` and the keys of that format (see vlm.data.readers). One of several for training
+may have a `weight`."""
 
 
 class Data(Section):
     """The examples, and how they are laid out in rows."""
 
-    train: Source
+    train: Source | list[Source]
+    """One source, or several. With `weight` in each, their shares in what is trained on; without, all of each."""
     validation: Source | None = None
     """Held-out examples for the loss during training and the metrics after it."""
     base_dir: str = "."
@@ -85,26 +87,74 @@ class Data(Section):
             raise FoundError([(("cache_features",), why)])
         return self
 
-    @field_validator("train", "validation")
+    @field_validator("train", "validation", mode="before")
     @classmethod
-    def _readable(cls, source: Source | None) -> Source | None:
-        if source is None:
-            return None
-        from vlm.data.readers import READERS
+    def _readable(cls, value: Any, info: ValidationInfo) -> Any:
+        several = info.field_name == "train" and isinstance(value, list)
+        if not several and not isinstance(value, dict):
+            return value
+        found: list[tuple[KeyPath, str]] = []
+        for i, source in enumerate(value if several else [value]):
+            at: KeyPath = (i,) if several else ()
+            if not isinstance(source, dict):
+                found.append((at, f"must be a section of `key: value` lines, not {source!r}"))
+                continue
+            found += [((*at, *path), why) for path, why in _source_problems(source, several)]
+            if info.field_name == "validation" and source.get("streaming") is True:
+                found.append((("streaming",), "held-out data is read whole; remove this, and add a `limit`"))
+        if several and not value:
+            found.append(((), "must not be empty"))
+        weighted = [source for source in value if isinstance(source, dict) and "weight" in source] if several else []
+        if weighted and len(weighted) < len(value):
+            found.append(((), "give each source a `weight`, or none"))
+        if found:
+            raise FoundError(found)
+        return value
 
-        options = {key: value for key, value in source.items() if key != "format"}
-        if "format" not in source:
-            raise FoundError([(("format",), f"is missing; one of {', '.join(READERS)}")])
-        reader = READERS.get(source["format"]) if isinstance(source["format"], str) else None
-        if reader is None:
-            raise FoundError(
-                [(("format",), f"there is none called {source['format']!r}; {nearest(source['format'], READERS)}")]
-            )
-        try:
-            reader.model_validate(options)
-        except ValidationError as error:
-            raise FoundError(findings(error, reader)) from None
-        return source
+    @model_validator(mode="after")
+    def _no_features_of_a_stream(self) -> "Data":
+        if self.streams and self.cache_features is True:
+            why = "does not go with data that is streamed, whose images are not all at hand; remove it"
+            raise FoundError([(("cache_features",), why)])
+        return self
+
+    @property
+    def sources(self) -> list[Source]:
+        """Those of training, without their weights."""
+        sources = self.train if isinstance(self.train, list) else [self.train]
+        return [{key: value for key, value in source.items() if key != "weight"} for source in sources]
+
+    @property
+    def weights(self) -> list[float] | None:
+        """One for each source, if they have any."""
+        sources = self.train if isinstance(self.train, list) else []
+        return [float(source["weight"]) for source in sources] if sources and "weight" in sources[0] else None
+
+    @property
+    def streams(self) -> bool:
+        """Whether training reads its data in pieces, which mixes sources by their weights too."""
+        return self.weights is not None or any(source.get("streaming") is True for source in self.sources)
+
+
+def _source_problems(source: Source, several: bool) -> list[tuple[KeyPath, str]]:
+    from vlm.data.readers import READERS
+
+    if "format" not in source:
+        return [(("format",), f"is missing; one of {', '.join(READERS)}")]
+    reader = READERS.get(source["format"]) if isinstance(source["format"], str) else None
+    if reader is None:
+        return [(("format",), f"there is none called {source['format']!r}; {nearest(source['format'], READERS)}")]
+    found: list[tuple[KeyPath, str]] = []
+    if several and "weight" in source:
+        weight = source["weight"]
+        if not (_number(weight) and 0 < weight < float("inf")):
+            found.append((("weight",), f"must be more than 0, not {weight!r}"))
+    hidden = ("format", "weight") if several else ("format",)
+    try:
+        reader.model_validate({key: value for key, value in source.items() if key not in hidden})
+    except ValidationError as error:
+        found += findings(error, reader)
+    return found
 
 
 def _with_rates(value: Any, parts: Sequence[str]) -> Any:

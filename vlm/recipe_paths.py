@@ -22,7 +22,8 @@ def expand(values: dict[str, Any], base_dir: Path | None) -> None:
                 model[key] = _whole(model[key], base_dir)
     if isinstance(data, dict):
         start = _whole(data.get("base_dir", str(base_dir or ".")), base_dir)
-        for source in (data.get("train"), data.get("validation")):
+        train = data.get("train")
+        for source in (*(train if isinstance(train, list) else [train]), data.get("validation")):
             expand_source(source, Path(start) if isinstance(start, str) else None)
         data["base_dir"] = start
 

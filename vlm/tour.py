@@ -79,5 +79,5 @@ def _ask(folder: Path, loaded: recipe.Recipe, console: Console) -> None:
 def _held_out(loaded: recipe.Recipe) -> Example:
     from vlm.data.readers import read
 
-    source = loaded.data.validation or loaded.data.train
+    source = loaded.data.validation or loaded.data.sources[0]
     return read(source, base_dir=Path(loaded.data.base_dir)).examples[0]

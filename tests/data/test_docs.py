@@ -8,7 +8,8 @@ import yaml
 from PIL import Image
 
 from vlm.data.images import open_image
-from vlm.data.readers import READERS, parse_source, read
+from vlm.data.readers import READERS, read
+from vlm.recipe import Data
 
 DOC = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 SECTIONS = {part.split("\n", 1)[0].strip(): part for part in re.split(r"^## ", DOC, flags=re.MULTILINE)[1:]}
@@ -65,4 +66,4 @@ def test_each_option_of_each_format_is_named():
 
 @pytest.mark.parametrize("block", YAML_BLOCKS, ids=range(len(YAML_BLOCKS)))
 def test_each_shown_source_is_valid(block):
-    parse_source(block.get("data", block)["train"])
+    Data(train=block.get("data", block)["train"])

@@ -75,9 +75,9 @@ def test_flops_by_hand(tmp_path, trained, by_trees, checkpointing):
     wanted = sum(encoder() + projector() + decoder(tree, trained=trained, by_trees=by_trees) for tree in trees)
     if by_trees:
         with tree_attention(made[0]):
-            counted = flops_per_token(trainer)
+            counted = flops_per_token(trainer, trainer.train_dataset)
     else:
-        counted = flops_per_token(trainer)
+        counted = flops_per_token(trainer, trainer.train_dataset)
     assert counted * sum(map(len, trees)) == pytest.approx(wanted, rel=1e-12)
     assert any(getattr(m, "gradient_checkpointing", False) for m in made[0].modules()) == checkpointing
 
@@ -90,8 +90,8 @@ def test_trying_a_step_changes_nothing(tmp_path):
     trainer = trainer_of(tmp_path, {"vision": 1e-3, "projector": 1e-3, "language": 1e-3}, made=made)
     before, state = weights(made[0]), torch.get_rng_state()
     assert any("running_mean" in name for name in before)
-    flops_per_token(trainer)
-    assert seconds_per_step(trainer) > 0
+    flops_per_token(trainer, trainer.train_dataset)
+    assert seconds_per_step(trainer, trainer.train_dataset) > 0
     assert all(torch.equal(value, before[name]) for name, value in weights(made[0]).items())
     assert all(p.grad is None for p in made[0].parameters())
     assert torch.equal(torch.get_rng_state(), state)

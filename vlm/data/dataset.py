@@ -35,7 +35,7 @@ class TreeItem:
 
     `answers` counts the branches in the tree, `answers_of_example` those of all trees about its images. `features` are
     the keys of all tiles of its images, and `image_sizes` are known, where there is tiling. `augmentation` is what is
-    done to the images, and the seed that it follows.
+    done to the images, and the seed that it follows; `opened` are the images where that has been done.
     """
 
     tree: Tree
@@ -44,6 +44,7 @@ class TreeItem:
     answers_of_example: int = 1
     image_sizes: tuple[Size, ...] = ()
     augmentation: tuple[Augmentation, str] | None = None
+    opened: tuple[Image.Image, ...] | None = None
 
     @property
     def answers(self) -> int:
@@ -54,6 +55,8 @@ class TreeItem:
         return replace(self, tree=replace(self.tree, labels=[IGNORE] * len(self.tree)))
 
     def open_images(self) -> list[Image.Image]:
+        if self.opened is not None:
+            return list(self.opened)
         images = [open_image(source, where=self.example.where) for source in self.example.images]
         if self.augmentation is None:
             return images
@@ -73,6 +76,12 @@ class LeftOut:
     branches: int = 0
     longest: int = 0
 
+    def in_words(self, max_length: int, name: str) -> str:
+        return (
+            f"{name}: {self.branches} answers left out ({self.examples} whole examples), with which an example is "
+            f"longer than data.max_length {max_length} tokens; the longest is {self.longest}"
+        )
+
 
 def make_items(
     examples: Sequence[Example],
@@ -82,16 +91,17 @@ def make_items(
     too_long: Literal["skip", "drop_branches", "error"],
     report: Callable[[Problem], None],
     features: Mapping[int, tuple[str, ...]] | None = None,
+    open_images: bool = True,
     progress: Progress[int],
 ) -> tuple[list[TreeItem], LeftOut]:
     """Tokenize `examples` into trees.
 
     `features` gives for each example the keys of its images in a [`FeatureCache`]; examples that it lacks are broken
     and left out (whoever built it reported them). Without it every image is opened here, so that a broken one is
-    reported now and does not stop the training later. What is longer than `max_length` tokens is handled as `too_long`
-    says and counted; an image is never cut, and neither is an answer. Where text stands before an image and differs
-    between the branches, they do not share the image, and each becomes a tree of its own; so does each prompt of a
-    prefix LM, whose image sees it.
+    reported now and does not stop the training later, unless `open_images` is false. What is longer than `max_length`
+    tokens is handled as `too_long` says and counted; an image is never cut, and neither is an answer. Where text stands
+    before an image and differs between the branches, they do not share the image, and each becomes a tree of its own;
+    so does each prompt of a prefix LM, whose image sees it.
     Raises ValueError for `too_long="error"`, and UserError for a model that needs as many images in each example.
     """
     _require_one_count(examples, processor)
@@ -104,16 +114,17 @@ def make_items(
             continue
         try:
             # Kept features were made of images that open.
-            images = [open_image(source, where=example.where) for source in example.images] if features is None else []
+            opened = features is None and open_images
+            images = [open_image(source, where=example.where) for source in example.images] if opened else []
+            if not getattr(processor, "tiling", None):
+                sizes = []
+            elif opened:
+                sizes = [size_of(image) for image in images]
+            else:
+                sizes = [image_size(source, where=example.where) for source in example.images]
         except ImageError as error:
             report(image_problem(error, example))
             continue
-        if not getattr(processor, "tiling", None):
-            sizes = []
-        elif features is None:
-            sizes = [size_of(image) for image in images]
-        else:
-            sizes = [image_size(source, where=example.where) for source in example.images]
         branches = [_tokenize(processor, branch, images, sizes, memory) for branch in example.branches]
         groups = _groups(branches, processor)
         kept = [fitting for group in groups if (fitting := _fit(group, max_length, too_long, example, left_out))]
@@ -193,7 +204,7 @@ class TreeDataset(Dataset[Row]):
     """
 
     def __init__(
-        self, items: Sequence[TreeItem], max_tokens: int, seed: int = 0, augmentation: Augmentation | None = None
+        self, items: Sequence[TreeItem], max_tokens: int, seed: int | str = 0, augmentation: Augmentation | None = None
     ) -> None:
         self.items = random.Random(seed).sample(items, len(items))
         self.seed = seed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,11 +46,32 @@ class Columns(BaseModel):
             raise ValueError("'question' needs 'answer' or 'answers' beside it")
         return self
 
+    @property
+    def of_images(self) -> str | None:
+        """The column that holds images."""
+        return self.image or self.images
+
+    @cached_property
+    def to_answer(self) -> dict[str, str]:
+        """Key to column, for what is asked and answered."""
+        return self.model_dump(exclude_none=True, exclude={"image", "images", "image_id"})
+
+    @property
+    def of_words(self) -> list[str]:
+        """The columns without images, each once."""
+        return list(dict.fromkeys([*self.to_answer.values(), *([self.image_id] if self.image_id else [])]))
+
+    @property
+    def all(self) -> list[str]:
+        """The columns that are read, each once."""
+        return list(dict.fromkeys([*self.of_words, *([self.of_images] if self.of_images else [])]))
+
 
 class DatasetSource(Source):
     """`path` is a name on the Hub, a local folder (also one of `save_to_disk`), or a builder such as `parquet`,
     `webdataset` or `json` with `data_files`. `name`, `data_files`, `split` and `revision` are those of
-    `datasets.load_dataset`. A column of paths starts at `images`, by default the recipe's folder.
+    `datasets.load_dataset`. A column of paths starts at `images`, by default the recipe's folder. With `streaming`
+    training reads it in pieces, and never holds it whole (`vlm.data.stream_sources`).
     """
 
     format_name: ClassVar[str] = "dataset"
@@ -61,65 +84,110 @@ class DatasetSource(Source):
     images: str | None = None
     prompt: str = DEFAULT_PROMPT
     question_prompt: str = DEFAULT_QUESTION_PROMPT
+    streaming: bool = False
+
+    @model_validator(mode="after")
+    def _whole_stream(self) -> DatasetSource:
+        if self.streaming and self.limit:
+            raise ValueError("'limit' does not go with 'streaming': how long a stream is trained on is train.max_steps")
+        return self
 
     def read(self, base_dir: Path) -> ReadResult:
-        folder = base_dir if self.images is None else resolve(self.images, base_dir, "images", folder=True)
+        folder = self.image_folder(base_dir)
         dataset = self._load(base_dir)
-        mapping = {key: column for key, column in self.columns.model_dump().items() if column is not None}
-        for key, column in mapping.items():
-            if column not in dataset.column_names:
-                hint = nearest(column, dataset.column_names)
-                raise SourceError(f"option 'columns.{key}': no column {column!r} in {self.path}; {hint}")
-        image_column = mapping.pop("image", None) or mapping.pop("images", None)
-        id_column = mapping.pop("image_id", None)
-        if image_column is not None:
-            dataset = self._undecoded(dataset, image_column)
+        self.check_columns(dataset.column_names)
+        columns = self.columns
+        if columns.of_images is not None:
+            dataset = self.undecoded(dataset, columns.of_images)
 
         label = f"{self.data_files if isinstance(self.data_files, str) else self.path}[{self.split}]"
         collector = Collector(self.limit)
-        rows = RowReader(self.prompt, self.question_prompt)
-        names = dict.fromkeys([*mapping.values(), *([id_column] if id_column else [])])
-        for index, (row, cell) in enumerate(self._rows(dataset, list(names), image_column)):
-            if collector.full and id_column is None:
+        for index, (row, cell) in enumerate(self._rows(dataset, columns.of_words, columns.of_images)):
+            if collector.full and columns.image_id is None:
                 break
             where = f"{label}:row {index}"
-            image_id = str(index if id_column is None else row[id_column])
-            if not collector.wants(image_id):
-                continue
-            images = _sources(dataset, index, image_column, cell, folder)
-            if isinstance(images, str):
-                collector.bad(where, "image", f"{images} in column {image_column!r}")
-                continue
-            named = {key: row[column] for key, column in mapping.items()}
-            branches = rows.branches(named, num_images=len(images), where=where, problems=collector.problems)
-            paths = [Path(image) for image in images if isinstance(image, str)]
-            if branches and not collector.missing_images(paths, where, lost=len(branches)):
-                collector.add(images, branches, image_id=image_id, where=where)
+            image_id = str(index if columns.image_id is None else row[columns.image_id])
+            if collector.wants(image_id):
+                images = _sources(dataset, index, columns.of_images, cell, folder)
+                self.collect(collector, row, images, image_id=image_id, where=where)
         return collector.result(label)
 
-    def _load(self, base_dir: Path) -> Any:
-        import datasets
+    def image_folder(self, base_dir: Path) -> Path:
+        """Where a column of paths starts."""
+        return base_dir if self.images is None else resolve(self.images, base_dir, "images", folder=True)
 
+    def check_columns(self, known: Sequence[str]) -> None:
+        """Raise SourceError for a column that is not there."""
+        for key, column in self.columns.model_dump(exclude_none=True).items():
+            if column not in known:
+                hint = nearest(column, known)
+                raise SourceError(f"option 'columns.{key}': no column {column!r} in {self.path}; {hint}")
+
+    def collect(
+        self,
+        collector: Collector,
+        row: Mapping[str, Any],
+        images: tuple[ImageSource, ...] | str,
+        *,
+        image_id: str,
+        where: str,
+    ) -> None:
+        """Add what a row says, by its columns, of its `images`, or the reason why there are none."""
+        if isinstance(images, str):
+            collector.bad(where, "image", f"{images} in column {self.columns.of_images!r}")
+            return
+        named = {key: row[column] for key, column in self.columns.to_answer.items()}
+        rows = RowReader(self.prompt, self.question_prompt)
+        branches = rows.branches(named, num_images=len(images), where=where, problems=collector.problems)
+        paths = [Path(image) for image in images if isinstance(image, str)]
+        if branches and not collector.missing_images(paths, where, lost=len(branches)):
+            collector.add(images, branches, image_id=image_id, where=where)
+
+    def place(self, base_dir: Path) -> tuple[str, list[str] | None]:
+        """`path` and `data_files` as `datasets` wants them, relative ones made whole."""
         local = base_dir / Path(self.path).expanduser()
-        files: Any = [self.data_files] if isinstance(self.data_files, str) else self.data_files
+        files = [self.data_files] if isinstance(self.data_files, str) else self.data_files
         if files is not None:
             files = [f if "://" in f else str(base_dir / Path(f).expanduser()) for f in files]
+        return (str(local) if local.exists() else self.path), files
+
+    def saved(self, base_dir: Path) -> Any | None:
+        """The data set, memory-mapped, if `path` is what `save_to_disk` saved."""
+        import datasets
+
+        path = Path(self.place(base_dir)[0])
+        if not ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+            return None
+        loaded = datasets.load_from_disk(str(path))
+        if isinstance(loaded, datasets.DatasetDict):
+            return loaded[self.split]
+        if "split" in self.model_fields_set and str(loaded.split) != self.split:
+            raise ValueError(f"it was saved as a single data set (split {loaded.split}); leave out 'split'")
+        return loaded
+
+    @contextmanager
+    def errors(self, base_dir: Path) -> Iterator[None]:
+        """What `datasets` raises, and it may be anything, as a SourceError."""
         try:
-            if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
-                loaded = datasets.load_from_disk(str(local))
-                if isinstance(loaded, datasets.DatasetDict):
-                    return loaded[self.split]
-                if "split" in self.model_fields_set and str(loaded.split) != self.split:
-                    raise ValueError(f"it was saved as a single data set (split {loaded.split}); leave out 'split'")
-                return loaded
-            path = str(local) if local.exists() else self.path
-            return datasets.load_dataset(path, self.name, split=self.split, data_files=files, revision=self.revision)
-        except Exception as error:  # builders raise anything; the cause is kept below
+            yield
+        except SourceError:
+            raise
+        except Exception as error:
+            local = base_dir / Path(self.path).expanduser()
             tried = f"tried the folder {local}, then the name {self.path!r}" if not local.exists() else f"tried {local}"
             reason = f"{type(error).__name__}: {error}"
             raise SourceError(f"data set {self.path!r}, split {self.split!r}: {reason} ({tried})") from error
 
-    def _undecoded(self, dataset: Any, column: str) -> Any:
+    def _load(self, base_dir: Path) -> Any:
+        import datasets
+
+        with self.errors(base_dir):
+            if (saved := self.saved(base_dir)) is not None:
+                return saved
+            path, files = self.place(base_dir)
+            return datasets.load_dataset(path, self.name, split=self.split, data_files=files, revision=self.revision)
+
+    def undecoded(self, dataset: Any, column: str) -> Any:
         """The data set with the image column left as bytes or paths, so that no row is decoded before it is wanted."""
         from datasets import Image, List, Value
 

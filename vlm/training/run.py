@@ -29,7 +29,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from vlm import generation
 from vlm.build import build
 from vlm.data.check import ProblemLog
-from vlm.data.dataset import LeftOut, TreeCollator, TreeItem, make_items
+from vlm.data.dataset import TreeCollator, TreeItem, make_items
 from vlm.data.example import Example
 from vlm.data.readers import read
 from vlm.data.tree_masks import TreeMasks
@@ -51,6 +51,7 @@ from vlm.training.processes import join_processes, sharded
 from vlm.training.quantization import merged, quantize
 from vlm.training.report import environment
 from vlm.training.stage import Batches, initialize_projector, run_stage, training_arguments
+from vlm.training.streams import Stream, mixture_of, stream_layout
 from vlm.training.tracking import require_trackers
 from vlm.tree_attention import tree_attention
 
@@ -89,7 +90,11 @@ def train(
     changed = _changes(folder, recipe) if resume else []
     set_seed(recipe.seed)
     log = ProblemLog(0, recipe.data.max_bad)
-    train_examples = _read(recipe, recipe.data.train, log)
+    mixture, train_examples = None, []
+    if recipe.data.streams:
+        mixture = mixture_of(recipe.data, lambda source: _read(recipe, source, log))
+    else:
+        train_examples = [example for source in recipe.data.sources for example in _read(recipe, source, log)]
     validation_examples = _read(recipe, recipe.data.validation, log) if recipe.data.validation else []
     done = finished_stages(folder, recipe.stage_names) if resume else 0
     model, processor = _start_model(recipe, folder, done)
@@ -136,23 +141,24 @@ def _run_stages(
             _quantize(model, recipe.model.quantization_config, args, console)
         frozen = not trains_vision(stage.learning_rates) and hasattr(model, "get_vision_features")
         wants_loss = args.eval_strategy != "no"
-        trained_on = _to_learn_from(train_examples, stage, console)
+        trained_on = [] if mixture else _to_learn_from(train_examples, stage, console)
         held_out = validation_examples if wants_loss else []
         cache, keys, held_out_keys = None, None, None
-        if frozen and recipe.data.augmentation:
-            console.print(
-                "features: not kept on disk, since data.augmentation shows the encoder other images in each epoch",
-                highlight=False,
-                soft_wrap=True,
+        if frozen and (mixture or recipe.data.augmentation):
+            why = (
+                "the data is streamed" if mixture else "data.augmentation shows the encoder other images in each epoch"
             )
+            console.print(f"features: not kept on disk, since {why}", highlight=False, soft_wrap=True)
         elif frozen and recipe.data.cache_features:
             cache, (keys, held_out_keys) = kept_features(
                 recipe, (trained_on, held_out), model, processor, args, log, console, stop
             )
+        stream = Stream(mixture, stream_layout(recipe, stage, processor), log) if mixture else None
         batches = Batches(
-            _items(recipe, trained_on, processor, keys, log, console, stop, "training"),
+            stream.sample() if stream else _items(recipe, trained_on, processor, keys, log, console, stop, "training"),
             _items(recipe, held_out, processor, held_out_keys, log, console, stop, "held out") if wants_loss else [],
             TreeCollator(processor, cache, TreeMasks(model), answer_weighting=recipe.data.answer_weighting),
+            stream,
         )
         if recipe.model.adapter.data_dependent_init and number == 0 and not recipe.model.pretrained:
             device = torch.device("cpu") if sharded(args) else args.device
@@ -314,17 +320,10 @@ def _items(
     )
     stop.check_all("reading the data")
     if left_out.branches:
-        console.print(_too_long(left_out, recipe.data.max_length, name), highlight=False)
+        console.print(left_out.in_words(recipe.data.max_length, name), highlight=False)
     if not items:
         raise UserError(f"no example is left to train on ({name}): every one is broken or over data.max_length")
     return items
-
-
-def _too_long(left_out: LeftOut, max_length: int, name: str) -> str:
-    return (
-        f"{name}: {left_out.branches} answers left out ({left_out.examples} whole examples), with which an example is "
-        f"longer than data.max_length {max_length} tokens; the longest is {left_out.longest}"
-    )
 
 
 def _save(model: PreTrainedModel, processor: Any, folder: Path) -> None:

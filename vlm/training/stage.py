@@ -15,8 +15,9 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 
-from vlm.data.batches import padding
+from vlm.data.batches import RowSampler, padding
 from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, one_row_an_answer, supervised_tokens
+from vlm.data.stream import StreamDataset
 from vlm.errors import UserError
 from vlm.precision import default_device, fast_bfloat16
 from vlm.recipe import Recipe, Stage
@@ -36,9 +37,10 @@ from vlm.training.report import parts_table
 from vlm.training.sampling import Samples
 from vlm.training.skipped import SkippedSteps
 from vlm.training.step import flops_per_token, seconds_per_step
+from vlm.training.streams import Stream, report
 from vlm.training.throughput import in_words
 from vlm.training.tracking import Progress, into_run_folder
-from vlm.training.trainer import VLMTrainer
+from vlm.training.trainer import VLMTrainer, stream_file
 
 INITIALIZATION_IMAGES = 256
 """So many, or tiles, are enough for a mean and a deviation per channel: an image has hundreds of patches."""
@@ -46,11 +48,12 @@ INITIALIZATION_IMAGES = 256
 
 @dataclass
 class Batches:
-    """What a stage trains on, and the way it is made into batches."""
+    """What a stage trains on, and the way it is made into batches; of a `stream`, `train` is a sample."""
 
     train: list[TreeItem]
     validation: list[TreeItem]
     collator: TreeCollator
+    stream: Stream | None = None
 
     def one_row_an_answer(self) -> Batches:
         """The same without trees."""
@@ -59,6 +62,7 @@ class Batches:
             train=one_row_an_answer(self.train),
             validation=one_row_an_answer(self.validation),
             collator=replace(self.collator, plain=True),
+            stream=self.stream.one_row_an_answer() if self.stream else None,
         )
 
     def held_out(self, max_tokens: int) -> TreeDataset:
@@ -135,7 +139,8 @@ def run_stage(
             highlight=False,
         )
         batches = batches.one_row_an_answer()
-    rows = TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed, recipe.data.augmentation)
+    tried = TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed, recipe.data.augmentation)
+    rows = batches.stream.rows(args) if batches.stream else tried
     trainer = VLMTrainer(
         model=trained,
         args=args,
@@ -157,26 +162,27 @@ def run_stage(
         trainer.add_callback(PartCheck(trained, rates))
     if in_parts:
         trained._no_split_modules = units(trained)
-    memory = None if in_parts else estimate(trainer, rows)
+    memory = None if in_parts else estimate(trainer, tried)
     size = trainer._train_batch_size  # auto_find_batch_size may have lowered it
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
-    tried = {}
+    timed = {}
     if memory:
-        trainer.throughput.flops_per_token = flops_per_token(trainer)
-        seconds = seconds_per_step(trainer) * args.gradient_accumulation_steps
-        tried = {
+        trainer.throughput.flops_per_token = flops_per_token(trainer, tried)
+        seconds = seconds_per_step(trainer, tried) * args.gradient_accumulation_steps
+        timed = {
             "memory": str(memory),
             "expected time": f"{duration(steps * seconds)} ({seconds:.1f} s a step)",
         }
-    lengths = [rows.row_lengths[row] for row in trainer._get_train_sampler() if row >= 0]
+    lengths = [tried.row_lengths[row] for row in RowSampler(tried, trainer.get_total_train_batch_size(args))]
     precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     console.print(
         parts_table(
             trained,
             rates,
             {
+                **(batches.stream.table() if batches.stream else {}),
                 "examples": f"{len({id(item.example) for item in batches.train}):,}",
-                "rows": f"{len(rows):,}",
+                "rows": f"{len(tried):,}",
                 "answers": f"{sum(item.answers for item in batches.train):,}",
                 "tokens": f"{sum(lengths):,}, of them supervised {supervised_tokens(batches.train):,}",
                 "padding": f"{padding(lengths, size):.1%} of the token places",
@@ -184,7 +190,7 @@ def run_stage(
                 "precision": str(precision).removeprefix("torch."),
                 "device": str(args.device),
                 "batch": str(GlobalBatch.of(trainer)),
-                **tried,
+                **timed,
             },
         )
     )
@@ -194,6 +200,8 @@ def run_stage(
     trainer.throughput.peak_flops = peak_flops(args.device, precision)
     if checkpoint and (note := what_differs(str(checkpoint), GlobalBatch.of(trainer))):
         console.print(note, style="yellow", highlight=False)
+    if checkpoint and isinstance(rows, StreamDataset):
+        rows.restore(Path(checkpoint) / stream_file(args.process_index))
     whole = copy.deepcopy(trained) if in_parts and args.process_index == 0 else trained
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -207,6 +215,8 @@ def run_stage(
         console.print(in_words(speed), highlight=False)
         expected = f", and {gigabytes(memory.total)} GB expected" if memory else ""
         console.print(f"memory: {gigabytes(trainer.throughput.memory)} GB at most{expected}", highlight=False)
+    if isinstance(rows, StreamDataset):
+        report(rows, recipe.data.max_length, console)
     if stop.stopped:
         raise Stopped(_where_to_go_on(trainer, checkpoints), stop.told or 0)
     if trainer.skipped.count:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from vlm.data.dataset import TreeDataset
 from vlm.training.peak import synchronize
 
 aten = torch.ops.aten
@@ -35,8 +36,8 @@ FORMULAS: dict[Any, Any] = {
 backward pass, which are no work of the model's."""
 
 
-def flops_per_token(trainer: Any) -> float:
-    """FLOPs that the model needs for a token, forward and backward: the mean over a batch of rows, short and long.
+def flops_per_token(trainer: Any, rows: TreeDataset) -> float:
+    """FLOPs that the model needs for a token, forward and backward: the mean over a batch of `rows`, short and long.
 
     Counted are matrix products, convolutions and attention, 2 for a multiplication with its addition. A linear layer
     takes 2 x in x out forward, as much again backward, and once more if its weights are trained; nothing backward if no
@@ -47,7 +48,6 @@ def flops_per_token(trainer: Any) -> float:
 
     Rows are run one at a time, so that padding is not counted, and little memory is used.
     """
-    rows = trainer.train_dataset
     number = min(trainer._train_batch_size, len(rows))
     places = [(2 * i + 1) * len(rows) // (2 * number) for i in range(number)]
     with (
@@ -60,9 +60,9 @@ def flops_per_token(trainer: Any) -> float:
     return float(counter.get_total_flops()) / sum(rows.row_lengths[place] for place in places)
 
 
-def seconds_per_step(trainer: Any) -> float:
-    """Seconds of a forward and backward pass over a batch of mean length."""
-    rows, size = trainer.train_dataset, trainer._train_batch_size
+def seconds_per_step(trainer: Any, rows: TreeDataset) -> float:
+    """Seconds of a forward and backward pass over a batch of `rows` of mean length."""
+    size = trainer._train_batch_size
     start = max(0, (len(rows) - size) // 2)
     batch = rows.row_lengths[start : start + size]
     inputs = trainer.data_collator([rows[i] for i in range(start, start + len(batch))])

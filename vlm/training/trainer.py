@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -24,6 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from vlm.data.batches import RowSampler
 from vlm.data.conversation import IGNORE
 from vlm.data.dataset import TreeDataset, shifted
+from vlm.data.stream import StreamCollator, StreamDataset
 from vlm.errors import UserError
 from vlm.precision import frozen_layers_in
 from vlm.training.callbacks import EvaluationStopped
@@ -39,6 +40,11 @@ logger = logging.getLogger(__name__)
 
 SAVING = ".saving"
 """The folder in which a checkpoint is written until it is whole."""
+
+
+def stream_file(process: int) -> str:
+    """What the file in a checkpoint is called that says where a process is in a stream."""
+    return f"stream_{process}.json"
 
 
 class NonFiniteGradients(RuntimeError):  # noqa: N818 - named for what happened
@@ -93,7 +99,7 @@ class VLMTrainer(Trainer):
 
     max_bad_steps = 5
 
-    train_dataset: TreeDataset
+    train_dataset: TreeDataset | StreamDataset
     data_collator: Any
 
     def __init__(
@@ -127,18 +133,25 @@ class VLMTrainer(Trainer):
         """As in Trainer, and in each batch what is counted of it."""
         collator = self.data_collator
         self.data_collator = CountingCollator(collator)
+        if isinstance(self.train_dataset, StreamDataset):
+            self.data_collator = StreamCollator(self.data_collator)
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        """Batches of rows of about the same length, the same however they are divided among processes."""
+        """Batches of rows of about the same length, the same however they are divided among processes; a stream makes
+        its own."""
+        if isinstance(self.train_dataset, StreamDataset):
+            return SequentialSampler(self.train_dataset)
         together = 1 if self.args.dataloader_drop_last else self._train_batch_size * self.args.world_size
         return RowSampler(self.train_dataset, self.get_total_train_batch_size(self.args), together)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         examples = inputs.pop("examples")
+        if isinstance(self.train_dataset, StreamDataset):
+            self.train_dataset.trained(inputs.pop("trained"))
         self.throughput.count(inputs.pop("counts"), inputs["input_ids"].numel())
         self.batch_shape = inputs["input_ids"].shape
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -359,6 +372,12 @@ class VLMTrainer(Trainer):
             if rate and before and rate != before:
                 group["initial_lr"], group["lr"] = rate, group["lr"] * rate / before
                 scheduler.base_lrs[index], scheduler._last_lr[index] = rate, group["lr"]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As in Trainer, and where the readers of a stream are, which every process has to say too."""
+        super()._save_rng_state(output_dir)
+        if isinstance(self.train_dataset, StreamDataset):
+            self.train_dataset.save(Path(output_dir) / stream_file(self.args.process_index))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """As in Trainer, which says nothing where there is no such state, and goes on otherwise than it would have.

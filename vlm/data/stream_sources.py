@@ -1,0 +1,256 @@
+"""Sources in pieces: row groups of parquet files, files of other kinds, and the rows of a piece in order.
+
+A row keeps its images as they are stored, encoded, so that it is cheap to read and to pass over.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from vlm.data.example import Example, ImageSource
+from vlm.data.readers import parse_source
+from vlm.data.readers_common import Collector, ReadResult, SourceError
+from vlm.data.readers_dataset import DatasetSource
+
+ROWS_AT_ONCE = 256
+ROWS_IN_A_PIECE = 1000
+"""Of what can be read from anywhere, a piece has so many rows."""
+BUFFER_FROM = 2**27
+"""A row group that is larger, in bytes, is read through a buffer, not whole."""
+OPEN_FILES = 16
+
+
+class Place(NamedTuple):
+    """Where a row stands: in which piece, and which row of it."""
+
+    piece: int
+    row: int
+
+
+class Pieces(Protocol):
+    """A source that is read in pieces, each from its beginning or from a row of it. `len` counts the pieces."""
+
+    num_rows: int | None
+    """How many rows there are in all, if that is known without reading them."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, piece: int, start: int = 0) -> Iterator[Any]:
+        """The rows of a piece in order, from row `start` on."""
+
+    def examples(self, rows: Sequence[tuple[Place, Any]]) -> ReadResult:
+        """The examples of some rows, those of one image together, and what is bad in them."""
+
+
+class InMemory:
+    """What has been read already."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.all = examples
+        self.num_rows: int | None = len(examples)
+
+    def __len__(self) -> int:
+        return -(-len(self.all) // ROWS_IN_A_PIECE)
+
+    def rows(self, piece: int, start: int = 0) -> Iterator[Example]:
+        return iter(self.all[piece * ROWS_IN_A_PIECE + start : (piece + 1) * ROWS_IN_A_PIECE])
+
+    def examples(self, rows: Sequence[tuple[Place, Example]]) -> ReadResult:
+        return ReadResult([example for _, example in rows], [])
+
+
+class _Dataset:
+    """What rows of a `dataset` source say, wherever they come from."""
+
+    def __init__(self, source: DatasetSource, base_dir: Path) -> None:
+        self.source = source
+        self.folder = source.image_folder(base_dir)
+
+    def where(self, place: Place) -> str:
+        """File and row, for messages."""
+        raise NotImplementedError
+
+    def _rows(self, piece: int, start: int) -> Iterator[dict[str, Any]]:
+        raise NotImplementedError
+
+    def rows(self, piece: int, start: int = 0) -> Iterator[dict[str, Any]]:
+        """As they are stored. Raises SourceError for a file that is damaged."""
+        row = start
+        try:
+            for content in self._rows(piece, start):
+                yield content
+                row += 1
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise SourceError(f"{self.where(Place(piece, row))}: cannot be read ({error})") from error
+
+    def examples(self, rows: Sequence[tuple[Place, dict[str, Any]]]) -> ReadResult:
+        columns, collector = self.source.columns, Collector()
+        for place, row in rows:
+            where = self.where(place)
+            images = _images(row[columns.of_images], self.folder) if columns.of_images else ()
+            image_id = where if columns.image_id is None else str(row[columns.image_id])
+            self.source.collect(collector, row, images, image_id=image_id, where=where)
+        return collector.result(self.source.path)
+
+
+class ParquetRowGroups(_Dataset):
+    """Row groups of parquet files, of which the needed columns are read. `files` are paths or addresses of fsspec."""
+
+    def __init__(self, source: DatasetSource, base_dir: Path, files: Sequence[str]) -> None:
+        super().__init__(source, base_dir)
+        self.files = files
+        with ThreadPoolExecutor(8) as threads:  # footers of remote files are waited for
+            footers = list(threads.map(_footer, files))
+        for names, _ in footers:
+            source.check_columns(names)
+        self.pieces = [(file, *group) for file, (_, groups) in enumerate(footers) for group in groups]
+        self.num_rows: int | None = sum(rows for _, _, _, rows, _ in self.pieces)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def where(self, place: Place) -> str:
+        file, _, first_row, _, _ = self.pieces[place.piece]
+        return f"{self.files[file]}:row {first_row + place.row}"
+
+    def _rows(self, piece: int, start: int) -> Iterator[dict[str, Any]]:
+        file, group, _, _, size = self.pieces[piece]
+        opened = _parquet(self.files[file], size > BUFFER_FROM, os.getpid())
+        batches = opened.iter_batches(
+            ROWS_AT_ONCE, row_groups=[group], columns=self.source.columns.all, use_threads=False
+        )
+        for batch in batches:
+            if start < len(batch):
+                yield from batch.slice(start).to_pylist()
+            start = max(0, start - len(batch))
+
+
+class Files(_Dataset):
+    """Files that `datasets` streams: WebDataset, JSON Lines and others; one file is a piece."""
+
+    def __init__(
+        self, source: DatasetSource, base_dir: Path, dataset: Any, files: Sequence[str], num_rows: int | None
+    ) -> None:
+        super().__init__(source, base_dir)
+        columns = source.columns
+        source.check_columns(dataset.column_names or list(next(iter(dataset), {})))
+        if columns.of_images is not None and dataset.features is not None:
+            dataset = source.undecoded(dataset, columns.of_images)
+        self.dataset = dataset.select_columns(columns.all)
+        self.files = files if len(files) == dataset.num_shards else []
+        self.num_rows = num_rows
+
+    def __len__(self) -> int:
+        return int(self.dataset.num_shards)
+
+    def where(self, place: Place) -> str:
+        name = self.files[place.piece] if self.files else f"{self.source.path}[{self.source.split}], part {place.piece}"
+        return f"{name}:row {place.row}"
+
+    def _rows(self, piece: int, start: int) -> Iterator[dict[str, Any]]:
+        yield from self.dataset.shard(len(self), piece).skip(start)
+
+
+class Saved(_Dataset):
+    """A data set that `save_to_disk` saved: memory-mapped, and read from anywhere."""
+
+    def __init__(self, source: DatasetSource, base_dir: Path, dataset: Any) -> None:
+        super().__init__(source, base_dir)
+        source.check_columns(dataset.column_names)
+        columns = source.columns
+        if columns.of_images is not None:
+            dataset = source.undecoded(dataset, columns.of_images)
+        self.dataset = dataset.select_columns(columns.all)
+        self.num_rows: int | None = len(dataset)
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // ROWS_IN_A_PIECE)
+
+    def where(self, place: Place) -> str:
+        return f"{self.source.path}[{self.source.split}]:row {place.piece * ROWS_IN_A_PIECE + place.row}"
+
+    def _rows(self, piece: int, start: int) -> Iterator[dict[str, Any]]:
+        stop = min(len(self.dataset), (piece + 1) * ROWS_IN_A_PIECE)
+        for first in range(piece * ROWS_IN_A_PIECE + start, stop, ROWS_AT_ONCE):
+            batch = self.dataset[first : min(stop, first + ROWS_AT_ONCE)]
+            yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
+
+
+def in_pieces(source: dict[str, Any], base_dir: Path, read_whole: Callable[[dict[str, Any]], list[Example]]) -> Pieces:
+    """The source of a recipe in pieces. One that is not streamed is read by `read_whole`.
+
+    Raises SourceError where it cannot be read, or has no rows.
+    """
+    parsed = parse_source(source)
+    if not (isinstance(parsed, DatasetSource) and parsed.streaming):
+        return InMemory(read_whole(source))
+    with parsed.errors(base_dir):
+        pieces = _pieces(parsed, base_dir)
+    if not len(pieces) or pieces.num_rows == 0:
+        raise SourceError(f"{parsed.path}: there is not a single row in it")
+    return pieces
+
+
+def _pieces(source: DatasetSource, base_dir: Path) -> Pieces:
+    import datasets
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if (saved := source.saved(base_dir)) is not None:
+        return Saved(source, base_dir, saved)
+    path, files = source.place(base_dir)
+    builder = datasets.load_dataset_builder(path, source.name, data_files=files, revision=source.revision)
+    found = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
+    if files is not None and not any(found.values()):
+        raise FileNotFoundError(f"no file matches {', '.join(files)}")
+    if isinstance(builder, Parquet) and source.split in found:
+        return ParquetRowGroups(source, base_dir, found[source.split])
+    said = (builder.info.splits or {}).get(source.split)
+    dataset = builder.as_streaming_dataset(source.split)
+    return Files(source, base_dir, dataset, found.get(source.split, []), said.num_examples if said else None)
+
+
+def _footer(file: str) -> tuple[list[str], list[tuple[int, int, int, int]]]:
+    """The columns of a parquet file, and of each row group its number, first row, rows and bytes."""
+    opened = _open_parquet(file, buffered=False)
+    groups, first_row = [], 0
+    for number in range(opened.metadata.num_row_groups):
+        group = opened.metadata.row_group(number)
+        groups.append((number, first_row, group.num_rows, group.total_byte_size))
+        first_row += group.num_rows
+    names = opened.schema_arrow.names
+    opened.close(force=True)
+    return names, groups
+
+
+@lru_cache(OPEN_FILES)
+def _parquet(file: str, buffered: bool, process: int) -> Any:
+    """An open file. A process that was forked opens its own: with its parent's it would share the place to read at."""
+    return _open_parquet(file, buffered)
+
+
+def _open_parquet(file: str, buffered: bool) -> Any:
+    import fsspec
+    import pyarrow.parquet as pq
+
+    source = fsspec.open(file).open() if "://" in file else file
+    return pq.ParquetFile(source, buffer_size=2**20 if buffered else 0)
+
+
+def _images(cell: Any, folder: Path) -> tuple[ImageSource, ...] | str:
+    """The images of a row, or why there are none."""
+    sources = [_image(one, folder) for one in (cell if isinstance(cell, list) else [cell])]
+    return "no image" if None in sources else tuple(sources)  # type: ignore[arg-type]  # None is not among them
+
+
+def _image(cell: Any, folder: Path) -> ImageSource | None:
+    if isinstance(cell, dict):
+        cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+    if cell is None or cell == "":
+        return None
+    return str(folder / cell) if isinstance(cell, str) else cell
