@@ -32,6 +32,7 @@ from vlm.data.check import ProblemLog
 from vlm.data.dataset import TreeCollator, TreeItem, make_items
 from vlm.data.example import Example
 from vlm.data.readers import read
+from vlm.data.stream import Mixture
 from vlm.data.tree_masks import TreeMasks
 from vlm.errors import UserError
 from vlm.eval import Processes, evaluate
@@ -106,7 +107,7 @@ def train(
             for number in unscored_stages(folder, recipe.stage_names):
                 _score(recipe, number, *_start_model(recipe, folder, number + 1), validation_examples, stop, console)
         _run_stages(
-            recipe, model, processor, train_examples, validation_examples, log, done,
+            recipe, model, processor, train_examples, mixture, validation_examples, log, done,
             dry_run=dry_run, resume=resume, stop=stop, console=console,
         )  # fmt: skip
     if log.problems:
@@ -123,6 +124,7 @@ def _run_stages(
     model: PreTrainedModel,
     processor: Any,
     train_examples: list[Example],
+    mixture: Mixture | None,
     validation_examples: list[Example],
     log: ProblemLog,
     done: int,
@@ -132,7 +134,8 @@ def _run_stages(
     stop: StopOnSignal,
     console: Console,
 ) -> None:
-    """The stages from `done` on, each from the model that the one before has left; the first from `model`."""
+    """The stages from `done` on, each from the model that the one before has left; the first from `model`. They are
+    trained on `mixture`, if the data are streamed."""
     folder, processes = Path(recipe.output_dir), PartialState()
     for number, stage in enumerate(recipe.stages[done:], start=done):
         console.print(f"stage {number + 1} of {len(recipe.stages)}: {stage.name}", style="bold", highlight=False)
