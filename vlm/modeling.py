@@ -147,7 +147,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not self.config.use_qformer_text_input:
             return {}
         if ids is None or len(ids) != len(tiles):
-            given = "none" if ids is None else f"of {len(ids)}"
+            given = "none" if ids is None else str(len(ids))
             raise ValueError(
                 f"the Q-Former reads a text with each image: {len(tiles)} images need as many rows of "
                 f"qformer_input_ids, and there are {given}. Let the processor prepare text and images together"
