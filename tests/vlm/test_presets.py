@@ -30,7 +30,7 @@ def model_of(**model):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_a_model_that_runs(name):
-    adapter = {"projector": {"hidden_size": 24, "num_attention_heads": 4}} if name == "blip2" else {}
+    adapter = {"projector": {"hidden_size": 24, "num_attention_heads": 4}} if "blip" in name else {}
     made = model_of(preset=name, adapter=adapter)
     assert made.preset == name
     patch = {"gemma3": 2}.get(name, 4)  # 16 x 16 patches of 32 x 32 pixels, or 8 x 8
@@ -44,7 +44,7 @@ def test_a_preset_is_a_model_that_runs(name):
         fusion=fusion, projector=projector, vision_config=clip_config(patch_size=patch), **options, **adapter
     )
     inputs = encode(processor, [[user(picture := image(0, (60, 36)), "what")]])
-    assert model.config.projector == projector
+    assert model.config.projector.items() >= projector.items()
     with torch.no_grad():
         seen = model(**inputs).logits
         other = model(**encode(processor, [[user(image(1, picture.size), "what")]])).logits
