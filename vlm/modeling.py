@@ -152,10 +152,11 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"the Q-Former reads a text with each image: {len(tiles)} images need as many rows of "
                 f"qformer_input_ids, and there are {given}. Let the processor prepare text and images together"
             )
+        texts = {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids) if mask is None else mask}
+        if self.tiler is None:
+            return texts
         repeats = torch.tensor(tiles, device=ids.device)
-        mask = torch.ones_like(ids) if mask is None else mask
-        given_texts = {"qformer_input_ids": ids, "qformer_attention_mask": mask}
-        return {name: value.repeat_interleave(repeats, dim=0) for name, value in given_texts.items()}
+        return {name: value.repeat_interleave(repeats, dim=0) for name, value in texts.items()}
 
     def num_tiles(self, image_sizes: Sequence[Size]) -> list[int]:
         """How many rows of `pixel_values` each image is: 1 without tiling."""
