@@ -1,4 +1,4 @@
-"""The Q-Former: learned queries that attend to each other, in some layers to the image, and if it is told so to a text.
+"""The Q-Former: learned queries that attend to each other, in some layers to the image, and in some models to a text.
 
 Shapes: B images, N features of an image, M queries, T tokens of a text, D_v encoder width, D hidden size of the
 Q-Former, D_t language model width.
@@ -163,10 +163,10 @@ class QFormerProjector(Projector):
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        queries = self.query_tokens.expand(len(features), -1, -1)
+        queries = self.norm(self.query_tokens).expand(len(features), -1, -1)
         text, mask = None, None
         if self.reads_text:
-            ids = queries.new_zeros(len(queries), 0).long() if qformer_input_ids is None else qformer_input_ids
+            ids = features.new_zeros(len(features), 0).long() if qformer_input_ids is None else qformer_input_ids
             if ids.shape[1] > self.position_embeddings.num_embeddings:
                 raise ValueError(
                     f"a text of {ids.shape[1]} tokens, and the Q-Former has max_position_embeddings "
@@ -175,7 +175,6 @@ class QFormerProjector(Projector):
             text = self.norm(self.word_embeddings(ids) + self.position_embeddings.weight[: ids.shape[1]])
             seen = torch.ones_like(ids) if qformer_attention_mask is None else qformer_attention_mask
             mask = F.pad(seen.bool(), (queries.shape[1], 0), value=True)[:, None, None]
-        queries = self.norm(queries)
         for layer in self.layers:
             queries, text = layer(queries, features, text, mask)
         return self.language_projection(queries)
