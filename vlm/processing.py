@@ -121,10 +121,10 @@ class VLMProcessor(ProcessorMixin):
         if kwargs.get("sanitize_control_tokens"):
             # Taken out for counting, the token that a user wrote into `<im<image>age>` would leave another behind.
             texts = [sample.replace(_CONTROL_TOKEN_END, 2 * _CONTROL_TOKEN_END) for sample in texts]
-        if qformer_text is None and texts is not None:
+        if self.qformer_tokenizer is not None and qformer_text is None:
             qformer_text = [
                 sample.replace(self.image_token, "").strip()
-                for sample in texts
+                for sample in texts or ()
                 for _ in range(sample.count(self.image_token))
             ]
         if pixels:
@@ -259,7 +259,7 @@ class VLMProcessor(ProcessorMixin):
         """What is read with each image of a conversation; in `trusted` messages placeholders are images too."""
         texts = []
         for message in messages:
-            content = message["content"]
+            content = message.get("content") or []  # a call of a tool has none
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             text = "".join(part["text"] for part in parts if part["type"] == "text")
             images = sum(part["type"] == "image" for part in parts)
