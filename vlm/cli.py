@@ -287,7 +287,10 @@ def push(
 def export(
     model: ModelArgument,
     to: Annotated[
-        str, typer.Option(help="llava, idefics3, smolvlm, gemma3, internvl, paligemma, blip2, gguf or remote_code.")
+        str,
+        typer.Option(
+            help="llava, idefics3, smolvlm, gemma3, internvl, paligemma, blip2, instructblip, gguf or remote_code."
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option(help="Folder for the checkpoint. Default: exported-TYPE in the run folder.")
