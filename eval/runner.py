@@ -288,7 +288,6 @@ def evaluate(
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:num_samples])
     write_samples(
         output_dir / "samples.html",
@@ -296,4 +295,6 @@ def evaluate(
         images=[partial(_open, examples[items[i].example]) for i in chosen],
         summary=summary,
     )
+    # Last, since it says that the evaluation is done.
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary

@@ -19,11 +19,12 @@ from transformers import (
 from typer.testing import CliRunner
 
 from tests import stock
-from tests.stock_prompted import SIGLIP, blip2, opt_config, opt_tokenizer, paligemma
+from tests.stock_prompted import SIGLIP, blip2, instructblip, opt_config, opt_tokenizer, paligemma
 from tests.stock_prompted import idefics as stock_idefics
 from tests.tiny import byte_level_tokenizer, encode, image, open_gates, text_config, tiny, user
 from vlm.build import assemble
 from vlm.cli import app
+from vlm.processing import QFORMER_INPUTS
 
 
 def llava() -> tuple[Any, Any]:
@@ -102,6 +103,7 @@ COUNTERPARTS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "mllama": mllama,
     "paligemma": lambda: paligemma(sliding_window=24),
     "blip2": blip2,
+    "instructblip": instructblip,
 }
 """By the names of `FAMILIES`; an image is one tile."""
 
@@ -178,7 +180,8 @@ def export(model: Any, processor: Any, name: str, folder: Path) -> None:
 def for_ours(inputs: Any) -> dict[str, Any]:
     """What our model takes of the stock processor's output."""
     pixels = inputs["pixel_values"]
-    given = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs}
+    names = ("input_ids", "attention_mask", "token_type_ids", *QFORMER_INPUTS)
+    given = {name: inputs[name] for name in names if name in inputs}
     return given | {"pixel_values": pixels.flatten(0, -4)[pixels.flatten(0, -4).flatten(1).any(dim=1)]}
 
 
@@ -198,10 +201,11 @@ def own_paligemma() -> tuple[Any, Any]:
     return siglip("linear", decoder=text_config("gemma2", 2, sliding_window=8), **options)
 
 
-def own_blip2(decoder: Any = None, **changes: Any) -> tuple[Any, Any]:
+def own_blip2(decoder: Any = None, reads_text: bool = False, **changes: Any) -> tuple[Any, Any]:
     tokenizer = opt_tokenizer()
-    qformer = {"type": "qformer", "num_image_tokens": 4, "hidden_size": 16, "num_attention_heads": 2}
+    qformer: dict[str, Any] = {"type": "qformer", "num_image_tokens": 4, "hidden_size": 16, "num_attention_heads": 2}
     options = {"vision_feature_select_strategy": "full", "chat_template": "blip2", "tokenizer": tokenizer} | changes
+    qformer["use_qformer_text_input"] = reads_text
     vision = Blip2VisionConfig(**SIGLIP)
     return squares(vision, qformer, decoder=decoder or opt_config(tokenizer), **options)
 
@@ -222,9 +226,10 @@ EXPRESSIBLE: dict[str, Callable[[], tuple[Any, Any]]] = {
     ),
     "paligemma": own_paligemma,
     "blip2": own_blip2,
+    "instructblip": lambda: own_blip2(reads_text=True),
 }
 """Models of ours, by what they can become, and how."""
-PROMPTED = {"paligemma", "blip2"}
+PROMPTED = {"paligemma", "blip2", "instructblip"}
 """Those whose processors have no chat template, so that no server of chats takes them."""
-WITHOUT_STATISTICS = ("internvl", "internvl, tiles", "blip2")
+WITHOUT_STATISTICS = ("internvl", "internvl, tiles", "blip2", "instructblip")
 """Those whose layers can take none."""

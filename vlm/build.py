@@ -132,6 +132,8 @@ def assemble(
             tiling["token_grid"] = token_grid
     if (tiler := tiler_of(tiling)) is not None:
         add_markers(tokenizer, language_model, tiler.markers())
+    if untiled.use_qformer_text_input:  # in the words of the language model, which are all there now
+        bridge["projector"] = untiled.projector | {"vocab_size": len(tokenizer)}
     attention = [part.config._attn_implementation for part in (vision_tower, language_model)]
     config = VLMConfig(
         vision_config=vision_tower.config,
@@ -156,8 +158,18 @@ def assemble(
         config.image_seq_length,
         tiling=tiling,
         image_attention=config.image_attention,
+        qformer_tokenizer=qformer_tokenizer_for(model, tokenizer) if config.use_qformer_text_input else None,
     )
     return model, processor
+
+
+def qformer_tokenizer_for(model: VLMForConditionalGeneration, tokenizer: Any) -> Any:
+    """The language model's `tokenizer` for a Q-Former that reads texts, cut to the places that it has."""
+    projector: Any = model.multi_modal_projector
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    tokenizer.model_max_length = projector.position_embeddings.num_embeddings
+    return tokenizer
 
 
 def require_arguments(bridge: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The command `vlm`. Each command hands its arguments to the module that does the work, and imports it only then."""
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -26,11 +27,15 @@ class _Commands(TyperGroup):
             typer.echo("stopped", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                place = f" ({error.filename})" if error.filename else ""
+                typer.echo(f"vlm: the disk is full{place}: make room, and go on (vlm train: with --resume)", err=True)
+                raise typer.Exit(2) from None
             # Errors that we define are for people. All others are bugs, here or in a library, and keep their traceback.
             if not type(error).__module__.startswith("vlm."):
                 raise
             typer.echo(f"vlm: {error}", err=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(getattr(error, "exit_code", 2)) from None
 
 
 class _ListsByDefault(TyperGroup):
@@ -282,7 +287,10 @@ def push(
 def export(
     model: ModelArgument,
     to: Annotated[
-        str, typer.Option(help="llava, idefics3, smolvlm, gemma3, internvl, paligemma, blip2, gguf or remote_code.")
+        str,
+        typer.Option(
+            help="llava, idefics3, smolvlm, gemma3, internvl, paligemma, blip2, instructblip, gguf or remote_code."
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option(help="Folder for the checkpoint. Default: exported-TYPE in the run folder.")

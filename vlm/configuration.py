@@ -101,3 +101,9 @@ class VLMConfig(PreTrainedConfig):
     @property
     def uses_cross_attention(self) -> bool:
         return "cross_attention" in self.fusion
+
+    @property
+    def use_qformer_text_input(self) -> bool:
+        """Whether the projector reads what is asked about an image, so that its tokens differ from question to
+        question."""
+        return bool(self.projector.get("use_qformer_text_input"))

@@ -5,7 +5,10 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user can put right. The command line prints its message alone, without a traceback, and exits 2."""
+    """Something the user can put right. The command line prints its message alone, without a traceback, and exits with
+    `exit_code`."""
+
+    exit_code = 2
 
 
 def nearest(word: object, known: Iterable[str]) -> str:

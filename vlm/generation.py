@@ -243,8 +243,10 @@ def share_trunk(model: Any, inputs: Any, requests: Sequence[Request], max_new_to
 
 def _can_share(model: Any, length: int) -> bool:
     """Our own models can, unless a window slides over rows of `length` tokens: it would count the padding between what
-    is shared and the rest; or the image sees the question."""
+    is shared and the rest; or the image sees the question, or is read together with it."""
     if not hasattr(model, "get_vision_features") or model.config.image_attention == "prefix_lm":
+        return False
+    if model.config.use_qformer_text_input:
         return False
     return length <= (sliding_window(model) or length)
 

@@ -90,7 +90,10 @@ def push(
         except Exception as e:
             if type(e).__module__.partition(".")[0] not in HTTP_CLIENTS:
                 raise
-            raise UserError(f"{api.endpoint} cannot be reached: {e}") from e
+            raise UserError(
+                f"{api.endpoint} cannot be reached: {e}. {run_dir} is as it was; try again later with "
+                f"`vlm push {run_dir} {repo_id}{'' if merge_lora else ' --keep-lora'}`"
+            ) from e
     return str(url)
 
 

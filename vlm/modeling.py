@@ -31,6 +31,10 @@ from vlm.fusion import insert_cross_attention
 from vlm.image_attention import image_attention_masks
 from vlm.tiling import Size, Tiler, tiler_of
 
+OF_TILES = ("pixel_values", "vision_features")
+OF_IMAGES = (*OF_TILES, "image_sizes", "qformer_input_ids", "qformer_attention_mask")
+"""Arguments of `forward` with a row for each image, the first two with one for each tile."""
+
 
 @dataclass
 class VLMOutput(CausalLMOutputWithPast):
@@ -112,19 +116,23 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         vision_features: Tensor | None = None,
         vision_grid: tuple[int, int] | None = None,
         image_sizes: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
     ) -> Sequence[Tensor]:
         """Visual tokens `[images, M, D_t]` of pixels, or of features that `get_vision_features` gave earlier; with
         tiling a list, of `[tokens, D_t]` for each image.
 
-        Raises ValueError if images of this size do not become the tokens that stand for an image in `input_ids`, and if
-        tiles and `image_sizes` do not match.
+        Raises ValueError if images of this size do not become the tokens that stand for an image in `input_ids`, if
+        tiles and `image_sizes` do not match, and if a Q-Former that reads texts is not given one for each image.
         """
         if vision_features is None and pixel_values is not None:
             vision_features, vision_grid = self.get_vision_features(pixel_values)
         if vision_features is None or vision_grid is None:
             raise ValueError("images come as pixel_values, or as vision_features together with vision_grid")
         dtype = next(self.multi_modal_projector.parameters()).dtype
-        visual_tokens = self.multi_modal_projector(vision_features.to(dtype), vision_grid)
+        sizes = self._sizes(image_sizes, len(vision_features))
+        texts = self._texts(qformer_input_ids, qformer_attention_mask, self.num_tiles(sizes))
+        visual_tokens = self.multi_modal_projector(vision_features.to(dtype), vision_grid, **texts)
         if self.config.uses_prefix and visual_tokens.shape[1] != self.config.image_seq_length:
             raise ValueError(
                 f"images with a grid of {vision_grid[0]} x {vision_grid[1]} become {visual_tokens.shape[1]} tokens; "
@@ -132,7 +140,23 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         if self.tiler is None:
             return visual_tokens
-        return self._of_images(visual_tokens, self._sizes(image_sizes, 0), self.tiler)
+        return self._of_images(visual_tokens, sizes, self.tiler)
+
+    def _texts(self, ids: Tensor | None, mask: Tensor | None, tiles: list[int]) -> dict[str, Tensor]:
+        """What the projector reads beside each tile: of texts `[images, T]` that of the tile's image."""
+        if not self.config.use_qformer_text_input:
+            return {}
+        if ids is None or len(ids) != len(tiles):
+            given = "none" if ids is None else str(len(ids))
+            raise ValueError(
+                f"the Q-Former reads a text with each image: {len(tiles)} images need as many rows of "
+                f"qformer_input_ids, and there are {given}. Let the processor prepare text and images together"
+            )
+        texts = {"qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids) if mask is None else mask}
+        if self.tiler is None:
+            return texts
+        repeats = torch.tensor(tiles, device=ids.device)
+        return {name: value.repeat_interleave(repeats, dim=0) for name, value in texts.items()}
 
     def num_tiles(self, image_sizes: Sequence[Size]) -> list[int]:
         """How many rows of `pixel_values` each image is: 1 without tiling."""
@@ -186,6 +210,8 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         vision_states: VisionStates | None = None,
         logits_to_keep: int | Tensor = 0,
         token_type_ids: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> VLMOutput:
         """Logits of `input_ids [B, L]`, whose image tokens stand for the images of `pixel_values [images, 3, H, W]`.
@@ -195,6 +221,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         both are of tiles, and `image_sizes [images, 2]`, each `(height, width)`, says which are one image. With a
         `cache`, images are those of the new tokens, and `vision_states` what the tokens in it left to look at.
         `token_type_ids [B, L]` say with `image_attention: prefix_lm` what is prompt (0) and what comes behind it (1).
+        `qformer_input_ids` and `qformer_attention_mask [images, T]` are the text that a Q-Former reads with each image.
         Raises ValueError if image tokens and images do not match.
         """
         if inputs_embeds is None:
@@ -206,7 +233,9 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 self.config, inputs_embeds, attention_mask, cache, position_ids, token_type_ids
             )
         if has_images:
-            images = self.get_image_features(pixel_values, vision_features, vision_grid, image_sizes)
+            images = self.get_image_features(
+                pixel_values, vision_features, vision_grid, image_sizes, qformer_input_ids, qformer_attention_mask
+            )
             images = [visual_tokens.to(inputs_embeds) for visual_tokens in images]
             image_tokens = self.image_tokens(self._sizes(image_sizes, len(images)))
             image_mask = self._image_mask(input_ids, image_tokens)
@@ -311,7 +340,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not kwargs.get("use_cache", True):
             inputs["vision_states"] = None
         elif not kwargs.get("is_first_iteration"):
-            inputs["pixel_values"] = inputs["vision_features"] = inputs["image_sizes"] = None
+            inputs |= dict.fromkeys(OF_IMAGES)
         return inputs
 
     def _update_model_kwargs_for_generation(
@@ -328,7 +357,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         """Repeat rows for beams and samples; a row's images stay together and in order."""
         expanded: dict[str, Tensor] = {}
-        given = {name: kwargs.pop(name, None) for name in ("pixel_values", "vision_features", "image_sizes")}
+        given = {name: kwargs.pop(name, None) for name in OF_IMAGES}
         given = {name: value for name, value in given.items() if value is not None}
         if expand_size > 1 and given:
             sizes = self._sizes(given.get("image_sizes"), len(next(iter(given.values()))))
@@ -337,7 +366,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ends = [0, *accumulate(image_tokens)]
             last = [ends.index(end) for end in accumulate(image_mask.sum(dim=1).tolist(), initial=0)]
             for name, value in given.items():
-                parts = [1] * len(sizes) if name == "image_sizes" else self.num_tiles(sizes)
+                parts = self.num_tiles(sizes) if name in OF_TILES else [1] * len(sizes)
                 counts = [sum(parts[start:end]) for start, end in pairwise(last)]
                 rows = [row.repeat(expand_size, *[1] * (row.ndim - 1)) for row in value.split(counts)]
                 expanded[name] = torch.cat(rows)

@@ -9,6 +9,15 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+BLIP2_QFORMER = {
+    "type": "qformer",
+    "num_image_tokens": 32,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "cross_attention_frequency": 2,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # LLaVA-1.5 (arXiv 2310.03744)
     "llava": {"adapter": {"projector": "mlp"}, "vision_feature_layer": -2, "image_aspect_ratio": "pad"},
@@ -69,16 +78,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # BLIP-2 (arXiv 2301.12597)
     "blip2": {
-        "adapter": {
-            "projector": {
-                "type": "qformer",
-                "num_image_tokens": 32,
-                "hidden_size": 768,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 12,
-                "cross_attention_frequency": 2,
-            }
-        },
+        "adapter": {"projector": BLIP2_QFORMER},
+        "vision_feature_select_strategy": "full",
+        "chat_template": "blip2",
+    },
+    # InstructBLIP (arXiv 2305.06500)
+    "instructblip": {
+        "adapter": {"projector": BLIP2_QFORMER | {"use_qformer_text_input": True}},
         "vision_feature_select_strategy": "full",
         "chat_template": "blip2",
     },

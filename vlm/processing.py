@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import _MARKED_RE
@@ -17,6 +18,9 @@ from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END
 from vlm.tiling import Size, size_of, tiler_of
 
 IMAGE_TOKEN = "<image>"
+QFORMER_TOKENIZER = "qformer_tokenizer"
+QFORMER_INPUTS = ("qformer_input_ids", "qformer_attention_mask")
+"""What a Q-Former reads beside the image (InstructBLIP)."""
 
 
 class VLMProcessor(ProcessorMixin):
@@ -29,6 +33,10 @@ class VLMProcessor(ProcessorMixin):
             `prefix_lm` too, 0 in the prompt, and 1 from the first answer of a conversation on.
         image_token: the placeholder in text. One placeholder an image, in order; it is expanded here.
         tiling: equal to the model's; see [`vlm.tiling.Tiler`].
+        qformer_tokenizer: that of a Q-Former which reads texts; with it `QFORMER_INPUTS [images, T]` are given. What is
+            read with an image is the text of the message in which it stands, without other messages and without what
+            the chat template writes; of a text that is no conversation, all of it. What is longer than
+            `qformer_tokenizer.model_max_length` is cut there; the language model reads it whole.
     """
 
     fixed_image_tokens = True
@@ -43,6 +51,7 @@ class VLMProcessor(ProcessorMixin):
         image_token: str = IMAGE_TOKEN,
         image_attention: str = "causal",
         tiling: dict[str, Any] | None = None,
+        qformer_tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
         self.image_seq_length = image_seq_length
@@ -52,12 +61,45 @@ class VLMProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(f"the tokenizer has no token {image_token!r}; add it as a special token first")
+        # Not under its own name, since transformers would write it into the JSON file of values.
+        self._qformer_tokenizer = qformer_tokenizer
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def qformer_tokenizer(self) -> Any:
+        return self._qformer_tokenizer
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """The parts that every processor has. transformers finds parts by the arguments' names, and requires each."""
+        return ["image_processor", "tokenizer"]
+
+    def to_dict(self) -> dict[str, Any]:
+        named = {} if self.qformer_tokenizer is None else {QFORMER_TOKENIZER: QFORMER_TOKENIZER}
+        return super().to_dict() | named
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.qformer_tokenizer is not None:  # where `InstructBlipProcessor` has it
+            self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        if processor_dict and (folder := processor_dict.get(QFORMER_TOKENIZER)):
+            # From the folder that it names to the tokenizer in it, which becomes an argument.
+            within = os.path.join(kwargs.get("subfolder", ""), folder)
+            processor_dict[QFORMER_TOKENIZER] = AutoTokenizer.from_pretrained(
+                pretrained_model_name_or_path, **{**kwargs, "subfolder": within}
+            )
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
         names = ["input_ids", "attention_mask", "pixel_values"]
         names += ["image_sizes"] if self.tiler is not None else []
+        names += QFORMER_INPUTS if self.qformer_tokenizer is not None else ()
         return names if self.image_attention == "causal" else [*names, "token_type_ids"]
 
     def __call__(
@@ -67,18 +109,27 @@ class VLMProcessor(ProcessorMixin):
         *,
         pixels: bool = True,
         image_sizes: Sequence[Size] | None = None,
+        qformer_text: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """As in `ProcessorMixin`. With `pixels=False` image placeholders are expanded although no image is given: the
         ids of a text whose pixels, or features, come from elsewhere. Tiling then needs the images' `image_sizes`, each
-        `(height, width)`, and gives them back as the model takes them, `[images, 2]`.
+        `(height, width)`, and gives them back as the model takes them, `[images, 2]`. `qformer_text` is what a Q-Former
+        reads, for each image; else the whole text that the image stands in.
         Raises ValueError if placeholders and images, or their sizes, do not match."""
         texts = [text] if isinstance(text, str) else text
         if kwargs.get("sanitize_control_tokens"):
             # Taken out for counting, the token that a user wrote into `<im<image>age>` would leave another behind.
             texts = [sample.replace(_CONTROL_TOKEN_END, 2 * _CONTROL_TOKEN_END) for sample in texts]
+        if self.qformer_tokenizer is not None and qformer_text is None:
+            qformer_text = [
+                sample.replace(self.image_token, "").strip()
+                for sample in texts or ()
+                for _ in range(sample.count(self.image_token))
+            ]
         if pixels:
-            return self._with_types(super().__call__(images=images, text=texts, **kwargs))
+            inputs = super().__call__(images=images, text=texts, **kwargs)
+            return self._with_qformer_text(self._with_types(inputs), qformer_text)
         if self.tiler is None:
             replacements = [self.image_token * self.image_seq_length] * sum(s.count(self.image_token) for s in texts)
         else:
@@ -93,7 +144,7 @@ class VLMProcessor(ProcessorMixin):
         inputs = BatchFeature(dict(self.tokenizer(texts, **kwargs)))
         if self.tiler is not None and image_sizes:
             inputs["image_sizes"] = torch.tensor(image_sizes)
-        return self._with_types(inputs)
+        return self._with_qformer_text(self._with_types(inputs), qformer_text)
 
     def prepare_images(self, images: Sequence[Image.Image]) -> BatchFeature:
         """`pixel_values [images, 3, H, W]`; with tiling, of all tiles of all images, and `image_sizes [images, 2]`."""
@@ -128,6 +179,16 @@ class VLMProcessor(ProcessorMixin):
             inputs["token_type_ids"] = (ids == self.image_token_id).long() if marks else torch.zeros_like(ids)
         else:
             inputs["token_type_ids"] = [[int(marks and token == self.image_token_id) for token in row] for row in ids]
+        return inputs
+
+    def _with_qformer_text(self, inputs: BatchFeature, texts: Sequence[str] | None) -> BatchFeature:
+        """Padded at their ends, since a Q-Former counts places from the first token."""
+        if self.qformer_tokenizer is None or not texts:
+            return inputs
+        made = self.qformer_tokenizer([*texts], padding=True, padding_side="right", truncation=True)
+        for name, key in zip(QFORMER_INPUTS, ("input_ids", "attention_mask"), strict=True):
+            rows = made[key]
+            inputs[name] = torch.tensor(rows, dtype=torch.long) if _holds_tensors(inputs) else rows
         return inputs
 
     def _mark_answers(self, inputs: Any, conversations: Sequence[Any], *args: Any, **kwargs: Any) -> None:
@@ -182,17 +243,41 @@ class VLMProcessor(ProcessorMixin):
         if kwargs.get("tokenize"):
             kwargs.setdefault("sanitize_control_tokens", not kwargs.get("return_assistant_tokens_mask"))
             kwargs["processor_kwargs"] = {"add_special_tokens": False, **(kwargs.get("processor_kwargs") or {})}
+            if self.qformer_tokenizer is not None:
+                trusted = not kwargs["sanitize_control_tokens"]
+                conversations, _ = self._normalize_conversations(conversation)
+                kwargs["processor_kwargs"]["qformer_text"] = [
+                    text for messages in conversations for text in self._qformer_text(messages, trusted)
+                ]
         made = super().apply_chat_template(conversation, *args, **kwargs)
         if self.image_attention == "prefix_lm" and kwargs.get("tokenize") and kwargs.get("return_dict"):
             conversations, _ = self._normalize_conversations(conversation)
             self._mark_answers(made, conversations, *args, **{k: v for k, v in kwargs.items() if k not in _OF_ONE_CALL})
         return made
 
+    def _qformer_text(self, messages: Sequence[Any], trusted: bool) -> list[str]:
+        """What is read with each image of a conversation; in `trusted` messages placeholders are images too."""
+        texts = []
+        for message in messages:
+            content = message.get("content") or []  # a call of a tool has none
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            text = "".join(part["text"] for part in parts if part["type"] == "text")
+            images = sum(part["type"] == "image" for part in parts)
+            if trusted:
+                images += text.count(self.image_token)
+                text = text.replace(self.image_token, "")
+            texts += [text.strip()] * images
+        return texts
+
 
 _OF_ONE_CALL = (
     *("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"),
     *("add_generation_prompt", "continue_final_message", "processor_kwargs"),
 )
+
+
+def _holds_tensors(inputs: BatchFeature) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in inputs.values())
 
 
 def _is_no_answer(message: Any) -> bool:

@@ -370,6 +370,10 @@ class Recipe(Section):
             found.append(("metric_for_best_model", why))
         return found
 
+    @property
+    def stage_names(self) -> list[str]:
+        return [stage.name for stage in self.stages]
+
     def resolved(self) -> dict[str, Any]:
         """Return the recipe with every default written out, as plain values: what `from_dict` gives back unchanged."""
         return self.model_dump(mode="json")

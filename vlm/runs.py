@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vlm.errors import UserError
 from vlm.training.history import draw_losses, duration, is_alive, read_metrics
@@ -41,7 +41,8 @@ def compare(first: Path, second: Path, picture: Path, console: Console) -> None:
             raise UserError(f"{run} is no run: there is no recipe.yaml and environment.json in it")
         runs[run] = (dict(_flat(_recipe(run))), _results(run))
     (a, ours), (b, theirs) = runs[first], runs[second]
-    table = Table("", str(first), str(second), box=None, pad_edge=False)
+    columns = [Column(header, overflow="fold") for header in ("", str(first), str(second))]
+    table = Table(*columns, box=None, pad_edge=False)
     for key in dict.fromkeys([*a, *b]):
         if a.get(key) != b.get(key) and key != "output_dir":
             table.add_row(key, str(a.get(key, "")), str(b.get(key, "")))

@@ -14,6 +14,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, T
 from vlm.adapters import VisionStates
 from vlm.data.prompts import is_prefix_lm
 from vlm.generation import Request, encode_images, fixed_image_tokens, has_plain_generate, to_generate, tokenize
+from vlm.processing import QFORMER_INPUTS
 from vlm.tiling import size_of
 
 CAUSAL_INPUTS = {
@@ -56,6 +57,8 @@ class Session:
         """How many tokens at its beginning see each other, and are kept together or not at all."""
         self._images: list[Image.Image] = []
         """The images of the last request, and maybe of tokens in the cache."""
+        self._texts: list[list[int]] = []
+        """What a Q-Former read with each of them."""
         self._features: dict[int, torch.Tensor] = {}
         """By the identity of an image of `_images`, what our own model's encoder made of it: `[1, P + h * w, D_v]`, or
         one for each tile."""
@@ -100,7 +103,8 @@ class Session:
         ids = inputs["input_ids"][0].tolist()
         prompt = int((inputs["token_type_ids"] == 0).sum()) if is_prefix_lm(self.processor) else 0
         keeps = options.get("use_cache", True) and (fixed or _is_causal(self.model, inputs))
-        length, known = self._in_cache(ids, images, fixed, prompt) if keeps else (0, 0)
+        texts = _qformer_texts(inputs)
+        length, known = self._in_cache(ids, images, texts, fixed, prompt) if keeps else (0, 0)
         # Taken away until the answer is there: what an error leaves of a cache is good for nothing.
         cache, self._cache = self._cache, None
         if cache is not None and length:
@@ -108,18 +112,20 @@ class Session:
                 cache.crop(length - len(self._ids))
             inputs["cache"] = cache
         if fixed:
-            inputs.update(self._vision_inputs(images, known))
+            inputs.update(self._vision_inputs(images, inputs, known))
         elif known:
             inputs = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask", "cache")}
         output = self.model.generate(**to_generate(self.model, self.processor, inputs, options))
         if keeps and isinstance(output.cache, DynamicCache) and not output.cache.offloading:
-            self._cache, self._images, self._prompt = output.cache, list(images), prompt
+            self._cache, self._images, self._texts, self._prompt = output.cache, list(images), texts, prompt
             # All but the last token, which nobody has read.
             self._ids = output.sequences[0, : output.cache.get_seq_length()].tolist()
 
-    def _in_cache(self, ids: Sequence[int], images: Sequence[Image.Image], fixed: bool, prompt: int) -> tuple[int, int]:
+    def _in_cache(
+        self, ids: Sequence[int], images: Sequence[Image.Image], texts: list[list[int]], fixed: bool, prompt: int
+    ) -> tuple[int, int]:
         """How many of the first tokens of a request, whose `prompt` first ones see each other, need not be read, and
-        how many whole images stand in them."""
+        how many whole images stand in them. `texts` are what a Q-Former reads with each image."""
         if self._cache is None:
             return 0, 0
         pairs = zip(self._ids, ids[:-1], strict=False)  # one is left to predict from
@@ -128,6 +134,7 @@ class Session:
         for first, last, count in _places(self.model, ids, images, fixed):
             old, new = self._images[known : known + count], images[known : known + count]
             same = len(old) == len(new) == count and all(a is b for a, b in zip(old, new, strict=True))
+            same &= self._texts[known : known + count] == texts[known : known + count]
             if not same or last >= length:
                 length = min(length, first)
                 break
@@ -141,15 +148,17 @@ class Session:
         )
         return (length, known) if croppable or length == len(self._ids) else (0, 0)
 
-    def _vision_inputs(self, images: Sequence[Image.Image], known: int) -> dict[str, Any]:
-        """Features of the images after the first `known`, and what the tokens of the cache leave to look at."""
+    def _vision_inputs(self, images: Sequence[Image.Image], tokenized: Any, known: int) -> dict[str, Any]:
+        """Features of the images after the first `known`, what is `tokenized` beside them, and what the tokens of the
+        cache leave to look at."""
         new = {id(image): image for image in images if id(image) not in self._features}
         if new:
             features, self._grid = encode_images(self.model, self.processor, list(new.values()))
             self._features |= dict(zip(new, features, strict=True))
         self._images = list(images)  # holds them, so that nothing else gets their identity
         self._features = {id(image): self._features[id(image)] for image in images}
-        inputs: dict[str, Any] = {}
+        beside = {name: tokenized[name] for name in QFORMER_INPUTS if name in tokenized}
+        inputs: dict[str, Any] = {name: texts[known:] for name, texts in beside.items()}
         if known < len(images):
             inputs["vision_features"] = torch.cat([self._features[id(image)] for image in images[known:]])
             inputs["vision_grid"] = self._grid
@@ -157,7 +166,10 @@ class Session:
         if known and self.model.config.uses_cross_attention:
             latest = self._features[id(images[known - 1])]
             visual_tokens = self.model.get_image_features(
-                vision_features=latest, vision_grid=self._grid, **self._sizes(images[known - 1 : known])
+                vision_features=latest,
+                vision_grid=self._grid,
+                **self._sizes(images[known - 1 : known]),
+                **{name: texts[known - 1 : known] for name, texts in beside.items()},
             )
             first = torch.zeros(1, 1, dtype=torch.long, device=latest.device)
             inputs["vision_states"] = VisionStates.of(visual_tokens, first)
@@ -168,6 +180,13 @@ class Session:
         if self.processor.tiling is None:
             return {}
         return {"image_sizes": torch.tensor([size_of(image) for image in images], device=self.model.device)}
+
+
+def _qformer_texts(inputs: Any) -> list[list[int]]:
+    """The tokens that a Q-Former reads with each image; none if it reads nothing."""
+    if not all(name in inputs for name in QFORMER_INPUTS):
+        return []
+    return [ids[mask.bool()].tolist() for ids, mask in zip(*(inputs[name] for name in QFORMER_INPUTS), strict=True)]
 
 
 def _is_causal(model: Any, inputs: Any) -> bool:

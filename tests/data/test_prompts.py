@@ -104,7 +104,7 @@ def test_an_answer_has_the_tokens_that_it_has_behind_a_text(answer):
 
 def test_a_q_former_reads_the_question_and_not_the_answer():
     processor, found = tokenized("instructblip")
-    assert found.question_inputs["qformer_input_ids"] == processor.qformer_tokenizer(QUESTION)["input_ids"]
+    assert found.qformer_inputs["qformer_input_ids"] == [processor.qformer_tokenizer(QUESTION)["input_ids"]]
 
 
 def test_blips_decoder_begins_with_its_own_token():

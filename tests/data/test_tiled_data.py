@@ -104,12 +104,13 @@ def kept(tmp_path, model, processor, made):
     from tests.training.helpers import arguments
     from tests.training.test_features import a_recipe
     from vlm.data.check import ProblemLog
+    from vlm.training.callbacks import StopOnSignal
     from vlm.training.features import kept_features
 
     args = arguments(tmp_path / "run", bf16=False)
     console = Console(file=StringIO(), width=200)
     recipe = a_recipe(cache_features=True)
-    cache, [keys] = kept_features(recipe, (made,), model, processor, args, ProblemLog(99), console)
+    cache, [keys] = kept_features(recipe, (made,), model, processor, args, ProblemLog(99), console, StopOnSignal())
     return cache, keys, console.file.getvalue()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.training.helpers import recipe_values, save_images, save_parts
+from tests.training.helpers import lora_trainer, recipe_values, save_images, save_parts
 
 
 @pytest.fixture(scope="module")
@@ -23,3 +23,11 @@ def vlm_home(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def values(parts, images, tmp_path):
     return recipe_values(parts, images, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """`lora_trainer` after a run that nothing disturbed."""
+    trainer = lora_trainer(tmp_path_factory.mktemp("whole"))
+    trainer.train()
+    return trainer

@@ -17,7 +17,7 @@ from vlm import recipe
 from vlm.data.dataset import TreeCollator, TreeDataset, make_items
 from vlm.data.example import Example, question_and_answer
 from vlm.training import run as running
-from vlm.training.parts import set_trainable
+from vlm.training.parts import add_lora, set_trainable
 from vlm.training.trainer import VLMTrainer
 
 LORA = {
@@ -95,6 +95,28 @@ def trainer_of(
         data_collator=TreeCollator(processor, answer_weighting=weighting),
         rates=rates,
         callbacks=list(callbacks),
+    )
+
+
+RATES = {"projector": 1e-2, "lora": 1e-2}
+_OPTIONS: dict[str, Any] = {
+    "max_steps": 6,
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 1,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.1,
+}
+
+
+def lora_trainer(folder: Path, callbacks: Any = (), **changes: Any) -> VLMTrainer:
+    """Six steps with LoRA, dropout and accumulation: 7 examples, 2 rows a step; a checkpoint every two steps."""
+    model, processor = tiny()
+    torch.manual_seed(1)
+    adapted = add_lora(model, LORA | {"lora_dropout": 0.3}, RATES)
+    return trainer_of(
+        folder, RATES, made=(adapted, processor), data=examples(7), callbacks=callbacks, **(_OPTIONS | changes)
     )
 
 

@@ -2,41 +2,17 @@
 
 import json
 import os
-import signal
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from tests.tiny import tiny
-from tests.training.helpers import LORA, examples, trainer_of, weights
+from tests.training.helpers import RATES, examples, lora_trainer, weights
 from vlm.errors import UserError
-from vlm.training.callbacks import StopOnSignal
-from vlm.training.parts import add_lora
-
-RATES = {"projector": 1e-2, "lora": 1e-2}
-WITH_DROPOUT = LORA | {"lora_dropout": 0.3}
-OPTIONS = {
-    "max_steps": 6,
-    "gradient_accumulation_steps": 2,
-    "per_device_train_batch_size": 1,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "lr_scheduler_type": "cosine",
-    "weight_decay": 0.1,
-}
-
-
-def make(folder, callbacks=(), **changes):
-    """LoRA with dropout, accumulation, several epochs: 7 examples, 2 rows a step."""
-    model, processor = tiny()
-    torch.manual_seed(1)
-    adapted = add_lora(model, WITH_DROPOUT, RATES)
-    return trainer_of(
-        folder, RATES, made=(adapted, processor), data=examples(7), callbacks=callbacks, **OPTIONS, **changes
-    )
+from vlm.training.checkpoints import newest, why_broken
 
 
 class Killed(BaseException):
@@ -52,20 +28,12 @@ class KillAt(TrainerCallback):
             raise Killed
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The run that nothing disturbed."""
-    trainer = make(tmp_path_factory.mktemp("whole"))
-    trainer.train()
-    return trainer
-
-
 @pytest.mark.parametrize("step", [3, 5])
 def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path, step):
     with pytest.raises(Killed):
-        make(tmp_path / "run", [KillAt(step)]).train()
+        lora_trainer(tmp_path / "run", [KillAt(step)]).train()
     torch.manual_seed(99)  # another process has another state
-    resumed = make(tmp_path / "run")
+    resumed = lora_trainer(tmp_path / "run")
     resumed.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "run")))
     assert resumed.state.global_step == 6
     wanted, found = weights(whole.model), weights(resumed.model)
@@ -106,10 +74,10 @@ def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(whole, tmp
     with monkeypatch.context() as patch:
         kill_when(patch, where)
         with pytest.raises(Killed):
-            make(tmp_path / "run").train()
+            lora_trainer(tmp_path / "run").train()
     last = get_last_checkpoint(str(tmp_path / "run"))
     assert Path(last).name == "checkpoint-2"
-    resumed = make(tmp_path / "run")
+    resumed = lora_trainer(tmp_path / "run")
     resumed.train(resume_from_checkpoint=last)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     wanted, found = weights(whole.model), weights(resumed.model)
@@ -118,7 +86,7 @@ def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(whole, tmp
 
 def test_old_checkpoints_are_removed_and_the_best_is_kept(tmp_path):
     """The best is the one of step 2 here: the rate is so high that it only gets worse."""
-    trainer = make(
+    trainer = lora_trainer(
         tmp_path / "run",
         eval_data=examples(4),
         eval_strategy="steps",
@@ -141,51 +109,83 @@ def test_old_checkpoints_are_removed_and_the_best_is_kept(tmp_path):
 
 
 def test_a_checkpoint_without_random_state_is_refused(tmp_path):
-    make(tmp_path / "run").train()
+    lora_trainer(tmp_path / "run").train()
     os.remove(tmp_path / "run" / "checkpoint-4" / "rng_state.pth")
     with pytest.raises(UserError, match=r"checkpoint-4 holds no rng_state\.pth: .*--overwrite"):
-        make(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+        lora_trainer(tmp_path / "run").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
 
 
-class Tell(TrainerCallback):
-    """The signal comes in the middle of a step."""
+@pytest.mark.parametrize("writer", ["save_model", "_save_optimizer_and_scheduler"])
+def test_a_full_disk_costs_one_checkpoint_and_nothing_else(whole, tmp_path, monkeypatch, caplog, writer):
+    """No file may grow at step 4, so that safetensors and torch fail as their libraries do."""
+    original = getattr(Trainer, writer)
 
-    def __init__(self, step, number):
-        self.step, self.number = step, number
+    def write(self, *args, **kwargs):
+        if self.state.global_step != 4:
+            return original(self, *args, **kwargs)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step + 1 == self.step:
-            os.kill(os.getpid(), self.number)
+    monkeypatch.setattr(Trainer, writer, write)
+    trainer = lora_trainer(tmp_path / "run")
+    unsaved = []
+    trainer.add_callback(
+        type("Look", (TrainerCallback,), {"on_save": lambda *_, **__: unsaved.append(trainer.unsaved)})
+    )
+    trainer.train()
+    assert [why is None for why in unsaved] == [True, False, True]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-2", "checkpoint-6"]
+    assert "The checkpoint of step 4 could not be saved" in caplog.text
+    assert "Training goes on" in caplog.text
+    wanted, found = weights(whole.model), weights(trainer.model)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert newest(tmp_path / "run", caplog.messages.append) == tmp_path / "run/checkpoint-6"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_and_saves(whole, tmp_path, number):
-    before = signal.getsignal(number)
-    with StopOnSignal() as stop:
-        trainer = make(tmp_path / "run", [Tell(3, number), stop])
-        trainer.train()
-    assert signal.getsignal(number) is before
-    assert stop.stopped
-    assert trainer.state.global_step == 3
-    assert Path(get_last_checkpoint(str(tmp_path / "run"))).name == "checkpoint-3"
-    resumed = make(tmp_path / "run")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+def test_what_is_no_full_disk_is_no_full_disk(tmp_path, monkeypatch):
+    def wrong(self, folder):
+        raise RuntimeError("a mistake in the code")
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", wrong)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        lora_trainer(tmp_path / "run").train()
+
+
+def test_old_checkpoints_go_after_the_new_one_is_there(tmp_path, monkeypatch):
+    from vlm.training import trainer as module
+
+    seen = []
+
+    def rotate(folder, *args, **kwargs):
+        if Path(folder).name == "run":  # and not the folder beside
+            seen.append(sorted(path.name for path in Path(folder).glob("checkpoint-*") if why_broken(path) is None))
+        rotate_checkpoints(folder, *args, **kwargs)
+
+    monkeypatch.setattr(module, "rotate_checkpoints", rotate)
+    lora_trainer(tmp_path / "run", save_total_limit=1).train()
+    assert seen == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-6"]
+
+
+def test_a_rate_that_was_lowered_is_that_of_the_steps_to_come(whole, tmp_path, monkeypatch):
+    """By the rates in the log: the cosine goes on, at half its height."""
+    before = [entry["learning_rate"] for entry in whole.state.log_history if "learning_rate" in entry]
+    for part, rate in RATES.items():
+        monkeypatch.setitem(RATES, part, rate / 2)
+    resumed = lora_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-4")
+    log = [entry["learning_rate"] for entry in resumed.state.log_history if "learning_rate" in entry]
+    assert log == pytest.approx([*before[:4], before[4] / 2, before[5] / 2])
+
+
+def test_a_run_resumed_after_its_last_step_takes_no_other(whole, tmp_path):
+    """That step is in the middle of an epoch, where Trainer would go on."""
+    resumed = lora_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-6")
+    assert resumed.state.global_step == 6
     wanted, found = weights(whole.model), weights(resumed.model)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
-
-
-def test_a_signal_at_the_last_step_stops_nothing(tmp_path):
-    with StopOnSignal() as stop:
-        trainer = make(tmp_path / "run", [Tell(6, signal.SIGTERM), stop])
-        trainer.train()
-    assert not stop.stopped
-
-
-def test_a_second_signal_acts_at_once(tmp_path):
-    # What a terminal starts; what a shell starts in the background ignores it.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with StopOnSignal() as stop, pytest.raises(KeyboardInterrupt):
-            make(tmp_path / "run", [Tell(2, signal.SIGINT), Tell(2, signal.SIGINT), stop]).train()
-    finally:
-        signal.signal(signal.SIGINT, before)

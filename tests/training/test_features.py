@@ -25,6 +25,7 @@ from vlm.data.features import FeatureCache
 from vlm.errors import UserError
 from vlm.training import features as keeping
 from vlm.training import run as running
+from vlm.training.callbacks import StopOnSignal
 from vlm.training.features import choose, kept_features
 
 CPU = torch.device("cpu")
@@ -197,6 +198,7 @@ def kept(made, groups, tmp_path, log=None, data=None, **args):
         arguments(tmp_path / "run", **args),
         log or ProblemLog(99),
         console,
+        StopOnSignal(),
     )
     cache, keys = kept_features(*given)
     return cache, keys, console.file.getvalue()

@@ -39,15 +39,10 @@ def test_it_is_where_it_is_asked_for(parts, found):
             assert ("vision_tower" in name) == (part == "lora_vision")
 
 
-def test_each_part_has_its_rate():
-    trained, processor = adapted(["language", "vision"])
-    trainer = trainer_of_made(trained, processor)
+def test_each_part_has_its_rate(tmp_path):
+    trainer = trainer_of(tmp_path, RATES, made=adapted(["language", "vision"]), data=examples(2))
     groups = {group["part"]: group["lr"] for group in trainer.create_optimizer().param_groups}
     assert groups == RATES
-
-
-def trainer_of_made(trained, processor):
-    return trainer_of("/nowhere", RATES, made=(trained, processor), data=examples(2))
 
 
 def test_merged_it_computes_the_same():

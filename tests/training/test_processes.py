@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from tests.stock import STOCK, stock
 from tests.tiny import tiny
-from tests.training.helpers import examples, rows_of, trainer_of, weights
+from tests.training.helpers import LORA, examples, rows_of, trainer_of, weights
 from vlm import recipe
 from vlm.data.batches import RowSampler
 from vlm.data.dataset import TreeCollator
@@ -26,8 +26,6 @@ from vlm.training.parts import add_lora
 from vlm.training.processes import GlobalBatch, join_processes, units, what_differs
 from vlm.training.throughput import row_counts
 from vlm.training.trainer import supervised_loss
-
-LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", "use_rslora": False}
 
 
 def together(function, *args):

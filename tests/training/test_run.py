@@ -360,10 +360,13 @@ def test_the_projector_can_start_at_random(values, tmp_path):
     assert not model.multi_modal_projector.standardize.mean.any()
 
 
-@pytest.mark.parametrize("projector", ["c_abstractor", "resampler", "qformer"])
-def test_projectors_with_layers_of_their_own_train(values, projector):
+@pytest.mark.parametrize(
+    ("projector", "options"),
+    [("c_abstractor", {}), ("resampler", {}), ("qformer", {}), ("qformer", {"use_qformer_text_input": True})],
+)
+def test_projectors_with_layers_of_their_own_train(values, projector, options):
     """The part check of a run stops it if they do not."""
-    model = values["model"] | {"adapter": {"projector": small_projector(projector)}}
+    model = values["model"] | {"adapter": {"projector": small_projector(projector) | options}}
     train(values | {"model": model, "trainable": {"projector": 1e-2}, "lora": None, "evaluation": {}})
 
 

@@ -31,7 +31,7 @@ from vlm.training.trainer import supervised_loss
 
 FAMILIES = [*STOCK, *PROMPTED]
 TREES = ["llava_next", "llava_onevision", "smolvlm", "idefics2", "idefics3", "gemma3", "internvl", "blip-2"]
-TREES += ["paligemma"]
+TREES += ["instructblip", "paligemma"]
 SIZES = [(40, 36), (30, 64), (64, 24)]
 """Of images that take different numbers of tiles, patches or tokens."""
 

@@ -1,6 +1,8 @@
 """The command line: what is imported when, exit codes, and what is said on which stream."""
 
+import errno
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +93,26 @@ def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(recipe, "packaged", stopped)
     assert vlm("recipes") == (130, "", "stopped\n")
+
+
+def test_a_run_that_was_told_to_stop_exits_with_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlm.training.callbacks import Stopped
+
+    def stopped() -> None:
+        raise Stopped("stopped after step 3", signal.SIGTERM)
+
+    monkeypatch.setattr(recipe, "packaged", stopped)
+    assert vlm("recipes") == (143, "", "vlm: stopped after step 3\n")
+
+
+def test_a_full_disk_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "run/recipe.yaml")
+
+    monkeypatch.setattr(recipe, "packaged", full)
+    code, _, said = vlm("recipes")
+    assert code == 2
+    assert said.startswith("vlm: the disk is full (run/recipe.yaml): make room")
 
 
 def test_data_check_reports_and_fails_on_bad_rows(tmp_path: Path) -> None:

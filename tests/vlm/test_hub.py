@@ -240,8 +240,10 @@ def test_a_wrong_token_is_refused(hub, run_dir):
 
 def test_no_server(run_dir, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9 cannot be reached"):
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9 cannot be reached") as error:
         push(run_dir, REPO, token=TOKEN)
+    assert f"`vlm push {run_dir} {REPO}`" in str(error.value)
+    assert (run_dir / "model" / "config.json").is_file()
 
 
 def test_a_folder_that_is_no_run(tmp_path):

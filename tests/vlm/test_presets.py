@@ -30,13 +30,13 @@ def model_of(**model):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_a_model_that_runs(name):
-    adapter = {"projector": {"hidden_size": 24, "num_attention_heads": 4}} if name == "blip2" else {}
+    adapter = {"projector": {"hidden_size": 24, "num_attention_heads": 4}} if "blip" in name else {}
     made = model_of(preset=name, adapter=adapter)
     assert made.preset == name
     patch = {"gemma3": 2}.get(name, 4)  # 16 x 16 patches of 32 x 32 pixels, or 8 x 8
     options = made.model_dump(
         exclude={"preset", "pretrained", "vision", "language", "adapter", "image_size", "image_aspect_ratio"}
-        | {"trust_remote_code", "chat_template"}
+        | {"trust_remote_code", "chat_template", "quantization_config"}
     )
     adapter = made.adapter.model_dump(exclude={"data_dependent_init"})
     projector, fusion = adapter.pop("projector"), adapter.pop("fusion")
@@ -44,7 +44,7 @@ def test_a_preset_is_a_model_that_runs(name):
         fusion=fusion, projector=projector, vision_config=clip_config(patch_size=patch), **options, **adapter
     )
     inputs = encode(processor, [[user(picture := image(0, (60, 36)), "what")]])
-    assert model.config.projector == projector
+    assert model.config.projector.items() >= projector.items()
     with torch.no_grad():
         seen = model(**inputs).logits
         other = model(**encode(processor, [[user(image(1, picture.size), "what")]])).logits

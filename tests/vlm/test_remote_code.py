@@ -20,7 +20,10 @@ from vlm.vision_towers import VisionTowersConfig
 
 CASES = {
     "flamingo": {"projector": small_projector("resampler"), "fusion": "cross_attention"},
-    "mllama": {"projector": small_projector("qformer"), "fusion": "cross_attention_layers"},
+    "mllama": {
+        "projector": small_projector("qformer") | {"use_qformer_text_input": True},
+        "fusion": "cross_attention_layers",
+    },
     "tiles": {"projector": "pixel_shuffle", "tiling": {"type": "tiles", "max_tiles": 4}},
     "gemma3": {"decoder": "gemma3", "projector": "linear", "image_attention": "bidirectional"},
     "paligemma": {"decoder": "gemma2", "image_attention": "prefix_lm", "chat_template": "paligemma"},

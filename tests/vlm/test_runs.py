@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from vlm.cli import app
+from vlm import cli
 
 RECIPE = {
     "name": "captions",
@@ -41,7 +41,8 @@ def save_run(folder: Path, recipe=RECIPE, *, losses=(3.0, 2.0, 2.5), process=Non
 
 
 def invoke(*words):
-    result = CliRunner().invoke(app, ["runs", *map(str, words)], env={"COLUMNS": "200"})
+    cli.console.width = 200  # made with the module, at the width of that moment
+    result = CliRunner().invoke(cli.app, ["runs", *map(str, words)])
     return result.exit_code, [" ".join(line.split()) for line in result.output.splitlines()]
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from PIL import Image
 
 from vlm.data.example import Branch, Message, count_image_parts
-from vlm.data.prompts import IMAGE_MASKS, QUESTION_INPUTS, TOKEN_TYPES, encode_prompt, has_chat_template
+from vlm.data.prompts import IMAGE_MASKS, TOKEN_TYPES, encode_prompt, has_chat_template
 from vlm.errors import UserError
+from vlm.processing import QFORMER_INPUTS
 
 IGNORE = -100
 """The label of a token that is not supervised, as everywhere in transformers."""
@@ -51,13 +52,13 @@ class TokenizedBranch:
         input_ids: token ids, image tokens expanded.
         labels: the same where an assistant's answer, with its end token, is supervised; else, and at first, -100.
         token_types: by name, those of `TOKEN_TYPES` and `IMAGE_MASKS` that the model is given, as long as `input_ids`.
-        question_inputs: by name, those of `QUESTION_INPUTS` that the model is given.
+        qformer_inputs: by name, those of `QFORMER_INPUTS` that the model is given, for each image.
     """
 
     input_ids: list[int]
     labels: list[int]
     token_types: dict[str, list[Any]] = field(default_factory=dict)
-    question_inputs: dict[str, list[int]] = field(default_factory=dict)
+    qformer_inputs: dict[str, list[list[int]]] = field(default_factory=dict)
 
 
 def with_images(messages: Sequence[Message], images: Sequence[Image.Image]) -> list[Message]:
@@ -139,7 +140,7 @@ def tokenize_branch(
     whole = _row(encoded["input_ids"])
     given = [name for name in encoded if name in processor.model_input_names]
     types = {name: _row(encoded[name]) for name in given if name in (*TOKEN_TYPES, *IMAGE_MASKS)}
-    question = {name: _row(encoded[name]) for name in given if name in QUESTION_INPUTS}
+    qformer_inputs = {name: _rows(encoded[name]) for name in given if name in QFORMER_INPUTS}
     labels = [IGNORE] * len(whole)
     for turn, message in enumerate(branch.messages):
         if message["role"] != "assistant":
@@ -157,7 +158,7 @@ def tokenize_branch(
         if last:  # nothing is learnt behind it, and with several answers an image each would pay for it
             for column in (whole, labels, *types.values()):
                 del column[end:]
-    return TokenizedBranch(whole, labels, types, question)
+    return TokenizedBranch(whole, labels, types, qformer_inputs)
 
 
 def _end_of_answer(processor: Any, ids: list[int], start: int, end: int) -> int:
@@ -178,3 +179,7 @@ def _special_ids(tokenizer: Any) -> set[int]:
 def _row(ids: Any) -> list[int]:
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     return list(ids[0]) if ids and isinstance(ids[0], list) else list(ids)
+
+
+def _rows(ids: Any) -> list[list[int]]:
+    return ids.tolist() if hasattr(ids, "tolist") else ids

@@ -136,20 +136,19 @@ def make_items(
 
 
 def _groups(branches: list[TokenizedBranch], processor: Any) -> list[list[TokenizedBranch]]:
-    """The branches that make a tree together. All do, if all image tokens are in the trunk, so that each image is in
-    the row once, and nothing else is a branch's own. Where an image sees its prompt, those with the same prompt do."""
-    if any(branch.question_inputs for branch in branches):
-        return [[branch] for branch in branches]
-    if is_prefix_lm(processor):
-        by_prompt: dict[Any, list[TokenizedBranch]] = {}
-        for branch in branches:
-            prompt = branch.token_types["token_type_ids"].count(0)
-            by_prompt.setdefault(tuple(branch.input_ids[:prompt]), []).append(branch)
-        return list(by_prompt.values())
-    start = trunk_length(branches)
+    """The branches that make a tree together: those whose images saw or read the same question, if they do at all, and
+    have all image tokens in the trunk, so that each image is in the row once."""
+    by_question: dict[Any, list[TokenizedBranch]] = {}
+    for branch in branches:
+        prompt = branch.token_types["token_type_ids"].count(0) if is_prefix_lm(processor) else 0
+        by_question.setdefault(repr((branch.input_ids[:prompt], branch.qformer_inputs)), []).append(branch)
     image_tokens = set(processor.image_token_ids)
-    shared = all(image_tokens.isdisjoint(branch.input_ids[start:]) for branch in branches)
-    return [branches] if shared else [[branch] for branch in branches]
+    groups = []
+    for group in by_question.values():
+        start = trunk_length(group)
+        shared = all(image_tokens.isdisjoint(branch.input_ids[start:]) for branch in group)
+        groups += [group] if shared else [[branch] for branch in group]
+    return groups
 
 
 def _tokenize(

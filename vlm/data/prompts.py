@@ -28,9 +28,6 @@ IMAGE_MASKS = ("cross_attention_mask", "image_attention_mask")
 """Which images of its row each token may look at, `[rows, tokens, images, ...]`, in models whose layers attend to
 images (Mllama, Idefics). Their pixels come row by row too."""
 
-QUESTION_INPUTS = ("qformer_input_ids", "qformer_attention_mask")
-"""The question of a row once more, in the tokens of the Q-Former (InstructBLIP)."""
-
 
 def _beside(processor: Any, images: Sequence[Image.Image], text: str) -> dict[str, Any]:
     return {"images": list(images) or None, "text": text}

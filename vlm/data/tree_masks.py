@@ -39,8 +39,6 @@ def require_trees(rows: Sequence[Sequence[Tree]]) -> None:
     trees = [tree for row in rows for tree in row]
     if any(name in IMAGE_MASKS for tree in trees for name in tree.token_types):
         raise NotATree("its layers look at the images of their row")
-    if any(tree.question_inputs for tree in trees):
-        raise NotATree("its Q-Former reads the question of a row together with the image")
 
 
 class TreeMasks:

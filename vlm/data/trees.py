@@ -34,8 +34,8 @@ PADDING = -1
 class Tree:
     """A trunk and its branches, laid out in a line; all lists have the same length.
 
-    `branch_ids` is 0 in the trunk and counts the branches from 1. `token_types` and `question_inputs` are those of
-    `TokenizedBranch`; a tree with the latter has one branch.
+    `branch_ids` is 0 in the trunk and counts the branches from 1. `token_types` and `qformer_inputs` are those of
+    `TokenizedBranch`; all branches have the latter in common.
     """
 
     input_ids: list[int]
@@ -43,7 +43,7 @@ class Tree:
     position_ids: list[int]
     branch_ids: list[int]
     token_types: dict[str, list[Any]] = field(default_factory=dict)
-    question_inputs: dict[str, list[int]] = field(default_factory=dict)
+    qformer_inputs: dict[str, list[list[int]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -55,7 +55,7 @@ def make_tree(branches: Sequence[TokenizedBranch]) -> Tree:
     first = branches[0]
     types = {name: column[:start] for name, column in first.token_types.items()}
     tree = Tree(
-        first.input_ids[:start], [IGNORE] * start, list(range(start)), [TRUNK] * start, types, first.question_inputs
+        first.input_ids[:start], [IGNORE] * start, list(range(start)), [TRUNK] * start, types, first.qformer_inputs
     )
     for number, branch in enumerate(branches, start=1):
         length = len(branch.input_ids) - start
@@ -95,7 +95,7 @@ def paths(tree: Tree) -> list[Tree]:
         ids, labels, positions, branch_ids = ([column[i] for i in kept] for column in columns)
         types = {name: [column[i] for i in kept] for name, column in tree.token_types.items()}
         found.append(
-            Tree(ids, labels, positions, [min(branch, 1) for branch in branch_ids], types, tree.question_inputs)
+            Tree(ids, labels, positions, [min(branch, 1) for branch in branch_ids], types, tree.qformer_inputs)
         )
     return found
 
@@ -132,7 +132,7 @@ def lay_out(rows: Sequence[Sequence[Tree]], pad_token_id: int) -> dict[str, Tens
     columns = {name: _column([[getattr(tree, name) for tree in row] for row in rows], fill[name]) for name in fill}
     tree_ids = _column([[[number] * len(tree) for number, tree in enumerate(row)] for row in rows], PADDING)
     mask = tree_mask(tree_ids, columns.pop("branch_ids"))
-    return {**columns, **_token_types(rows), "attention_mask": mask}
+    return {**columns, **_token_types(rows), **_qformer_inputs(rows), "attention_mask": mask}
 
 
 def lay_out_plain(paths: Sequence[Tree], pad_token_id: int) -> dict[str, Tensor]:
@@ -144,7 +144,16 @@ def lay_out_plain(paths: Sequence[Tree], pad_token_id: int) -> dict[str, Tensor]
         "labels": _column([[path.labels] for path in paths], IGNORE),
         "attention_mask": _column([[[1] * len(path)] for path in paths], 0),
         **_token_types(rows),
-        **{name: _column([[path.question_inputs[name]] for path in paths], 0) for name in paths[0].question_inputs},
+        **_qformer_inputs(rows),
+    }
+
+
+def _qformer_inputs(rows: Sequence[Sequence[Tree]]) -> dict[str, Tensor]:
+    """`[images, T]` by name, of the images of all rows in their order."""
+    trees = [tree for row in rows for tree in row if tree.qformer_inputs]
+    return {
+        name: _column([[text] for tree in trees for text in tree.qformer_inputs[name]], 0)
+        for name in (trees[0].qformer_inputs if trees else ())
     }
 
 

@@ -25,6 +25,7 @@ from vlm.interop.gemma3 import Gemma3
 from vlm.interop.idefics import Idefics
 from vlm.interop.idefics2 import Idefics2
 from vlm.interop.idefics3 import Idefics3, SmolVLM
+from vlm.interop.instructblip import InstructBlip
 from vlm.interop.internvl import InternVL
 from vlm.interop.llava import Llava
 from vlm.interop.llava_next import LlavaNext
@@ -47,6 +48,7 @@ FAMILIES: dict[str, Family] = {
     "mllama": Mllama(),
     "paligemma": PaliGemma(),
     "blip2": Blip2(),
+    "instructblip": InstructBlip(),
 }
 """By `model_type` of the stock configuration, without the dash that BLIP-2 has there and nowhere else."""
 
@@ -141,6 +143,7 @@ def to_stock(model: VLMForConditionalGeneration, processor: Any, target: str) ->
     state: dict[str, Tensor] = {}
     for name, stock_name, renamed in family.names(model):
         state[stock_name] = renamed.to_stock(weights[name]) if renamed else weights[name]
+    state |= family.idle(model)
     with no_init_weights():
         stock = stock_class(config)
     wanted = stock.state_dict().keys()

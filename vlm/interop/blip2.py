@@ -34,6 +34,9 @@ IN_A_LAYER = {
     "feed_forward.0": "intermediate_query.dense",
     "feed_forward.2": "output_query.dense",
     "feed_forward_norm": "output_query.LayerNorm",
+    "text_feed_forward.0": "intermediate.dense",
+    "text_feed_forward.2": "output.dense",
+    "text_feed_forward_norm": "output.LayerNorm",
 }
 
 
@@ -45,6 +48,9 @@ class Blip2(Family):
     prompt = "blip2"
     fields = {"image_token_id": "image_token_index", "image_seq_length": "num_query_tokens"}  # noqa: RUF012
     older = {}  # noqa: RUF012
+    reads_text = False
+    options: tuple[str, ...] = OPTIONS
+    norm = "qformer.layernorm"
 
     def check_stock(self, config: Any) -> None:
         super().check_stock(config)
@@ -59,16 +65,17 @@ class Blip2(Family):
             "hidden_act": "gelu",
             "layer_norm_eps": NORM_EPS,
             "intermediate_size": 4 * qformer.hidden_size,
-            "use_qformer_text_input": False,
+            "use_qformer_text_input": self.reads_text,
         }
         for key, value in wanted.items():
-            if (found := getattr(qformer, key)) != value:
+            if (found := getattr(qformer, key, value)) != value:
                 raise UserError(
                     f"{key} of the Q-Former is {found!r} in this checkpoint; only {value!r} can be taken over"
                 )
 
     def bridge(self, config: Any) -> dict[str, Any]:
-        options = {name: getattr(config.qformer_config, name) for name in OPTIONS}
+        options = {name: getattr(config.qformer_config, name) for name in self.options}
+        options |= {"use_qformer_text_input": True} if self.reads_text else {}
         return {
             "projector": {"type": self.projector, "num_image_tokens": config.num_query_tokens, **options},
             "vision_feature_select_strategy": "full",
@@ -81,11 +88,15 @@ class Blip2(Family):
                 f"{self.architecture} reads all of its encoder's output, the class token too: it can be made of a "
                 "model trained without vision_feature_layer and with vision_feature_select_strategy: full"
             )
+        if config.use_qformer_text_input != self.reads_text:
+            raise UserError(
+                f"{self.architecture} needs a model trained with use_qformer_text_input: {str(self.reads_text).lower()}"
+            )
         self.check_own_size(config, image)
         given = {key: value for key, value in config.projector.items() if key != "type"}
         bound = inspect.signature(QFormerProjector).bind(0, 0, **given)
         bound.apply_defaults()
-        options = {name: bound.arguments[name] for name in OPTIONS}
+        options = {name: bound.arguments[name] for name in self.options}
         return {
             "qformer_config": {
                 **options,
@@ -119,7 +130,9 @@ class Blip2(Family):
         if layer == "language_projection":
             return name
         if layer == "norm":
-            return f"qformer.layernorm.{kind}"
+            return f"{self.norm}.{kind}"
+        if layer in ("word_embeddings", "position_embeddings"):
+            return f"qformer.embeddings.{name}"
         _, number, inner = layer.split(".", maxsplit=2)
         return f"qformer.encoder.layer.{number}.{IN_A_LAYER[inner]}.{kind}"
 

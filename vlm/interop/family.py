@@ -133,6 +133,10 @@ class Family:
         the architecture cannot express."""
         raise NotImplementedError
 
+    def idle(self, model: VLMForConditionalGeneration) -> dict[str, Tensor]:
+        """Weights of the stock model that nothing it computes depends on, and that ours lacks."""
+        return {}
+
     def stock_processor(self, config: Any, processor: Any, image: Image) -> Any:
         """The processor of transformers that does what ours does. Raises UserError if there is none."""
         raise NotImplementedError

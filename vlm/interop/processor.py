@@ -36,4 +36,5 @@ def from_stock_processor(family: Family, config: VLMConfig, stock_processor: Any
         image_token,
         config.image_attention,
         config.tiling,
+        copy.deepcopy(getattr(stock_processor, "qformer_tokenizer", None)),
     )

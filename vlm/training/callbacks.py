@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -19,7 +21,13 @@ from transformers import TrainerCallback
 from vlm.data.dataset import TreeDataset
 from vlm.data.stream import StreamDataset
 from vlm.errors import UserError
+from vlm.training.checkpoints import write_text
+from vlm.training.history import read_metrics
 from vlm.training.parts import named_parts, part_of
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class PartNotTraining(RuntimeError):  # noqa: N818 - named for what happened
@@ -27,7 +35,15 @@ class PartNotTraining(RuntimeError):  # noqa: N818 - named for what happened
 
 
 class Stopped(UserError):  # noqa: N818 - named for what happened
-    """The run was told to stop, and has saved a checkpoint."""
+    """The run was told to stop, and what it had done is saved. The exit code is what a shell gives for the signal."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class EvaluationStopped(Exception):  # noqa: N818 - named for what happened
+    """The run was told to stop while the held-out loss was taken."""
 
 
 class NewRows(TrainerCallback):
@@ -42,14 +58,16 @@ class NewRows(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """At Ctrl-C or SIGTERM the step is ended, a checkpoint saved and training left; `stopped` tells. The second time
-    the signal does what it always does. Every process stops at the same step, whichever was told.
+    """At Ctrl-C or SIGTERM the step is ended, or the evaluation left, a checkpoint saved and training left; `stopped`
+    tells. The second time the signal does what it always does. Every process stops at the same step, whichever was
+    told.
 
-    Used as a context, after which signals act as before.
+    Used as a context, after which signals act as before. What is no training calls `check` wherever it may stop.
     """
 
     def __init__(self) -> None:
-        self.told = self.stopped = False
+        self.told: int | None = None
+        self.stopped = False
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -60,41 +78,81 @@ class StopOnSignal(TrainerCallback):
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.before = {}
 
     def _note(self, number: int, frame: object) -> None:
-        self.told = True
+        self.told = number
         signal.signal(number, self.before[number])
+        if os.environ.get("RANK", "0") == "0":
+            # Not by print: the signal may have come in the middle of one.
+            os.write(2, f"\n{signal.Signals(number).name}: saving and stopping; a second one stops at once\n".encode())
+
+    def check(self, doing: str) -> None:
+        """Raise Stopped if this process was told to stop, with a word on what it was `doing`."""
+        if self.told is not None:
+            raise Stopped(f"stopped while {doing}; go on with --resume", self.told)
+
+    def until_told(self, steps: Iterable[T]) -> Iterator[T]:
+        """The steps of some work, which end early if this process is told to stop."""
+        for step in steps:
+            if self.told is not None:
+                return
+            yield step
+
+    def check_all(self, doing: str) -> None:
+        """As `check`, if any process was told; all call it together."""
+        self.told = max((number for number in gather_object([self.told]) if number is not None), default=None)
+        self.check(doing)
+
+    def _any_told(self, args: Any) -> bool:
+        if args.world_size > 1:
+            told = torch.tensor(self.told or 0, device=args.device)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+            self.told = int(told) or None
+        return self.told is not None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        told = torch.tensor(float(self.told), device=args.device)
-        if args.world_size > 1:
-            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-        if told and state.global_step < state.max_steps:
+        if self._any_told(args) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._any_told(args):
+            self.stopped = True
+            raise EvaluationStopped
 
 
 class MetricsLog(TrainerCallback):
     """Appends what the Trainer logs to `metrics.jsonl`, one JSON object a line, with stage, step and seconds.
 
-    A resumed run takes out first what it had logged after its checkpoint: those steps come again.
+    A resumed run takes out first what it had logged after its checkpoint: those steps come again. A line that cannot be
+    written, as on a full disk, is said once and left out.
     """
 
     def __init__(self, path: Path, stage: str) -> None:
         self.path, self.stage, self.start = path, stage, time.monotonic()
+        self.said = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.path.is_file():
-            entries = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-            kept = [entry for entry in entries if entry["stage"] != self.stage or entry["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            kept = [
+                entry
+                for entry in read_metrics(self.path)
+                if entry["stage"] != self.stage or entry["step"] <= state.global_step
+            ]
+            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
             entry = {"stage": self.stage, "step": state.global_step, "seconds": round(time.monotonic() - self.start, 2)}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry | dict(logs or {})) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry | dict(logs or {})) + "\n")
+            except OSError as error:
+                if not self.said:
+                    logger.warning("%s cannot be written (%s); training goes on without", self.path, error)
+                self.said = True
 
 
 def _own_share(tensor: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ def _probe(items: Sequence[TreeItem]) -> Row:
 def _two_longest(item: TreeItem) -> TreeItem:
     longest = sorted(paths(item.tree), key=len)[-2:]
     tree = make_tree(
-        [TokenizedBranch(path.input_ids, path.labels, path.token_types, path.question_inputs) for path in longest]
+        [TokenizedBranch(path.input_ids, path.labels, path.token_types, path.qformer_inputs) for path in longest]
     )
     return replace(item, tree=tree)
 

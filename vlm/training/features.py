@@ -37,6 +37,7 @@ from vlm.errors import UserError
 from vlm.image_processors import image_size_of
 from vlm.recipe import Recipe
 from vlm.recipe_paths import home
+from vlm.training.callbacks import StopOnSignal
 
 TIMED_BATCHES = 4
 SHARE_OF_FREE_DISK = 0.9
@@ -53,12 +54,14 @@ def kept_features(
     args: TrainingArguments,
     log: ProblemLog,
     console: Console,
+    stop: StopOnSignal,
 ) -> tuple[FeatureCache | None, list[Keys | None]]:
     """The cache, with the features of all images of `groups` in it, and the keys of each group; or None for the cache
     and for each group, if `data.cache_features` is auto and keeping is not worth while.
 
     Several processes decide alike, each encodes its share, and all find all. Broken images are reported to `log`.
-    Raises UserError if features have to be kept and there is no room.
+    Raises UserError if features have to be kept and there is no room, and Stopped, with what is encoded kept, if `stop`
+    was told.
     """
     processes = PartialState()
     cache = cache_for(model, processor, args, home() / "features")
@@ -97,8 +100,9 @@ def kept_features(
     cache.refresh()
     left = {sha: source for sha, source in missing.items() if first_key(processor, sha) not in cache}
     mine = {sha: source for sha, source in left.items() if _is_share_of(sha, processes)}
-    batches, total = encoded(mine), -(-len(mine) // images_per_batch(processor))
+    batches, total = stop.until_told(encoded(mine)), -(-len(mine) // images_per_batch(processor))
     keep(cache, track(batches, "encoding images", total, console=console, transient=True) if mine else [])
+    stop.check_all("encoding images; those that are encoded are kept")
     broken = dict(gather_object(list(broken.items())))  # also waits until all have written
     cache.refresh()
     if images and processes.is_main_process:

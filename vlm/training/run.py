@@ -6,6 +6,7 @@ RUN/checkpoints/STAGE/  to resume from                  RUN/data_problems.json w
 RUN/model/              the model, LoRA merged in       RUN/adapter/           LoRA and trained parts, unmerged
 RUN/evaluation/         summary.json, predictions.jsonl, samples.html
 RUN/samples/STAGE/      the same of a few held-out examples, by step
+RUN/skipped_steps.jsonl the examples of steps whose gradients were not finite
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import track
@@ -29,6 +32,7 @@ from vlm.data.check import ProblemLog
 from vlm.data.dataset import TreeCollator, TreeItem, make_items
 from vlm.data.example import Example
 from vlm.data.readers import read
+from vlm.data.stream import Mixture
 from vlm.data.tree_masks import TreeMasks
 from vlm.errors import UserError
 from vlm.eval import Processes, evaluate
@@ -37,7 +41,11 @@ from vlm.loading import no_loading_bar
 from vlm.precision import generation_in_bfloat16
 from vlm.recipe import Recipe, Stage, require_models
 from vlm.recipe_model import Quantization
+from vlm.training.callbacks import StopOnSignal
+from vlm.training.changes import changes, in_words, recipe_changes
+from vlm.training.checkpoints import saving, sync, write_text
 from vlm.training.features import Keys, kept_features
+from vlm.training.folder import finished_stages, has_model, stage_home, unscored_stages
 from vlm.training.history import draw_losses
 from vlm.training.parts import trains_vision
 from vlm.training.processes import join_processes, sharded
@@ -49,7 +57,7 @@ from vlm.training.tracking import require_trackers
 from vlm.tree_attention import tree_attention
 
 CONTENTS = (
-    "recipe.yaml", "environment.json", "metrics.jsonl", "loss.png", "data_problems.json",
+    "recipe.yaml", "environment.json", "metrics.jsonl", "skipped_steps.jsonl", "loss.png", "data_problems.json",
     "checkpoints", "stages", "model", "model.saving", "adapter", "evaluation",
     "samples", "tensorboard",
 )  # fmt: skip
@@ -70,7 +78,8 @@ def train(
 ) -> Path:
     """Train and evaluate as `recipe` says; gives the run folder. `dry_run` does everything but step and write.
 
-    Raises UserError if the folder already holds a run and neither `resume` nor `overwrite` says what to do with it.
+    Raises UserError if the folder already holds a run and neither `resume` nor `overwrite` says what to do with it, and
+    Stopped, with all that was done kept, after Ctrl-C or SIGTERM.
     """
     require_models(recipe)
     for stage in recipe.stages:
@@ -79,6 +88,7 @@ def train(
     folder = Path(recipe.output_dir)
     if not dry_run:
         _require_free(folder, recipe, resume=resume, overwrite=overwrite)
+    changed = _changes(folder, recipe) if resume else []
     set_seed(recipe.seed)
     log = ProblemLog(0, recipe.data.max_bad)
     mixture, train_examples = None, []
@@ -87,14 +97,47 @@ def train(
     else:
         train_examples = [example for source in recipe.data.sources for example in _read(recipe, source, log)]
     validation_examples = _read(recipe, recipe.data.validation, log) if recipe.data.validation else []
-    done = _finished_stages(folder, recipe) if resume else 0
+    done = finished_stages(folder, recipe.stage_names) if resume else 0
     model, processor = _start_model(recipe, folder, done)
     processes.wait_for_everyone()  # so that none looks for a run in the folder when there is one
     if processes.is_main_process and not dry_run:  # only now: a mistake in the recipe or its data changes no folder
-        _prepare_folder(folder, recipe, overwrite=overwrite, console=console)
-    adapter = None
+        _prepare_folder(folder, recipe, changed, overwrite=overwrite, console=console)
+    with nullcontext(StopOnSignal()) if dry_run else StopOnSignal() as stop:
+        if recipe.evaluation.metrics and resume:
+            for number in unscored_stages(folder, recipe.stage_names):
+                _score(recipe, number, *_start_model(recipe, folder, number + 1), validation_examples, stop, console)
+        _run_stages(
+            recipe, model, processor, train_examples, mixture, validation_examples, log, done,
+            dry_run=dry_run, resume=resume, stop=stop, console=console,
+        )  # fmt: skip
+    if log.problems:
+        console.print(log.summary(), highlight=False, markup=False)
+        if not dry_run and processes.is_main_process:
+            text = json.dumps([vars(problem) for problem in log.problems], indent=1, ensure_ascii=False)
+            (folder / "data_problems.json").write_text(text, encoding="utf-8")
+    console.print("nothing was trained: this was a dry run" if dry_run else f"done: {folder}", highlight=False)
+    return folder
+
+
+def _run_stages(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    processor: Any,
+    train_examples: list[Example],
+    mixture: Mixture | None,
+    validation_examples: list[Example],
+    log: ProblemLog,
+    done: int,
+    *,
+    dry_run: bool,
+    resume: bool,
+    stop: StopOnSignal,
+    console: Console,
+) -> None:
+    """The stages from `done` on, each from the model that the one before has left; the first from `model`. They are
+    trained on `mixture`, if the data are streamed."""
+    folder, processes = Path(recipe.output_dir), PartialState()
     for number, stage in enumerate(recipe.stages[done:], start=done):
-        last = number == len(recipe.stages) - 1
         console.print(f"stage {number + 1} of {len(recipe.stages)}: {stage.name}", style="bold", highlight=False)
         args = training_arguments(recipe, stage, folder / "checkpoints" / stage.name)
         if recipe.model.quantization_config:
@@ -111,12 +154,12 @@ def train(
             console.print(f"features: not kept on disk, since {why}", highlight=False, soft_wrap=True)
         elif frozen and recipe.data.cache_features:
             cache, (keys, held_out_keys) = kept_features(
-                recipe, (trained_on, held_out), model, processor, args, log, console
+                recipe, (trained_on, held_out), model, processor, args, log, console, stop
             )
         stream = Stream(mixture, stream_layout(recipe, stage, processor), log) if mixture else None
         batches = Batches(
-            stream.sample() if stream else _items(recipe, trained_on, processor, keys, log, console, "training"),
-            _items(recipe, held_out, processor, held_out_keys, log, console, "held out") if wants_loss else [],
+            stream.sample() if stream else _items(recipe, trained_on, processor, keys, log, console, stop, "training"),
+            _items(recipe, held_out, processor, held_out_keys, log, console, stop, "held out") if wants_loss else [],
             TreeCollator(processor, cache, TreeMasks(model), answer_weighting=recipe.data.answer_weighting),
             stream,
         )
@@ -125,17 +168,19 @@ def train(
             initialize_projector(model, batches, device, recipe.seed)
         with tree_attention(model):
             trained, adapter = run_stage(
-                recipe, stage, model, batches, folder, dry_run=dry_run, resume=resume, console=console
+                recipe, stage, model, batches, folder, dry_run=dry_run, resume=resume, stop=stop, console=console
             )
         if dry_run:
             model = merged(trained)
             continue
-        home_of_stage = folder if last else folder / "stages" / stage.name
-        if adapter is not None and processes.is_main_process:
-            adapter.save_pretrained(str(home_of_stage / "adapter"))
+        home_of_stage = stage_home(folder, recipe.stage_names, number)
         if processes.is_main_process:
-            model = merged(trained)
-            _save(model, processor, home_of_stage / "model")
+            advice = "Make room, and go on with --resume from the last checkpoint"
+            with saving(f"the model in {home_of_stage}", advice):
+                if adapter is not None:
+                    adapter.save_pretrained(str(home_of_stage / "adapter"))
+                model = merged(trained)
+                _save(model, processor, home_of_stage / "model")
             draw_losses({recipe.name: folder / "metrics.jsonl"}, folder / "loss.png")
         processes.wait_for_everyone()
         if not processes.is_main_process:  # of a model that was sharded the first process alone has the whole
@@ -144,15 +189,7 @@ def train(
         if recipe.model.quantization_config:
             console.print(DEQUANTIZED, style="yellow", highlight=False, soft_wrap=True)
         if recipe.evaluation.metrics:
-            examples = validation_examples[: recipe.evaluation.limit]
-            _evaluate(recipe, model, processor, examples, args, home_of_stage / "evaluation", console)
-    if log.problems:
-        console.print(log.summary(), highlight=False, markup=False)
-        if not dry_run and processes.is_main_process:
-            text = json.dumps([vars(problem) for problem in log.problems], indent=1, ensure_ascii=False)
-            (folder / "data_problems.json").write_text(text, encoding="utf-8")
-    console.print("nothing was trained: this was a dry run" if dry_run else f"done: {folder}", highlight=False)
-    return folder
+            _score(recipe, number, model, processor, validation_examples, stop, console)
 
 
 def _require_free(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -162,39 +199,44 @@ def _require_free(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool
             f"model.pretrained {start} is in {folder}, which --overwrite would replace; choose another folder"
         )
     if (folder / "recipe.yaml").is_file() and not (resume or overwrite):
-        finished = (folder / "model" / "config.json").is_file()
-        state, choice = ("finished", "") if finished else ("stopped", "Go on with it with --resume, ")
+        state, choice = ("finished", "") if _finished(folder, recipe) else ("stopped", "Go on with it with --resume, ")
         raise UserError(
             f"{folder} holds a {state} run. {choice}replace it with --overwrite, or choose another folder with "
             "output_dir=..."
         )
+    if resume and _finished(folder, recipe):
+        raise UserError(f"{folder} holds a finished run: nothing to resume. Use --overwrite to train anew.")
 
 
-def _prepare_folder(folder: Path, recipe: Recipe, *, overwrite: bool, console: Console) -> None:
+def _finished(folder: Path, recipe: Recipe) -> bool:
+    missing = recipe.evaluation.metrics and unscored_stages(folder, recipe.stage_names)
+    return has_model(folder) and not missing
+
+
+def _changes(folder: Path, recipe: Recipe) -> list[str]:
+    """What differs from when the run in `folder` began, a line each."""
+    if not (folder / "recipe.yaml").is_file():
+        return []
+    found = [f"the recipe has changed since this run began: {line}" for line in recipe_changes(folder, recipe)]
+    if (folder / "environment.json").is_file():
+        before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["packages"]
+        packages = [in_words(*line) for line in changes(before, environment()["packages"])]
+        found += [f"another version than this run began with, so that numbers may differ: {line}" for line in packages]
+    return found
+
+
+def _prepare_folder(folder: Path, recipe: Recipe, changed: Sequence[str], *, overwrite: bool, console: Console) -> None:
     if overwrite:  # what a run leaves, not the folder: there may be files of the user's in it
-        for name in CONTENTS:
+        for name in reversed(CONTENTS):  # the recipe last: as long as it is there, the folder holds a run
             if (folder / name).is_dir():
                 shutil.rmtree(folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)
-    elif (folder / "recipe.yaml").is_file():
-        before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        for change in _changes(before, recipe.resolved()):
-            console.print(f"the recipe has changed since this run began: {change}", style="yellow", markup=False)
+    for line in changed:
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
-    resolved = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
-    (folder / "recipe.yaml").write_text(resolved, encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
-
-
-def _changes(before: Any, now: Any, key: str = "") -> list[str]:
-    """`stages.0.train.max_steps: 10, now 20` for each value that differs."""
-    if isinstance(before, list) and isinstance(now, list):
-        before, now = dict(enumerate(before)), dict(enumerate(now))
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = dict.fromkeys([*before, *now])
-        return [line for k in keys for line in _changes(before.get(k), now.get(k), f"{key}.{k}" if key else str(k))]
-    return [] if before == now else [f"{key}: {before}, now {now}"]
+    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+    write_text(folder / "environment.json", json.dumps(environment(), indent=1))
 
 
 def _read(recipe: Recipe, source: dict[str, Any], log: ProblemLog) -> list[Example]:
@@ -222,22 +264,11 @@ def _to_learn_from(examples: list[Example], stage: Stage, console: Console) -> l
     return shown
 
 
-def _finished_stages(folder: Path, recipe: Recipe) -> int:
-    """How many stages need not run again."""
-    if (folder / "model" / "config.json").is_file():
-        raise UserError(f"{folder} holds a finished run: nothing to resume. Use --overwrite to train anew.")
-    names = [stage.name for stage in recipe.stages[:-1]]
-    return next(
-        (i for i, name in enumerate(names) if not (folder / "stages" / name / "model" / "config.json").is_file()),
-        len(names),
-    )
-
-
 def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedModel, Any]:
-    """The model that the next stage starts from: the last finished stage's, a pretrained one, or a new one."""
+    """The model that the stage after `done` others starts from: the last one's, a pretrained one, or a new one."""
     spec = recipe.model
     if done:
-        source = str(folder / "stages" / recipe.stages[done - 1].name / "model")
+        source = str(stage_home(folder, recipe.stage_names, done - 1) / "model")
     elif spec.pretrained:
         source = generation.checkpoint_of(spec.pretrained)
     else:
@@ -275,6 +306,7 @@ def _items(
     features: Keys | None,
     log: ProblemLog,
     console: Console,
+    stop: StopOnSignal,
     name: str,
 ) -> list[TreeItem]:
     """Examples as trees, their images' `features` kept; what is broken or too long is counted and named."""
@@ -285,8 +317,11 @@ def _items(
         too_long=recipe.data.too_long,
         report=log.add,
         features=features,
-        progress=lambda it, total: track(it, f"tokenizing ({name})", total, console=console, transient=True),
+        progress=lambda it, total: stop.until_told(
+            track(it, f"tokenizing ({name})", total, console=console, transient=True)
+        ),
     )
+    stop.check_all("reading the data")
     if left_out.branches:
         console.print(left_out.in_words(recipe.data.max_length, name), highlight=False)
     if not items:
@@ -297,38 +332,51 @@ def _items(
 def _save(model: PreTrainedModel, processor: Any, folder: Path) -> None:
     beside = folder.with_name(folder.name + ".saving")  # a folder called `model` is a whole model
     shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    processor.save_pretrained(beside)
+    try:
+        model.save_pretrained(beside)
+        processor.save_pretrained(beside)
+        for file in beside.rglob("*"):
+            sync(file)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)  # on a full disk all else needs the room
+        raise
     beside.rename(folder)
 
 
-def _evaluate(
+def _score(
     recipe: Recipe,
+    number: int,
     model: PreTrainedModel,
     processor: Any,
     examples: Sequence[Example],
-    args: TrainingArguments,
-    folder: Path,
+    stop: StopOnSignal,
     console: Console,
 ) -> None:
-    """Score by generation, sighted and blind, in the precision that was trained in. All processes share the work."""
+    """Score a stage's model by generation, sighted and blind, in the precision that was trained in. All processes share
+    the work."""
+    folder = Path(recipe.output_dir)
+    stage = recipe.stages[number]
+    args = training_arguments(recipe, stage, folder / "checkpoints" / stage.name)
     network: Any = model.to(args.device).eval()  # type: ignore[arg-type]  # a device is a device
+    doing = "answering the questions held out; the model is saved"
 
     def predict(requests: list[Any]) -> list[str]:
+        stop.check(doing)
         return generation.generate(
             network,
             processor,
             requests,
             max_new_tokens=recipe.evaluation.max_new_tokens,
             max_batch_tokens=recipe.evaluation.max_batch_tokens,
+            progress=lambda answers: stop.check(doing),
         )
 
     with generation_in_bfloat16(network, args.bf16):
         summary = evaluate(
-            examples,
+            examples[: recipe.evaluation.limit],
             predict,
             recipe.evaluation.metrics,
-            output_dir=folder,
+            output_dir=stage_home(folder, recipe.stage_names, number) / "evaluation",
             seed=recipe.seed,
             processes=Processes(args.process_index, args.world_size, gather_object),
         )

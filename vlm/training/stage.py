@@ -14,7 +14,6 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from vlm.data.batches import RowSampler, padding
 from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, one_row_an_answer, supervised_tokens
@@ -24,8 +23,10 @@ from vlm.precision import default_device, fast_bfloat16
 from vlm.recipe import Recipe, Stage
 from vlm.recipe_train import STOPPING
 from vlm.training.blind import BlindLoss
-from vlm.training.callbacks import MetricsLog, NewRows, PartCheck, StopOnSignal, Stopped
+from vlm.training.callbacks import EvaluationStopped, MetricsLog, NewRows, PartCheck, StopOnSignal, Stopped
+from vlm.training.checkpoints import fingerprint, newest, require_same_data
 from vlm.training.checks import why_not_trees
+from vlm.training.faults import in_words as fault_in_words
 from vlm.training.history import duration
 from vlm.training.memory import estimate, gigabytes
 from vlm.training.parts import add_lora, set_trainable
@@ -34,6 +35,7 @@ from vlm.training.processes import GlobalBatch, sharded, units, what_differs
 from vlm.training.quantization import tokens_apart
 from vlm.training.report import parts_table
 from vlm.training.sampling import Samples
+from vlm.training.skipped import SkippedSteps
 from vlm.training.step import flops_per_token, seconds_per_step
 from vlm.training.streams import Stream, report
 from vlm.training.throughput import in_words
@@ -108,6 +110,7 @@ def run_stage(
     *,
     dry_run: bool,
     resume: bool,
+    stop: StopOnSignal,
     console: Console,
 ) -> tuple[PreTrainedModel, PeftModel | None]:
     """Train `model` as `stage` says. Gives the model, LoRA merged into it, and the unmerged adapter if there is one."""
@@ -119,6 +122,12 @@ def run_stage(
     checkpoints = Path(tempfile.mkdtemp()) if dry_run else folder / "checkpoints" / stage.name
     args = training_arguments(recipe, stage, checkpoints)
     wants_loss = args.eval_strategy != "no"
+    checkpoint = None
+    data = fingerprint(batches.train)
+    if resume and not dry_run:
+        checkpoint = newest(checkpoints, lambda line: console.print(line, style="yellow", markup=False, soft_wrap=True))
+        if checkpoint:
+            require_same_data(checkpoint, data)
     in_parts = sharded(args)  # what is tried before training is tried on whole models, for which a GPU may be too small
     with tokens_apart(trained):
         device = torch.device("cpu") if in_parts else args.device
@@ -139,12 +148,9 @@ def run_stage(
         eval_dataset=batches.held_out(recipe.data.max_tokens_per_row) if wants_loss else None,
         data_collator=batches.collator,
         rates=rates,
-        callbacks=[
-            NewRows(rows),
-            MetricsLog(folder / "metrics.jsonl", stage.name),
-            stop := StopOnSignal(),
-            *early_stopping(stage),
-        ],
+        skipped=SkippedSteps(folder / "skipped_steps.jsonl", stage.name),
+        data_fingerprint=data,
+        callbacks=[NewRows(rows), MetricsLog(folder / "metrics.jsonl", stage.name), stop, *early_stopping(stage)],
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -192,14 +198,19 @@ def run_stage(
         checkpoints.rmdir()
         return trained, None
     trainer.throughput.peak_flops = peak_flops(args.device, precision)
-    checkpoint = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
-    if checkpoint and (note := what_differs(checkpoint, GlobalBatch.of(trainer))):
+    if checkpoint and (note := what_differs(str(checkpoint), GlobalBatch.of(trainer))):
         console.print(note, style="yellow", highlight=False)
     if checkpoint and isinstance(rows, StreamDataset):
         rows.restore(Path(checkpoint) / stream_file(args.process_index))
     whole = copy.deepcopy(trained) if in_parts and args.process_index == 0 else trained
-    with stop:
-        trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except EvaluationStopped:  # before the first step, so that there is nothing to save
+        pass
+    except Exception as error:
+        if (fault := fault_in_words(error, trainer, checkpoints)) is error:
+            raise
+        raise fault from error
     if speed := trainer.throughput.whole(trainer.accelerator):
         console.print(in_words(speed), highlight=False)
         expected = f", and {gigabytes(memory.total)} GB expected" if memory else ""
@@ -207,9 +218,14 @@ def run_stage(
     if isinstance(rows, StreamDataset):
         report(rows, recipe.data.max_length, console)
     if stop.stopped:
-        raise Stopped(f"stopped after step {trainer.state.global_step} of {steps}; go on with --resume")
-    if trainer.skipped_steps:
-        console.print(f"{trainer.skipped_steps} steps were skipped: their gradients were not finite")
+        raise Stopped(_where_to_go_on(trainer, checkpoints), stop.told or 0)
+    if trainer.skipped.count:
+        console.print(
+            f"{trainer.skipped.count} steps were skipped: their gradients were not finite; their examples are named in "
+            f"{trainer.skipped.path}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if in_parts:
         trained = put_together(trainer, whole)
     return trained, trained if stage.lora else None
@@ -243,6 +259,14 @@ def measures(recipe: Recipe, trainer: VLMTrainer, batches: Batches, folder: Path
         chosen = examples[: recipe.evaluation.samples]
         found.append(Samples(trainer, processor, chosen, recipe.evaluation, folder))
     return found
+
+
+def _where_to_go_on(trainer: VLMTrainer, checkpoints: Path) -> str:
+    """What is said at the end of a run that was told to stop."""
+    step = f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}"
+    lost = f", whose checkpoint could not be saved: {trainer.unsaved}. Make room" if trainer.unsaved else ""
+    last = newest(checkpoints, lambda line: None)
+    return f"{step}{lost}; go on with --resume{f' from {last}' if last else ': it begins anew'}"
 
 
 @torch.no_grad()

@@ -18,12 +18,13 @@ from vlm.training.memory import peak, reset_peak
 
 @dataclass
 class CountingCollator:
-    """The batch that `collate` makes, with its [`row_counts`] as `counts`."""
+    """The batch that `collate` makes, with its [`row_counts`] as `counts`, and its `examples` by file and row."""
 
     collate: Callable[[Sequence[Row]], dict[str, Any]]
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return self.collate(rows) | {"counts": row_counts(rows)}
+        examples = list(dict.fromkeys(item.example.where for row in rows for item in row))
+        return self.collate(rows) | {"counts": row_counts(rows), "examples": examples}
 
 
 def row_counts(rows: Sequence[Row]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
@@ -13,9 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -25,11 +27,16 @@ from vlm.data.dataset import TreeDataset, shifted
 from vlm.data.stream import StreamCollator, StreamDataset
 from vlm.errors import UserError
 from vlm.precision import frozen_layers_in
+from vlm.training.callbacks import EvaluationStopped
+from vlm.training.checkpoints import DiskError, is_disk_fault, reason, seal, sync
 from vlm.training.inputs import training_inputs
 from vlm.training.norms import gradient_norms, parameter_norms
 from vlm.training.parts import freeze_state, named_parts
 from vlm.training.processes import GlobalBatch, sharded
+from vlm.training.skipped import SkippedSteps
 from vlm.training.throughput import CountingCollator, Throughput
+
+logger = logging.getLogger(__name__)
 
 SAVING = ".saving"
 """The folder in which a checkpoint is written until it is whole."""
@@ -67,10 +74,27 @@ def token_losses(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits.float(), targets[keep], reduction="none"), keep.nonzero()[:, 0]
 
 
+class LeftEvaluation(TrainerCallback):
+    """Makes up for the evaluation that a run was stopped in, before the first step after its checkpoint. The random
+    numbers of those steps are read from the checkpoint afterwards."""
+
+    def __init__(self, trainer: VLMTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        stopped = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        if state.global_step and stopped.get("should_evaluate"):
+            metrics = self.trainer._evaluate(None, None, skip_scheduler=False)
+            if self.trainer._determine_best_metric(metrics=metrics, trial=None):
+                state.best_model_checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+
+
 class VLMTrainer(Trainer):
     """Trains the parts in `rates` (part to learning rate), each at its own.
 
-    Raises NonFiniteGradients after `max_bad_steps` steps in a row whose gradients are not finite; each is skipped.
+    Steps whose gradients are not finite are noted in `skipped`, and `data_fingerprint` in each checkpoint.
+
+    Raises NonFiniteGradients after `max_bad_steps` such steps in a row; each is skipped.
     """
 
     max_bad_steps = 5
@@ -78,20 +102,32 @@ class VLMTrainer(Trainer):
     train_dataset: TreeDataset | StreamDataset
     data_collator: Any
 
-    def __init__(self, *, rates: Mapping[str, float], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        rates: Mapping[str, float],
+        skipped: SkippedSteps | None = None,
+        data_fingerprint: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(compute_loss_func=supervised_loss, **kwargs)
         self.rates = dict(rates)
         # The loss is ours: the model need not be told how many items it is divided by.
         self.model_accepts_loss_kwargs = False
         self._loss_shifts_labels = True
-        self.skipped_steps = 0
+        self.skipped = skipped or SkippedSteps(Path(self.args.output_dir or ".") / "skipped_steps.jsonl", "train")
+        self.data_fingerprint = data_fingerprint
+        self.batch_shape: tuple[int, ...] = ()
         self._bad_in_a_row = 0
+        self._owes_checkpoint = False
         self._saving = False
+        self.unsaved: str | None = None
         self.throughput = Throughput()
         self.add_callback(self.throughput)
         self.measures: list[Callable[[float], dict[str, float]]] = []
         """What else an evaluation gives: called with the held-out loss, after it."""
         self._grad_norms: dict[str, float] = {}
+        self.add_callback(LeftEvaluation(self))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in Trainer, and in each batch what is counted of it."""
@@ -113,10 +149,14 @@ class VLMTrainer(Trainer):
         return RowSampler(self.train_dataset, self.get_total_train_batch_size(self.args), together)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        examples = inputs.pop("examples")
         if isinstance(self.train_dataset, StreamDataset):
             self.train_dataset.trained(inputs.pop("trained"))
         self.throughput.count(inputs.pop("counts"), inputs["input_ids"].numel())
-        return super().training_step(model, inputs, *args, **kwargs)
+        self.batch_shape = inputs["input_ids"].shape
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.skipped.saw(loss, examples)
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With how fast the steps were since the last log, or at the end all of them, and norms by part."""
@@ -189,18 +229,21 @@ class VLMTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """A step whose gradients are not finite changes nothing. Trainer would apply it, and log a loss of 0.0."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if norm is None or torch.isfinite(torch.as_tensor(norm)):  # DeepSpeed has none before its first step
+        # DeepSpeed has none before its first step.
+        finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
+        self.skipped.step_ends(self.state.global_step + 1, skipped=not finite)
+        if finite:
             self._bad_in_a_row = 0
             if norm is not None and not sharded(self.args) and self._logs_next():
                 self._grad_norms = gradient_norms(model, float(norm))
             return norm
-        self.skipped_steps += 1
         self._bad_in_a_row += 1
         model.zero_grad()
         if self._bad_in_a_row >= self.max_bad_steps:
             raise NonFiniteGradients(
                 f"the gradients of {self._bad_in_a_row} steps in a row up to step {self.state.global_step + 1} are not "
-                "finite. Lower the learning rates, or train in float32 (train.bf16: false)."
+                f"finite; {self.skipped.path} names their examples. Look at those, lower the learning rates, or train "
+                "in float32 (train.bf16: false)."
             )
         return norm
 
@@ -230,41 +273,105 @@ class VLMTrainer(Trainer):
                 output.metrics.update(measure(loss))
         return output
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer, which takes one step too many if it resumes after the last one in the middle of an epoch."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in Trainer, with two differences. Among steps that are skipped no checkpoint is saved, but after the next
+        good one: a run that ends for them goes on from before. And one that is told to stop during the evaluation saves
+        what it had before that, and leaves."""
+        if not self.control.should_training_stop:
+            self._owes_checkpoint |= self.control.should_save
+            self.control.should_save = self._owes_checkpoint and not self._bad_in_a_row
+            self._owes_checkpoint &= not self.control.should_save
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        except EvaluationStopped:
+            self._save_checkpoint(model, trial)  # which says that an evaluation was due
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self.control.should_evaluate, self.control.should_training_stop = False, True
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, SAVING) if self._saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Written in a folder beside and renamed when whole, so that what is called a checkpoint is one. Trainer writes
-        it in place, and a run that was killed meanwhile goes on from half a checkpoint."""
-        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        beside, lead = folder / SAVING, self.is_world_process_zero()
-        if lead:
+        it in place, and a run that was killed meanwhile goes on from half a checkpoint.
+
+        What cannot be written is said, and training goes on: `unsaved` tells why until a later checkpoint is whole.
+        """
+        folder = Path(self._get_output_dir(trial))
+        fault: Exception | None = None
+        try:
+            self._write_checkpoint(model, trial, folder / SAVING)
+        except Exception as error:
+            if not is_disk_fault(error):
+                raise
+            fault = error
+        faults: list[str] = gather_object([reason(fault)] if fault else [])  # of all processes, which wait here
+        if not faults and self.is_world_process_zero():
+            try:
+                self._name_checkpoint(folder)
+            except (OSError, DiskError) as error:
+                fault, faults = error, [reason(error)]
+        faults = broadcast_object_list([faults])[0]
+        self.unsaved = faults[0] if faults else None
+        if self.unsaved:
+            if self.is_world_process_zero():
+                shutil.rmtree(folder / SAVING, ignore_errors=True)
+            logger.warning(
+                "The checkpoint of step %d could not be saved in %s: %s. Training goes on, and the next one is tried; "
+                "make room for it.", self.state.global_step, folder, self.unsaved,
+            )  # fmt: skip
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, beside: Path) -> None:
+        if self.is_world_process_zero():
             shutil.rmtree(beside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        # Trainer would look for the best one's folder between barriers, which a process that cannot write never meets.
+        best, self.state.best_global_step = self.state.best_global_step, None
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
-        self.accelerator.wait_for_everyone()
+            self.state.best_global_step = best
+
+    def _name_checkpoint(self, folder: Path) -> None:
+        """Give what was written its name, and remove the oldest beyond `save_total_limit`: only now."""
+        name, beside = f"checkpoint-{self.state.global_step}", folder / SAVING
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(folder / name)
-        if lead:
-            GlobalBatch.of(self).save(beside / name)
-            self.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
-            for file in (beside / name).rglob("*"):
-                if file.is_file():
-                    with file.open("rb") as written:
-                        os.fsync(written.fileno())
-            if (folder / name).exists():  # of an earlier try, from before the run was resumed
-                (folder / name).rename(beside / "replaced")
-            (beside / name).rename(folder / name)
-            shutil.rmtree(beside)
-            rotate_checkpoints(
-                str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
-        self.accelerator.wait_for_everyone()
+        GlobalBatch.of(self).save(beside / name)
+        self.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
+        about = {"step": self.state.global_step, "world_size": self.args.world_size, "data": self.data_fingerprint}
+        seal(beside / name, about)
+        if (folder / name).exists():  # of an earlier try, from before the run was resumed
+            (folder / name).rename(beside / "replaced")
+        (beside / name).rename(folder / name)
+        sync(folder)
+        shutil.rmtree(beside)
+        rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in Trainer, but at the rates of the recipe, which may be others now. Trainer takes the old ones."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        for index, group in enumerate(optimizer.param_groups):
+            rate, before = self.rates.get(group.get("part", "")), group.get("initial_lr")
+            if rate and before and rate != before:
+                group["initial_lr"], group["lr"] = rate, group["lr"] * rate / before
+                scheduler.base_lrs[index], scheduler._last_lr[index] = rate, group["lr"]
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As in Trainer, and where the readers of a stream are, which every process has to say too."""

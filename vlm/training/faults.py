@@ -1,0 +1,63 @@
+"""What ends a stage, in words that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm.data.images import ImageError
+from vlm.errors import UserError
+from vlm.training.trainer import NonFiniteGradients
+
+
+class TrainingError(UserError):
+    """A stage ended before its time, and not by a mistake in the code."""
+
+
+def in_words(error: Exception, trainer: Any, checkpoints: Path) -> Exception:
+    """`error`, which ended the training by `trainer`, as a TrainingError where it is known what to do; others as they
+    are, with a note on where to go on from."""
+    step = trainer.state.global_step + 1
+    last = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    go_on = f"Then go on with --resume, {f'from {last[-1]}' if last else 'from the start: there is no checkpoint yet'}."
+    if _out_of_memory(error):
+        args = trainer.args
+        if trainer.control.should_evaluate:
+            return TrainingError(
+                f"the evaluation after step {trainer.state.global_step} does not fit into the memory of {args.device}: "
+                f"lower train.per_device_eval_batch_size, which is {args.per_device_eval_batch_size}. {go_on}"
+            )
+        rows, tokens = [*trainer.batch_shape[:2], 0, 0][:2]
+        return TrainingError(
+            f"step {step} does not fit into the memory of {args.device}: a batch of {rows} rows (train."
+            f"per_device_train_batch_size is {args.per_device_train_batch_size}) of {tokens:,} tokens (as long as the "
+            "longest; data.max_tokens_per_row). Set train.gradient_checkpointing: true, or halve "
+            "per_device_train_batch_size and double gradient_accumulation_steps, which changes nothing else; or, in a "
+            f"run that begins anew, lower data.max_tokens_per_row. {go_on}"
+        )
+    if "DataLoader worker (pid" in str(error):
+        return TrainingError(
+            f"a process that reads data was killed before step {step}: {str(error).strip(' .')}. Mostly memory has run "
+            f"out, or /dev/shm; lower train.dataloader_num_workers, which is {trainer.args.dataloader_num_workers}. "
+            f"{go_on}"
+        )
+    if image := _image_error(error):
+        return TrainingError(f"step {step}: {image}. It opened as the run began. {go_on}")
+    if isinstance(error, NonFiniteGradients):
+        return TrainingError(f"{error} {go_on}")
+    error.add_note(f"{go_on} The run is in {checkpoints.parent.parent}.")
+    return error
+
+
+def _image_error(error: Exception) -> str | None:
+    if isinstance(error, ImageError):
+        return str(error)
+    # torch makes a RuntimeError of what a process that reads data has raised, with the traceback in its text.
+    return str(error).strip().rpartition("ImageError: ")[2] if str(error).startswith("Caught ImageError") else None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
