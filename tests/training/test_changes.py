@@ -44,7 +44,7 @@ def test_nothing_changed(run, values):
         "stages.1.train.eval_steps=1",
         "stages.1.train.logging_steps=2",
         "stages.1.train.dataloader_num_workers=2",
-        "stages.1.train.gradient_checkpointing=true",
+        "stages.1.train.activation_checkpointing=true",
         "stages.1.train.bf16=true",
         "stages.1.train.gradient_accumulation_steps=2",
         "stages.1.trainable.projector=1e-4",

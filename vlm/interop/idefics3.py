@@ -36,12 +36,7 @@ class Idefics3(Family):
 
     def settings(self, model: VLMForConditionalGeneration, image: Image) -> dict[str, Any]:
         self.check_output_is_read(model.config)
-        side = model.config.vision_config.image_size
-        if image.size != (side, side):
-            raise UserError(
-                f"{self.architecture} interpolates no position embeddings: images have to be {side} x {side} pixels, "
-                f"as its encoder was made for, and this model's are {image.size[0]} x {image.size[1]}"
-            )
+        self.check_own_size(model.config, image)
         return {"scale_factor": model.config.projector.get("scale_factor", 2)}
 
     def markers(self, tiling: Any) -> tuple[str, str]:

@@ -22,7 +22,7 @@ MAY_DIFFER = re.compile(
     | stages\.\d+\.train\.(
         max_steps | num_train_epochs | max_grad_norm | per_device_eval_batch_size
         | per_device_train_batch_size | gradient_accumulation_steps  # their product is compared
-        | bf16 | fp16 | tf32 | use_cpu | gradient_checkpointing(_kwargs)?(\..*)? | torch_compile\w*
+        | bf16 | fp16 | tf32 | use_cpu | (activation|gradient)_checkpointing(_kwargs)?(\..*)? | torch_compile\w*
         | dataloader_(num_workers|pin_memory|prefetch_factor|multiprocessing_context)
         | (save|eval|logging|log|report|trackio|ddp)_\w+(\..*)? | project | run_name | disable_tqdm | debug
         | load_best_model_at_end | metric_for_best_model | greater_is_better | torch_empty_cache_steps

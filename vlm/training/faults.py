@@ -33,7 +33,7 @@ def in_words(error: Exception, trainer: Any, checkpoints: Path) -> Exception:
         return TrainingError(
             f"step {step} does not fit into the memory of {args.device}: a batch of {rows} rows (train."
             f"per_device_train_batch_size is {args.per_device_train_batch_size}) of {tokens:,} tokens (as long as the "
-            "longest; data.max_tokens_per_row). Set train.gradient_checkpointing: true, or halve "
+            "longest; data.max_tokens_per_row). Set train.activation_checkpointing: true, or halve "
             "per_device_train_batch_size and double gradient_accumulation_steps, which changes nothing else; or, in a "
             f"run that begins anew, lower data.max_tokens_per_row. {go_on}"
         )
