@@ -302,6 +302,10 @@ def test_idefics2_takes_any_size_that_all_images_of_a_batch_have():
         ({"decoder": "granite", "vision_feature_layer": -2}, "computes something else"),
         ({"decoder": "gemma2", "vision_feature_layer": -2}, "computes something else"),  # it caps its logits
         ({"decoder": "gpt2", "vision_feature_layer": -2, "tie_word_embeddings": True}, "embed_tokens alone"),
+        (
+            {"vision_config": clip_config(image_size=64), "vision_feature_layer": -2},
+            "does not take what this model takes",
+        ),
     ],
 )
 def test_a_model_that_llava_cannot_be_is_refused(changes, message):
