@@ -29,8 +29,9 @@ def adapted(parts, **changes):
         (["language", "vision"], {"lora", "lora_vision"}),
     ],
 )
-def test_it_is_where_it_is_asked_for(parts, found):
+def test_it_is_where_it_is_asked_for(parts, found, recwarn):
     trained, _ = adapted(parts)
+    assert not [str(warning.message) for warning in recwarn if warning.category is FutureWarning]
     learning = {part for part, _, parameter in named_parts(trained) if parameter.requires_grad}
     assert learning == found | {"projector"}
     for part, name, parameter in named_parts(trained):

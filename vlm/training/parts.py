@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -130,4 +131,7 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any], rates: Mapping[str, floa
         target_modules=names,
         modules_to_save=_modules_of(model, rates) or None,
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # peft asks by a name that transformers is giving up.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)
