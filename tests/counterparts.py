@@ -161,6 +161,14 @@ PHOTO = image(5, (90, 40))
 """What exported models are asked about: large enough to be cut into tiles."""
 
 
+def fit(model, seed=1):
+    """Give a model's projector statistics that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    standardize = model.multi_modal_projector.standardize
+    standardize.mean.normal_(generator=generator)
+    standardize.std.uniform_(0.5, 2, generator=generator)
+
+
 def export(model: Any, processor: Any, name: str, folder: Path) -> None:
     """Save a model of ours in `folder`, export it to `folder/out`, and put messages there to ask it with.
 

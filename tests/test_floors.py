@@ -39,6 +39,7 @@ FLOORS: list[set[str]] = [
     {"eval"},
     {
         "recipe",
+        "recipe_data",
         "recipe_model",
         "presets",
         "recipe_source",

@@ -10,9 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from tests.counterparts import EXPRESSIBLE, PHOTO, PROMPTED, WITHOUT_STATISTICS, export
+from tests.counterparts import EXPRESSIBLE, PHOTO, PROMPTED, WITHOUT_STATISTICS, export, fit
 from tests.tiny import encode, logits, user
-from tests.vlm.test_interop import fit
 from vlm.cli import app
 
 WITHOUT_VLM = """

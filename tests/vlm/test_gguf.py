@@ -5,9 +5,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.counterparts import EXPRESSIBLE, IDEFICS3_MARKERS, siglip
+from tests.counterparts import EXPRESSIBLE, IDEFICS3_MARKERS, fit, siglip
 from tests.tiny import metaspace_tokenizer, tiny
-from tests.vlm.test_interop import fit
 from vlm.cli import app
 from vlm.errors import UserError
 from vlm.interop.gguf import write

@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.counterparts import PHOTO, export
+from tests.counterparts import PHOTO, export, fit
 from tests.tiny import continuation, encode, logits, small_projector, tiny, user
-from tests.vlm.test_interop import fit
 from vlm import generation
 from vlm.errors import UserError
 from vlm.modeling import VLMForConditionalGeneration

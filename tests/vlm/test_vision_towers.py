@@ -17,7 +17,7 @@ from transformers import (
 
 from tests.tiny import continuation, encode, image, user
 from tests.training.helpers import recipe_values, save_images, save_parts
-from tests.vlm.test_modeling import same_after_saving
+from tests.vlm.test_saved import same_after_saving
 from vlm import generation, recipe
 from vlm.build import build, load_vision
 from vlm.training import run as running

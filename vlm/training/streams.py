@@ -18,7 +18,8 @@ from vlm.data.example import Example
 from vlm.data.stream import Layout, Mixture, StreamDataset, first_window, opened_items
 from vlm.data.stream_sources import in_pieces
 from vlm.errors import UserError
-from vlm.recipe import Data, Recipe, Stage
+from vlm.recipe import Recipe, Stage
+from vlm.recipe_data import Data
 
 SAMPLE = 256
 """Items that are tried before training: for the check of trees, the time of a step and the start of a projector."""
