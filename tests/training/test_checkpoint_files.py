@@ -24,7 +24,7 @@ def checkpoint(folder: Path, step: int, data=None) -> Path:
     torch.save({"step": step}, made / "optimizer.pt")
     (made / "trainer_state.json").write_text(json.dumps({"step": step}))
     (made / "shards" / "0.distcp").write_bytes(b"as torch.distributed writes it")
-    seal(made, {"step": step, "world_size": 1, "data": data})
+    seal(made, {"step": step, "data": data})
     return made
 
 
@@ -76,7 +76,7 @@ def test_the_manifest_names_what_is_there(tmp_path):
     manifest = json.loads((checkpoint(tmp_path, 3, DATA) / "manifest.json").read_text())
     assert manifest["files"].keys() == {"model.safetensors", "optimizer.pt", "trainer_state.json", "shards/0.distcp"}
     assert manifest["files"]["shards/0.distcp"] == 30
-    assert {key: manifest[key] for key in ("step", "world_size", "data")} == {"step": 3, "world_size": 1, "data": DATA}
+    assert {key: manifest[key] for key in ("step", "data")} == {"step": 3, "data": DATA}
 
 
 def test_what_cannot_be_read_back_is_not_sealed(tmp_path):

@@ -22,6 +22,7 @@ from vlm import recipe
 from vlm.data.batches import RowSampler
 from vlm.data.dataset import TreeCollator
 from vlm.errors import UserError
+from vlm.training.checkpoints import seal
 from vlm.training.parts import add_lora
 from vlm.training.processes import GlobalBatch, join_processes, units, what_differs
 from vlm.training.throughput import row_counts
@@ -118,18 +119,17 @@ def test_nothing_is_learned_from_a_blank_row():
 
 
 def test_a_checkpoint_of_a_larger_step_is_refused_and_one_of_other_processes_is_not(tmp_path):
-    assert what_differs(str(tmp_path), GlobalBatch(1, 2, 1)) is None
-    GlobalBatch(2, 4, 1).save(tmp_path)
-    assert what_differs(str(tmp_path), GlobalBatch(2, 4, 1)) is None
-    assert what_differs(str(tmp_path), GlobalBatch(2, 2, 2)) is None
-    assert "on 2 processes, and this run has 4: " in what_differs(str(tmp_path), GlobalBatch(4, 2, 1))
+    seal(tmp_path, {"batch": vars(GlobalBatch(2, 4, 1))})
+    assert what_differs(tmp_path, GlobalBatch(2, 4, 1)) is None
+    assert what_differs(tmp_path, GlobalBatch(2, 2, 2)) is None
+    assert "on 2 processes, and this run has 4: " in what_differs(tmp_path, GlobalBatch(4, 2, 1))
     with pytest.raises(UserError, match=r"8 rows \(2 processes x 4 x 1 accumulated\).*4 rows \(1 process x 4 x 1"):
-        what_differs(str(tmp_path), GlobalBatch(1, 4, 1))
+        what_differs(tmp_path, GlobalBatch(1, 4, 1))
 
 
 def test_random_numbers_of_other_processes_are_drawn_anew(tmp_path):
     trainer = trainer_of(tmp_path)
-    GlobalBatch(2, 1, 1).save(tmp_path)
+    seal(tmp_path, {"batch": vars(GlobalBatch(2, 1, 1))})
     draws = []
     for _ in range(2):
         torch.manual_seed(7)

@@ -20,7 +20,7 @@ from vlm.data.dataset import TreeItem
 from vlm.errors import UserError
 
 MANIFEST = "manifest.json"
-"""What a checkpoint holds: its step, the number of processes, the data it was trained on, names and sizes of files."""
+"""What a checkpoint holds: its step, the batch of a step, the data it was trained on, names and sizes of files."""
 
 PICKLED = (".pt", ".pth", ".bin")
 """What torch.save writes, as zip archives, whose index stands at their end."""

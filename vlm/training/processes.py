@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from vlm.errors import UserError
 from vlm.precision import default_device
 from vlm.recipe import Recipe
+from vlm.training.checkpoints import read_manifest
 
 
 def join_processes(recipe: Recipe) -> PartialState:
@@ -56,9 +56,6 @@ def units(model: nn.Module) -> list[str]:
     return sorted(named & {type(module).__name__ for module in model.modules()})
 
 
-BATCH = "batch.json"
-
-
 @dataclass(frozen=True)
 class GlobalBatch:
     """The rows of an optimizer step, and how they are divided."""
@@ -72,13 +69,9 @@ class GlobalBatch:
         return cls(trainer.args.world_size, trainer._train_batch_size, trainer.args.gradient_accumulation_steps)
 
     @classmethod
-    def in_checkpoint(cls, folder: str | Path) -> GlobalBatch | None:
-        """That of a checkpoint; None if it was left out, as in those of older versions."""
-        file = Path(folder) / BATCH
-        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
-
-    def save(self, folder: Path) -> None:
-        (folder / BATCH).write_text(json.dumps(vars(self)), encoding="utf-8")
+    def in_checkpoint(cls, checkpoint: Path) -> GlobalBatch:
+        """That which `checkpoint` was saved with."""
+        return cls(**read_manifest(checkpoint)["batch"])
 
     @property
     def rows(self) -> int:
@@ -90,14 +83,12 @@ class GlobalBatch:
         return f"{self.rows} rows ({processes} x {each})"
 
 
-def what_differs(checkpoint: str, now: GlobalBatch) -> str | None:
+def what_differs(checkpoint: Path, now: GlobalBatch) -> str | None:
     """What a run does otherwise that goes on from `checkpoint` on another number of processes; None on the same.
 
     Raises UserError if a step would have another number of rows: the place in the data is counted in steps.
     """
     before = GlobalBatch.in_checkpoint(checkpoint)
-    if before is None or before == now:
-        return None
     if before.rows != now.rows:
         raise UserError(
             f"a step had {before} when {checkpoint} was saved, and would have {now}. Set "

@@ -198,7 +198,7 @@ def run_stage(
         checkpoints.rmdir()
         return trained, None
     trainer.throughput.peak_flops = peak_flops(args.device, precision)
-    if checkpoint and (note := what_differs(str(checkpoint), GlobalBatch.of(trainer))):
+    if checkpoint and (note := what_differs(checkpoint, GlobalBatch.of(trainer))):
         console.print(note, style="yellow", highlight=False)
     if checkpoint and isinstance(rows, StreamDataset):
         rows.restore(Path(checkpoint) / stream_file(args.process_index))

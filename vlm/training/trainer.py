@@ -349,9 +349,9 @@ class VLMTrainer(Trainer):
         name, beside = f"checkpoint-{self.state.global_step}", folder / SAVING
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(folder / name)
-        GlobalBatch.of(self).save(beside / name)
         self.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
-        about = {"step": self.state.global_step, "world_size": self.args.world_size, "data": self.data_fingerprint}
+        batch = vars(GlobalBatch.of(self))
+        about = {"step": self.state.global_step, "batch": batch, "data": self.data_fingerprint}
         seal(beside / name, about)
         if (folder / name).exists():  # of an earlier try, from before the run was resumed
             (folder / name).rename(beside / "replaced")
@@ -385,7 +385,7 @@ class VLMTrainer(Trainer):
         The states of another number of processes are of no use: numbers are drawn anew, others on each process.
         """
         world, rank = self.args.world_size, self.args.process_index
-        before = None if checkpoint is None else GlobalBatch.in_checkpoint(checkpoint)
+        before = None if checkpoint is None else GlobalBatch.in_checkpoint(Path(checkpoint))
         if before is not None and before.processes != world:
             step = self.state.global_step
             set_seed(random.Random(f"{self.args.seed}, {step}, {rank} of {world}").randrange(2**32))
