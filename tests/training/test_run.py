@@ -209,7 +209,7 @@ def test_a_second_run_in_the_folder_is_refused_and_overwrite_replaces_it(finishe
     shutil.copytree(folder, tmp_path / "run")
     (tmp_path / "run" / "notes.txt").write_text("mine")
     values = recipe_values(parts, images, tmp_path / "run") | {"evaluation": {}}
-    with pytest.raises(UserError, match=r"holds a finished run\. replace it with --overwrite|holds a finished run"):
+    with pytest.raises(UserError, match=r"holds a finished run\. Replace it with --overwrite"):
         train(values)
     with pytest.raises(UserError, match="nothing to resume"):
         train(values, resume=True)

@@ -199,11 +199,10 @@ def _require_free(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool
             f"model.pretrained {start} is in {folder}, which --overwrite would replace; choose another folder"
         )
     if (folder / "recipe.yaml").is_file() and not (resume or overwrite):
-        state, choice = ("finished", "") if _finished(folder, recipe) else ("stopped", "Go on with it with --resume, ")
-        raise UserError(
-            f"{folder} holds a {state} run. {choice}replace it with --overwrite, or choose another folder with "
-            "output_dir=..."
-        )
+        choices = "Replace it with --overwrite, or choose another folder with output_dir=..."
+        if _finished(folder, recipe):
+            raise UserError(f"{folder} holds a finished run. {choices}")
+        raise UserError(f"{folder} holds a stopped run. Go on with it with --resume. {choices}")
     if resume and _finished(folder, recipe):
         raise UserError(f"{folder} holds a finished run: nothing to resume. Use --overwrite to train anew.")
 
