@@ -34,7 +34,7 @@ FLOORS: list[set[str]] = [
     {"data"},
     {"interop"},
     {"batches", "shared_prefix"},
-    {"generation"},
+    {"generation", "embedding"},
     {"session"},
     {"eval"},
     {

@@ -1,0 +1,140 @@
+"""Images, and texts, as vectors whose inner product says how alike they are.
+
+embedder = load_embedder("runs/contrastive")     # or openai/clip-vit-base-patch16, google/siglip-..., any encoder
+for batch in embedder.embed_images({path: path for path in paths}, broken=broken):
+    batch.images, batch.features                 # names, [B, D]
+embedder.embed_texts(["a photo of a cat"])       # [1, D]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+import vlm  # noqa: F401 - registers our classes with the Auto classes
+from vlm.build import load_vision
+from vlm.data.encoding import EncodedBatch, encode_images
+from vlm.data.example import ImageSource
+from vlm.data.images import ImageError
+from vlm.encoder import encode
+from vlm.errors import UserError
+from vlm.generation import checkpoint_of
+from vlm.loading import load_quietly
+from vlm.precision import default_device
+
+BATCH_TEXTS = 64
+MAX_LENGTH = "max_length"
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A dual encoder (`get_image_features`, `get_text_features`), or a vision encoder alone, without `tokenizer`."""
+
+    name: str
+    model: Any
+    image_processor: Any
+    tokenizer: Any = None
+    tiler = None
+
+    @property
+    def logit_scale(self) -> float:
+        """What a dual encoder multiplies cosines with to get logits; 1 for a vision encoder alone."""
+        return float(self.model.logit_scale.exp()) if self.tokenizer else 1.0
+
+    @property
+    def logit_bias(self) -> float:
+        """What SigLIP adds to its logits, 0 elsewhere."""
+        bias = getattr(self.model, "logit_bias", None)
+        return 0.0 if bias is None else float(bias)
+
+    def prepare_images(self, images: Sequence[Any]) -> Any:
+        """`pixel_values [B, 3, H, W]`, in the words of `VLMProcessor`."""
+        return self.image_processor(images=list(images), return_tensors="pt")
+
+    @torch.no_grad()
+    def embed_pixels(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """`pixel_values [B, 3, H, W]` as unit vectors `[B, D]`: one token of a grid of 1 x 1.
+
+        Raises UserError for an encoder that does not pool what it sees.
+        """
+        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+        if self.tokenizer:
+            pooled = self.model.get_image_features(pixel_values=pixel_values).pooler_output
+        else:
+            pooled = encode(self.model, pixel_values).pooled
+        if pooled is None:
+            raise UserError(f"{self.name} does not pool what it sees into one vector; choose another encoder")
+        return F.normalize(pooled.float(), dim=-1), (1, 1)
+
+    def embed_images(
+        self, images: Mapping[str, ImageSource], *, broken: dict[str, ImageError], num_workers: int = 0
+    ) -> Iterator[EncodedBatch]:
+        """`images` by their names as batches of unit vectors `[B, D]`, in order; those that do not open go to
+        `broken`. `num_workers` processes open and prepare them (0: this one)."""
+        return encode_images(images, self, self.embed_pixels, broken=broken, num_workers=num_workers)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors `[len(texts), D]`; texts longer than the encoder reads are cut.
+
+        Raises UserError for a vision encoder alone.
+        """
+        if not self.tokenizer:
+            raise UserError(
+                f"{self.name} reads no text; words need a dual encoder, such as openai/clip-vit-base-patch16 or a run "
+                "of the recipe contrastive"
+            )
+        vectors = []
+        for start in range(0, len(texts), BATCH_TEXTS):
+            tokens = tokenize(self.tokenizer, self.model.config, texts[start : start + BATCH_TEXTS])
+            vectors.append(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output.float())
+        return F.normalize(torch.cat(vectors), dim=-1)
+
+
+def tokenize(tokenizer: Any, config: Any, texts: Sequence[str]) -> Any:
+    """Texts as the text half of a dual encoder was trained on them: SigLIP's always as long as it has positions."""
+    text_config = config.text_config
+    longest = min(tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None) or 512)
+    padding = MAX_LENGTH if text_config.model_type.startswith("siglip") else True
+    return tokenizer(
+        list(texts),
+        padding=padding,
+        truncation=True,
+        max_length=longest,
+        split_special_tokens=True,  # a text cannot end itself
+        return_tensors="pt",
+    )
+
+
+def load_embedder(name_or_path: str, *, device: str | None = None, trust_remote_code: bool = False) -> Embedder:
+    """The dual encoder, or else vision encoder, of a run folder, a checkpoint folder or a Hub name.
+
+    Raises UserError if it is neither.
+    """
+    source = checkpoint_of(name_or_path)
+    device = device or default_device()
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if not is_dual_encoder(config):
+            tower, image_processor = load_vision(source, pooled=True, trust_remote_code=trust_remote_code)
+            return Embedder(name_or_path, tower.to(device).eval().requires_grad_(False), image_processor)  # type: ignore[arg-type]
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = load_quietly(AutoModel, source, pooled=True, dtype="float32", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {name_or_path!r} as an encoder: {error}") from None
+    model = model.to(device).eval().requires_grad_(False)
+    return Embedder(name_or_path, model, processor.image_processor, processor.tokenizer)
+
+
+def is_dual_encoder(config: Any) -> bool:
+    """Whether it is the configuration of a model that gives images and texts vectors in one space, as CLIP does."""
+    classes = MODEL_MAPPING.get(type(config), None)
+    classes = classes if isinstance(classes, tuple) else (classes,)
+    return any(hasattr(each, "get_text_features") and hasattr(each, "get_image_features") for each in classes)
