@@ -135,6 +135,6 @@ def load_embedder(name_or_path: str, *, device: str | None = None, trust_remote_
 
 def is_dual_encoder(config: Any) -> bool:
     """Whether it is the configuration of a model that gives images and texts vectors in one space, as CLIP does."""
-    classes = MODEL_MAPPING.get(type(config), None)
-    classes = classes if isinstance(classes, tuple) else (classes,)
+    found: Any = MODEL_MAPPING.get(type(config), ())
+    classes = found if isinstance(found, tuple) else (found,)
     return any(hasattr(each, "get_text_features") and hasattr(each, "get_image_features") for each in classes)
