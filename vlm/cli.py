@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,8 @@ from typer.core import TyperGroup
 
 from vlm.batches import MAX_BATCH_TOKENS
 
-console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several training processes, the first one speaks
+FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
+console = Console(quiet=not FIRST_PROCESS)  # of several training processes, the first one speaks
 
 
 class _Commands(TyperGroup):
@@ -29,13 +31,23 @@ class _Commands(TyperGroup):
         except Exception as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 place = f" ({error.filename})" if error.filename else ""
-                typer.echo(f"vlm: the disk is full{place}: make room, and go on (vlm train: with --resume)", err=True)
+                _complain(f"the disk is full{place}: make room, and go on (vlm train: with --resume)")
                 raise typer.Exit(2) from None
             # Errors that we define are for people. All others are bugs, here or in a library, and keep their traceback.
             if not type(error).__module__.startswith("vlm."):
                 raise
-            typer.echo(f"vlm: {error}", err=True)
+            _complain(error)
             raise typer.Exit(getattr(error, "exit_code", 2)) from None
+
+
+def _complain(message: object) -> None:
+    """Say what was wrong. Of the processes of a run those of one machine find the same until they have met, and one of
+    them says it; later each may fail alone."""
+    torch = sys.modules.get("torch")
+    met = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    if met or os.environ.get("LOCAL_RANK", "0") == "0":
+        process = "" if FIRST_PROCESS else f" (process {os.environ['RANK']})"
+        typer.echo(f"vlm{process}: {message}", err=True)
 
 
 class _ListsByDefault(TyperGroup):

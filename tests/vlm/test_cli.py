@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -227,3 +228,30 @@ def test_data_check_counts_tokens_as_the_model_does(checkpoint: str, photos: Pat
     assert "tokens" in out
     assert "<image> x 4" in out  # 2 x 2 patches
     assert "[[a black square<|im_end|>]]" in out
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "said"),
+    [("0", "0", "vlm: there is no file"), ("8", "0", "vlm (process 8): there is no file"), ("1", "1", "")],
+)
+def test_what_all_processes_of_a_machine_find_is_said_once(rank: str, local_rank: str, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vlm", "train", "none.yaml"],
+        capture_output=True, text=True, check=False, env=os.environ | {"RANK": rank, "LOCAL_RANK": local_rank},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(said) if said else not done.stderr
+
+
+def test_what_a_process_finds_after_they_have_met_it_says_itself(tmp_path: Path) -> None:
+    code = f"""if True:
+        import os, sys, torch
+        os.environ |= dict(RANK="1", LOCAL_RANK="1")
+        torch.distributed.init_process_group("gloo", init_method="file://{tmp_path / "meeting"}", rank=0, world_size=1)
+        from vlm.cli import app
+        sys.argv = ["vlm", "train", "none.yaml"]
+        app()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "vlm (process 1): there is no file" in done.stderr
