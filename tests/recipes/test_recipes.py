@@ -1,13 +1,14 @@
 """Every recipe that comes with vlm, through the same checks as a user's own."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from accelerate.commands import launch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
-from torch.distributed.fsdp import StateDictType
+from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from vlm import recipe
@@ -65,6 +66,31 @@ def test_accelerate_launch_understands_it(name: str, machines: list[str], tmp_pa
         assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
     else:
         assert arguments.multi_gpu
+
+
+def test_what_is_sharded_may_wait_in_the_memory_of_the_machine(tmp_path: Path) -> None:
+    """The keys that the files name for it, turned on, as accelerate reads them."""
+
+    def arguments_with(name: str, *changes: tuple[str, str]) -> Any:
+        text = recipe.packaged_text(name)
+        for before, after in changes:
+            assert before in text
+            text = text.replace(before, after)
+        (tmp_path / "launch.yaml").write_text(text)
+        words = ["--config_file", str(tmp_path / "launch.yaml"), "--num_processes", "1", "-m", "vlm"]
+        return launch._validate_launch_command(launch.launch_command_parser().parse_args(words))[0]
+
+    fsdp = arguments_with("accelerate/fsdp2", ("fsdp_offload_params: false", "fsdp_offload_params: true"))
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in prepare_multi_gpu_env(fsdp).items():
+            patch.setenv(key, value)
+        assert isinstance(FullyShardedDataParallelPlugin().cpu_offload, CPUOffloadPolicy)
+    zero3 = arguments_with(
+        "accelerate/zero3",
+        ("optimizer_device: none", "optimizer_device: cpu"),
+        ("param_device: none", "param_device: cpu"),
+    )
+    assert (zero3.offload_optimizer_device, zero3.offload_param_device) == ("cpu", "cpu")
 
 
 @pytest.mark.parametrize("name", NAMES)
