@@ -1,6 +1,7 @@
 """What is watched while training: that each part learns that should, and no other; and the metrics file."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import TrainerCallback
 
 from tests.tiny import FUSIONS, tiny
 from tests.training.helpers import trainer_of
+from vlm.training import memory
 from vlm.training.callbacks import MetricsLog, PartCheck, PartNotTraining
 
 
@@ -50,6 +52,18 @@ def test_a_short_run_is_checked_at_its_end(tmp_path):
     detach(made[0].multi_modal_projector)
     with pytest.raises(PartNotTraining):
         checked(tmp_path, {"projector": 1e-3, "language": 1e-4}, made, max_steps=2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's")
+def test_looking_at_weights_takes_little_room():
+    """A model's weights in float64, all at once, would take twice the room of the model."""
+    model = torch.nn.ModuleDict({"language_model": torch.nn.Linear(5_000, 10_000, bias=False)})
+    check, device = PartCheck(model, {"language": 1.0}), torch.device("cpu")
+    check.on_train_begin(None, None, None)  # once, so that what PyTorch sets up is there
+    memory.reset_peak(device)
+    before = memory.in_use(device)
+    check.on_train_begin(None, None, None)
+    assert memory.peak(device) - before < 100e6, "the weights take 200 MB"
 
 
 class Meddle(TrainerCallback):

@@ -155,6 +155,20 @@ class MetricsLog(TrainerCallback):
                 self.said = True
 
 
+PIECE = 2**20
+"""Numbers of a weight that are looked at together."""
+
+
+def _fingerprint(tensor: torch.Tensor) -> tuple[float, float]:
+    """Sum and sum of magnitudes in float64, a piece at a time: a whole weight would take three times its room."""
+    sums = torch.zeros(2, dtype=torch.float64, device=tensor.device)
+    for piece in tensor.flatten().split(PIECE):
+        exact = piece.double()
+        sums += torch.stack([exact.sum(), exact.abs().sum()])
+    total, magnitudes = sums.tolist()
+    return total, magnitudes
+
+
 def _own_share(tensor: torch.Tensor) -> torch.Tensor:
     """What this process has of a tensor: all of it, unless it is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -182,8 +196,7 @@ class PartCheck(TrainerCallback):
 
     @torch.no_grad()
     def _fingerprints(self) -> dict[str, tuple[float, float]]:
-        shares = {name: _own_share(p).double() for _, name, p in named_parts(self.model)}
-        return {name: (float(share.sum()), float(share.abs().sum())) for name, share in shares.items()}
+        return {name: _fingerprint(_own_share(parameter)) for _, name, parameter in named_parts(self.model)}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.done:
