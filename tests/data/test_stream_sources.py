@@ -1,5 +1,6 @@
 """Sources in pieces say what the same sources say read whole."""
 
+import json
 import tarfile
 from io import BytesIO
 from itertools import islice
@@ -21,11 +22,14 @@ COLUMNS = {"image": "img", "caption": "text"}
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """The same 25 rows in each format; row 3 has no image, row 11 no text."""
-    folder = tmp_path_factory.mktemp("stored")
+    return store(tmp_path_factory.mktemp("stored"))
+
+
+def store(folder, last="text 24"):
+    """The same 25 rows in each format; row 3 has no image, row 11 no text, the last row the `last` text."""
     columns = {
         "img": [None if n == 3 else {"bytes": png(n), "path": None} for n in range(ROWS)],
-        "text": [None if n == 11 else f"text {n}" for n in range(ROWS)],
+        "text": [None if n == 11 else f"text {n}" for n in range(ROWS - 1)] + [last],
         "n": [n // 2 for n in range(ROWS)],
     }
     dataset = datasets.Dataset.from_dict(columns, features=FEATURES)
@@ -40,7 +44,10 @@ def stored(tmp_path_factory):
     for number, some in enumerate((range(15), range(15, ROWS))):
         with tarfile.open(folder / f"{number}.tar", "w") as tar:
             for n in some:
-                for name, content in ((f"{n:03}.png", png(n)), (f"{n:03}.txt", f"text {n}".encode())):
+                for name, content in (
+                    (f"{n:03}.png", png(n)),
+                    (f"{n:03}.txt", (last if n == ROWS - 1 else f"text {n}").encode()),
+                ):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     tar.addfile(info, BytesIO(content))
@@ -109,6 +116,14 @@ def test_rows_are_known_where_a_card_says_them(stored, tmp_path):
     info = f"dataset_info:\n  splits:\n  - name: train\n    num_examples: {ROWS}\n"
     (tmp_path / "README.md").write_text(f"---\n{info}---\n")
     assert pieces_of(tmp_path, "webdataset", path=".", data_files=None).num_rows == ROWS
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_change_in_the_last_row_is_seen_without_reading_it(stored, tmp_path, name):
+    outline = pieces_of(stored, name).outline
+    assert json.loads(json.dumps(pieces_of(store(tmp_path / "same"), name).outline)) == outline or name == "saved"
+    assert pieces_of(stored, name).outline == outline
+    assert pieces_of(store(tmp_path / "other", "x" * 20_000), name).outline != outline
 
 
 def test_a_large_row_group_is_read_through_a_buffer(stored, monkeypatch):

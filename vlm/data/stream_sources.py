@@ -38,6 +38,8 @@ class Pieces(Protocol):
 
     num_rows: int | None
     """How many rows there are in all, if that is known without reading them."""
+    outline: list[Any]
+    """What tells the source from one that has changed, as far as that is known without reading it."""
 
     def __len__(self) -> int: ...
 
@@ -54,6 +56,7 @@ class InMemory:
     def __init__(self, examples: Sequence[Example]) -> None:
         self.all = examples
         self.num_rows: int | None = len(examples)
+        self.outline = [example.image_id for example in examples]
 
     def __len__(self) -> int:
         return -(-len(self.all) // ROWS_IN_A_PIECE)
@@ -111,6 +114,7 @@ class ParquetRowGroups(_Dataset):
             source.check_columns(names)
         self.pieces = [(file, *group) for file, (_, groups) in enumerate(footers) for group in groups]
         self.num_rows: int | None = sum(rows for _, _, _, rows, _ in self.pieces)
+        self.outline = [[os.path.basename(files[file]), *group] for file, *group in self.pieces]
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -145,6 +149,7 @@ class Files(_Dataset):
         self.dataset = dataset.select_columns(columns.all)
         self.files = files if len(files) == dataset.num_shards else []
         self.num_rows = num_rows
+        self.outline = [[os.path.basename(file), os.path.isfile(file) and os.path.getsize(file)] for file in files]
 
     def __len__(self) -> int:
         return int(self.dataset.num_shards)
@@ -168,6 +173,7 @@ class Saved(_Dataset):
             dataset = source.undecoded(dataset, columns.of_images)
         self.dataset = dataset.select_columns(columns.all)
         self.num_rows: int | None = len(dataset)
+        self.outline = [dataset._fingerprint]
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // ROWS_IN_A_PIECE)

@@ -127,10 +127,11 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def fingerprint(items: Sequence[TreeItem]) -> dict[str, Any]:
+def fingerprint(items: Sequence[TreeItem], outline: Sequence[Any] = ()) -> dict[str, Any]:
     """What tells training data from others: how many examples and answers there are, and a hash of the names of their
-    images and all tokens, in order. Of image files the size counts too."""
-    digest = hashlib.sha256()
+    images and all tokens, in order. Of image files the size counts too. Of a stream `items` are a sample, and the
+    `outline` of its sources counts."""
+    digest = hashlib.sha256(json.dumps(outline).encode() if outline else b"")
     for item in items:
         sizes = [os.path.getsize(s) for s in item.example.images if isinstance(s, str) and os.path.isfile(s)]
         digest.update(json.dumps([item.example.image_id, sizes]).encode())

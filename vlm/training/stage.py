@@ -123,7 +123,8 @@ def run_stage(
     args = training_arguments(recipe, stage, checkpoints)
     wants_loss = args.eval_strategy != "no"
     checkpoint = None
-    data = fingerprint(batches.train)
+    sources = batches.stream.mixture.sources if batches.stream else []
+    data = fingerprint(batches.train, [source.outline for source in sources])
     if resume and not dry_run:
         checkpoint = newest(checkpoints, lambda line: console.print(line, style="yellow", markup=False, soft_wrap=True))
         if checkpoint:
