@@ -206,6 +206,20 @@ def test_a_damaged_file_is_named(stored, tmp_path):
         list(pieces_of(tmp_path, "parquet").rows(0))
 
 
+def test_rows_behind_a_damaged_header_are_not_lost_in_silence(stored, tmp_path):
+    """`datasets` ends there, as if the file did."""
+    with tarfile.open(stored / "0.tar") as tar:
+        place = tar.getmember("009.png").offset
+    content = bytearray((stored / "0.tar").read_bytes())
+    content[place : place + 100] = b"?" * 100
+    (tmp_path / "0.tar").write_bytes(content)
+    pieces = pieces_of(tmp_path, "webdataset")
+    with pytest.raises(SourceError, match=rf"0\.tar:row 9: cannot be read \(no header at byte {place:,} of .*0\.tar"):
+        list(pieces.rows(0))
+    with pytest.raises(SourceError, match=f"no header at byte {place:,} of"):
+        read({"format": "dataset", **SOURCES["webdataset"]}, base_dir=tmp_path)
+
+
 def test_files_that_are_not_there(tmp_path):
     source = {"format": "dataset", "path": "parquet", "data_files": "no/*.parquet", "columns": COLUMNS}
     with pytest.raises(SourceError, match=r"no file matches .*no/\*\.parquet"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -185,7 +187,11 @@ class DatasetSource(Source):
             if (saved := self.saved(base_dir)) is not None:
                 return saved
             path, files = self.place(base_dir)
-            return datasets.load_dataset(path, self.name, split=self.split, data_files=files, revision=self.revision)
+            options = {"data_files": files, "revision": self.revision}
+            found = datasets.load_dataset_builder(path, self.name, **options).config.data_files or {}
+            for file in found.get(self.split, []):
+                require_whole_tar(file)
+            return datasets.load_dataset(path, self.name, split=self.split, **options)
 
     def undecoded(self, dataset: Any, column: str) -> Any:
         """The data set with the image column left as bytes or paths, so that no row is decoded before it is wanted."""
@@ -214,6 +220,22 @@ class DatasetSource(Source):
             cells = _outline(outlines[start:stop][image]) if outlines is not None else [None] * (stop - start)
             for offset, cell in enumerate(cells):
                 yield {name: batch[name][offset] for name in names}, cell
+
+
+def require_whole_tar(file: str) -> None:
+    """Raise ReadError if a tar on this disk, not compressed, has something else than a header after one of its files:
+    `tarfile`, and so `datasets`, takes that for the end and says nothing of what follows."""
+    if not (file.endswith(".tar") and os.path.isfile(file)):
+        return
+    archive: Any
+    with tarfile.open(file, "r:") as archive, open(file, "rb") as raw:
+        while archive.next():
+            archive.members = []  # else it keeps them all
+        raw.seek(archive.offset)
+        if any(raw.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError(
+                f"no header at byte {archive.offset:,} of {file}, and more behind it; save it again"
+            )
 
 
 def _outline(column: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from vlm.data.example import Example, ImageSource
 from vlm.data.readers import parse_source
 from vlm.data.readers_common import Collector, ReadResult, SourceError
-from vlm.data.readers_dataset import DatasetSource
+from vlm.data.readers_dataset import DatasetSource, require_whole_tar
 
 ROWS_AT_ONCE = 256
 ROWS_IN_A_PIECE = 1000
@@ -160,6 +160,8 @@ class Files(_Dataset):
 
     def _rows(self, piece: int, start: int) -> Iterator[dict[str, Any]]:
         yield from self.dataset.shard(len(self), piece).skip(start)
+        if self.files:
+            require_whole_tar(self.files[piece])
 
 
 class Saved(_Dataset):
