@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BatchFeature,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 import vlm  # noqa: F401 - registers our classes with the Auto classes
 from vlm.batches import MAX_BATCH_TOKENS, batches_of
@@ -243,10 +251,11 @@ def share_trunk(model: Any, inputs: Any, requests: Sequence[Request], max_new_to
 
 def _can_share(model: Any, length: int) -> bool:
     """Our own models can, unless a window slides over rows of `length` tokens: it would count the padding between what
-    is shared and the rest; or the image sees the question, or is read together with it."""
+    is shared and the rest, as would the state of a recurrent layer; or the image sees the question, or is read together
+    with it."""
     if not hasattr(model, "get_vision_features") or model.config.image_attention == "prefix_lm":
         return False
-    if model.config.use_qformer_text_input:
+    if model.config.use_qformer_text_input or has_recurrent_layers(model):
         return False
     return length <= (sliding_window(model) or length)
 
@@ -256,6 +265,12 @@ def _one_continuation(model: Any, options: dict[str, Any]) -> bool:
     names = ("num_beams", "num_return_sequences")
     settings = {name: options.get(name) or getattr(model.generation_config, name, None) or 1 for name in names}
     return options.get("use_cache", True) and set(settings.values()) == {1}
+
+
+def has_recurrent_layers(model: Any) -> bool:
+    """Whether some layers of the language model keep a state in place of keys and values (Mamba, LFM2, Qwen3-Next)."""
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 def sliding_window(model: Any) -> int | None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -41,6 +42,18 @@ class VLMOutput(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` and, with cross-attention, the `vision_states` that the next tokens look at."""
 
     vision_states: Any = None
+
+
+def has_read(cache: Cache | None) -> bool:
+    """Whether there are tokens in a cache."""
+    if cache is None or not cache.layers:
+        return False
+    return cache.has_previous_state() if is_recurrent(cache) else cache.get_seq_length() > 0
+
+
+def is_recurrent(cache: Cache) -> bool:
+    """Whether a cache is of recurrent layers alone (Mamba), and does not count its tokens."""
+    return not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
 
 
 class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -246,10 +259,12 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 vision_states = vision_states.followed_by(latest) if vision_states is not None else latest
         elif vision_states is not None:
             vision_states = vision_states.for_next_tokens(inputs_embeds.shape[1])
-        elif input_ids is not None and (cache is None or not cache.get_seq_length()):
+        elif input_ids is not None and not has_read(cache):
             self._image_mask(input_ids, [])
         if vision_states is not None:
             kwargs["vision_states"] = vision_states
+        if cache is not None and is_recurrent(cache) and attention_mask is not None:
+            attention_mask = attention_mask[:, -inputs_embeds.shape[1] :]  # Mamba wants that of the new tokens alone
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -264,9 +279,9 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return VLMOutput(
             loss=outputs.loss,
             logits=outputs.logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            cache=outputs.get("cache"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),  # recurrent decoders have none
             vision_states=vision_states,
         )
 
@@ -281,7 +296,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if not has_images or not self.config.uses_prefix or input_ids is None:
                 return None
             return (input_ids == self.config.image_token_id).long()
-        if self.config.image_attention == "causal" or (cache is not None and cache.get_seq_length()):
+        if self.config.image_attention == "causal" or has_read(cache):
             return None
         return _require_types(token_type_ids)
 

@@ -119,7 +119,7 @@ class Session:
         if keeps and isinstance(output.cache, DynamicCache) and not output.cache.offloading:
             self._cache, self._images, self._texts, self._prompt = output.cache, list(images), texts, prompt
             # All but the last token, which nobody has read.
-            self._ids = output.sequences[0, : output.cache.get_seq_length()].tolist()
+            self._ids = output.sequences[0, :-1].tolist()
 
     def _in_cache(
         self, ids: Sequence[int], images: Sequence[Image.Image], texts: list[list[int]], fixed: bool, prompt: int
@@ -143,7 +143,9 @@ class Session:
             return 0, 0
         # What has slid out of a window does not come back, nor does the state of a recurrent layer.
         croppable = all(
-            layer.is_croppable and not (slides and layer.get_seq_length() >= layer.sliding_window)
+            layer.is_croppable
+            and getattr(layer, "record_past", True)  # LFM2's convolutions could, but have not been told to
+            and not (slides and layer.get_seq_length() >= layer.sliding_window)
             for layer, slides in zip(self._cache.layers, self._cache.is_sliding, strict=True)
         )
         return (length, known) if croppable or length == len(self._ids) else (0, 0)
