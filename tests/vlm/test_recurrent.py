@@ -83,3 +83,17 @@ def test_the_image_matters(made):
     model, processor = made
     one, other = (model(**encode(processor, [[user(image(n), "what")]])).logits[0, -1] for n in (1, 2))
     assert (one - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cross_attention_where_it_has_a_place(name):
+    if name in ("mamba", "mamba2"):
+        with pytest.raises(ValueError, match="does not pass keyword arguments to its layers"):
+            tiny(text=CONFIGS[name], fusion="cross_attention")
+        return
+    model, processor = tiny(text=CONFIGS[name], fusion="cross_attention")
+    model.generation_config.eos_token_id = None
+    requests = [asked(image(1), "what is this"), asked(image(2), "what")]
+    together = generation.generate(model, processor, requests, max_new_tokens=8)
+    assert together == [generation.generate(model, processor, [one], max_new_tokens=8)[0] for one in requests]
+    assert together == generation.generate(model, processor, requests, max_new_tokens=8, use_cache=False)
