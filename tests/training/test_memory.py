@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
+from tests.stock import stock
 from tests.tiny import text_config, tiny
 from tests.training.helpers import LORA, TRAIN, train, trainer_of, weights
 from vlm.errors import UserError
@@ -80,6 +81,22 @@ def test_activations_are_tried_out(tmp_path, checkpointing):
     assert found == pytest.approx(200e6 if checkpointing else 400e6, rel=0.2)
     assert all(torch.equal(value, before[name]) for name, value in weights(made[0]).items())
     assert not any(getattr(module, "gradient_checkpointing", False) for module in made[0].modules())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["ours", "llava"])
+def test_a_frozen_encoder_is_not_gone_back_through(tmp_path, name, reentrant):
+    """Reentrant checkpointing cannot do without: its layers want an input that requires a gradient."""
+    model, processor = tiny() if name == "ours" else stock("llava")
+    made = add_lora(model, LORA, RATES), processor
+    seen = []
+    encoder = model.vision_tower if name == "ours" else model.model.vision_tower
+    encoder.register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state.requires_grad))
+    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    trainer = trainer_of(tmp_path, RATES, made=made, **options)
+    memory.estimate(trainer, trainer.train_dataset)
+    trainer.train()
+    assert set(seen) == {reentrant}
 
 
 def no_room_for(monkeypatch, tokens):

@@ -111,10 +111,18 @@ def checkpointing(trainer: Any) -> Iterator[None]:
     options = dict(trainer.args.activation_checkpointing_kwargs or {})
     chosen = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
     trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **chosen)
+    keep_gradients_out(trainer)
     try:
         yield
     finally:
         trainer.model.activation_checkpointing_disable()
+
+
+def keep_gradients_out(trainer: Any) -> None:
+    """Undo what transformers does beside activation checkpointing: it makes the output of every embedding require a
+    gradient, so that the whole of a frozen encoder is kept and gone back through. Only `use_reentrant` needs that."""
+    if not (trainer.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        trainer.model.disable_input_require_grads()
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from vlm.training.norms import gradient_norms, parameter_norms
 from vlm.training.parts import freeze_state, named_parts
 from vlm.training.processes import GlobalBatch, sharded
 from vlm.training.skipped import SkippedSteps
+from vlm.training.step import keep_gradients_out
 from vlm.training.throughput import CountingCollator, Throughput
 
 logger = logging.getLogger(__name__)
@@ -272,6 +273,12 @@ class VLMTrainer(Trainer):
             for measure in self.measures:
                 output.metrics.update(measure(loss))
         return output
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer, and with activation checkpointing no gradient goes through a frozen encoder."""
+        if self.args.activation_checkpointing:
+            keep_gradients_out(self)
+        return super()._prepare_for_training(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As in Trainer, which takes one step too many if it resumes after the last one in the middle of an epoch."""
