@@ -32,14 +32,16 @@ def test_infonce_with_several_texts_is_the_formula() -> None:
 def test_a_positive_never_pushes_a_positive_away() -> None:
     logits = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     infonce(logits, SHARED).backward()
-    assert (logits.grad[SHARED] < 0).all() and (logits.grad[~SHARED] > 0).all()
+    assert (logits.grad[SHARED] < 0).all()
+    assert (logits.grad[~SHARED] > 0).all()
 
 
 def test_a_batch_without_negatives_has_no_loss_and_no_gradient() -> None:
     logits = torch.randn(2, 2, requires_grad=True)
     loss = infonce(logits, torch.ones(2, 2, dtype=torch.bool))
     loss.backward()
-    assert loss.item() == 0 and (logits.grad == 0).all()
+    assert loss.item() == 0
+    assert (logits.grad == 0).all()
 
 
 def test_sigmoid_is_the_formula() -> None:
