@@ -96,7 +96,7 @@ class DatasetSource(Source):
 
     def read(self, base_dir: Path) -> ReadResult:
         folder = self.image_folder(base_dir)
-        dataset = self._load(base_dir)
+        dataset = self.load(base_dir)
         self.check_columns(dataset.column_names)
         columns = self.columns
         if columns.of_images is not None:
@@ -180,7 +180,8 @@ class DatasetSource(Source):
             reason = f"{type(error).__name__}: {error}"
             raise SourceError(f"data set {self.path!r}, split {self.split!r}: {reason} ({tried})") from error
 
-    def _load(self, base_dir: Path) -> Any:
+    def load(self, base_dir: Path) -> Any:
+        """The data set, none of its columns looked at. Raises SourceError if it cannot be had."""
         import datasets
 
         with self.errors(base_dir):

@@ -1,0 +1,136 @@
+"""Images with a label each: a folder of folders, rows with a label column, or a data set of `datasets`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm.data.example import ImageSource, Problem, StoredImage
+from vlm.data.images import find_images
+from vlm.data.readers_common import read_json_lines
+from vlm.data.readers_dataset import Columns, DatasetSource
+from vlm.errors import UserError, nearest
+from vlm.recognition.labels import require_labels
+
+METADATA = "metadata.jsonl"
+LABEL = "label"
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Attributes:
+    images: by name, in order: the file, or the row of a data set.
+    targets: the place in `labels` of each image's label.
+    labels: each once.
+    problems: rows and files that are no labelled image.
+    """
+
+    images: dict[str, ImageSource]
+    targets: list[int]
+    labels: list[str]
+    problems: list[Problem]
+
+
+def read_labelled_images(data: str, label_column: str | None = None) -> LabelledImages:
+    """Read everything but the pixels of
+
+    - a folder with `metadata.jsonl`, in the layout of `datasets`' imagefolder: `file_name` and `label_column` in a row;
+    - any other folder: each folder in it is a label, and has its images in it, or in folders of its own;
+    - a data set that `datasets` loads, `NAME` or `NAME:SPLIT` (`train` if not said), on the Hub or saved on this disk,
+      whose `label_column` holds a `ClassLabel` or strings.
+
+    `label_column` is `label` if not said. Labels are in the order of the `ClassLabel`, or sorted.
+
+    Raises UserError if there are no images or fewer than two labels, for a column that is not there, and for a
+    `label_column` where folders are the labels.
+    """
+    folder = Path(data).expanduser()
+    if folder.is_dir() and not _is_saved(folder):
+        if (folder / METADATA).is_file():
+            return _from_rows(folder, label_column or LABEL)
+        if label_column:
+            raise UserError(f"--label-column {label_column}: there is no {METADATA} in {data}")
+        return _from_folders(folder)
+    return _from_dataset(data, label_column or LABEL)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether it is what `datasets`' `save_to_disk` wrote."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _from_folders(folder: Path) -> LabelledImages:
+    labels = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    require_labels(labels, f"{folder}, whose folders are the labels")
+    images: dict[str, str] = {}  # file: label
+    for label in labels:
+        images |= dict.fromkeys(find_images([str(folder / label)]), label)
+    strays = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    problems = [Problem(str(path), "", "in no folder, so it has no label") for path in strays]
+    return _labelled(dict(zip(images, images, strict=True)), list(images.values()), labels, problems, str(folder))
+
+
+def _from_rows(folder: Path, column: str) -> LabelledImages:
+    problems: list[Problem] = []
+    images: dict[str, ImageSource] = {}
+    found: list[str] = []
+    rows = read_json_lines(folder / METADATA, str(folder / METADATA), problems)
+    if rows and not any(column in row for _, row in rows):
+        raise UserError(f"{folder / METADATA}: no row has {column!r} (--label-column); {nearest(column, rows[0][1])}")
+    for where, row in rows:
+        name, label = row.get("file_name"), row.get(column)
+        if not isinstance(name, str) or not name:
+            problems.append(Problem(where, "file_name", "expected the name of an image"))
+        elif label is None or isinstance(label, list | dict) or not str(label).strip():
+            problems.append(Problem(where, column, f"expected a label, found {label!r}"))
+        elif (path := str(folder / name)) in images:
+            problems.append(Problem(where, "file_name", f"{name} has a row already"))
+        else:
+            images[path] = path
+            found.append(str(label).strip())
+    return _labelled(images, found, sorted(set(found)), problems, str(folder / METADATA))
+
+
+def _from_dataset(data: str, column: str) -> LabelledImages:
+    from datasets import ClassLabel, Image
+
+    path, _, split = (data, "", "") if Path(data).expanduser().exists() else data.partition(":")
+    options = {"split": split} if split else {}
+    source = DatasetSource(path=path, columns=Columns(caption=column), **options)
+    dataset = source.load(Path())
+    source.check_columns(dataset.column_names)
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+    if len(columns) != 1:
+        raise UserError(f"{data}: expected one column of images, found {len(columns)} ({', '.join(columns)})")
+    dataset = source.undecoded(dataset, columns[0])
+    feature, values = dataset.features[column], dataset[column]
+    problems = []
+    images: dict[str, ImageSource] = {}
+    found = []
+    for row, value in enumerate(values):
+        if value is None or value == -1:  # `datasets` writes -1 where a label is not told
+            problems.append(Problem(f"{data}:row {row}", column, "no label"))
+            continue
+        images[f"{data}:row {row}"] = StoredImage(dataset, row, columns[0])
+        found.append(feature.int2str(value) if isinstance(feature, ClassLabel) else str(value))
+    labels = list(feature.names) if isinstance(feature, ClassLabel) else sorted(set(found))
+    return _labelled(images, found, labels, problems, data)
+
+
+def _labelled(
+    images: dict[str, ImageSource], found: Sequence[str], labels: list[str], problems: list[Problem], where: str
+) -> LabelledImages:
+    if not images:
+        why = f" ({problems[0]})" if problems else ""
+        raise UserError(f"{where}: not one image with a label{why}")
+    require_labels(labels, where)
+    place = {label: number for number, label in enumerate(labels)}
+    return LabelledImages(images, [place[label] for label in found], labels, problems)
+
+
+def images_by_label(data: LabelledImages) -> dict[str, int]:
+    """How many images each label has."""
+    counts = Counter(data.targets)
+    return {label: counts[number] for number, label in enumerate(data.labels)}

@@ -1,0 +1,88 @@
+"""Labels, and the templates that make texts of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm.errors import UserError, nearest
+
+PLACE = "{}"
+"""Where the label goes in a template."""
+
+PHOTO = ("a photo of a {}.",)
+"""What CLIP's paper begins with (arXiv 2103.00020, section 3.1.4)."""
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "imagenet": (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    )
+}
+"""By name; `imagenet` are the seven that CLIP's authors found nearly as good as all eighty."""
+
+
+def read_labels(labels: str) -> list[str]:
+    """Labels out of `a,b,c`, or out of a text file with one on each line; empty lines are left out.
+
+    Raises UserError for a file that is not there, fewer than two labels, and a label that comes twice.
+    """
+    path = Path(labels).expanduser()
+    if path.suffix == ".txt" or path.is_file():
+        found = _lines(path, "--labels")
+    else:
+        found = [label for part in labels.split(",") if (label := part.strip())]
+    require_labels(found, f"--labels {labels}")
+    return found
+
+
+def require_labels(labels: Sequence[str], where: str) -> None:
+    """Raise UserError unless there is something to choose from, and no label twice."""
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if twice:
+        raise UserError(f"{where}: {', '.join(map(repr, twice))} more than once; give each label once")
+    if len(labels) < 2:
+        found = f"only {labels[0]!r}" if labels else "no label"
+        raise UserError(f"{where}: {found}; give two labels or more, as in --labels cat,dog")
+
+
+def read_templates(templates: Sequence[str], named: str | None) -> tuple[str, ...]:
+    """The given `templates`, or those that are `named`: a name in `TEMPLATES`, or a text file with one on each line;
+    none if there are neither.
+
+    Raises UserError for a name or file that is not there, and for a template without `{}`.
+    """
+    if templates and named:
+        raise UserError("--template and --templates: give one of the two")
+    if named in TEMPLATES:
+        return TEMPLATES[named]
+    if named and not Path(named).expanduser().is_file():
+        raise UserError(f"--templates {named}: no such file, and no templates of that name; {nearest(named, TEMPLATES)}")
+    found = _lines(Path(named).expanduser(), "--templates") if named else list(templates)
+    if named and not found:
+        raise UserError(f"--templates {named}: there is no template in it")
+    for template in found:
+        if PLACE not in template:
+            raise UserError(f"template {template!r} has no {PLACE} where the label goes")
+    return tuple(found)
+
+
+def fill(template: str, label: str) -> str:
+    """The text of a label. Folders are named with underscores for spaces, and no text is."""
+    return template.replace(PLACE, label.replace("_", " "))
+
+
+def _lines(path: Path, option: str) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror}); give a text file, one a line") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option} {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
