@@ -49,9 +49,11 @@ FLOORS: list[set[str]] = [
         "recipes",
         "training",
     },
+    {"recognition"},
     {
         "cache",
         "chat",
+        "classify",
         "predict",
         "evaluate",
         "data_check",

@@ -214,6 +214,41 @@ def encode(
     )
 
 
+@app.command()
+def classify(
+    model: ModelArgument,
+    images: Annotated[list[str] | None, typer.Argument(help="Files, folders, or globs in quotes.")] = None,
+    labels: Annotated[str | None, typer.Option(help="a,b,c or a text file with one a line.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="In place of images and labels: a folder of folders, or rows with a label.")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="With --data. Default: label.")] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(help="For a dual encoder: 'a photo of a {}.'; several are averaged.")
+    ] = None,
+    templates: Annotated[str | None, typer.Option(help="imagenet, or a text file with one a line.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What a vision-language model is asked.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A .jsonl file with the probability of each label.")] = None,
+    max_batch_tokens: MaxBatchTokens = MAX_BATCH_TOKENS,
+) -> None:
+    """Say which of some labels is in an image, with a model that was not trained on them."""
+    from vlm import classify as classifying
+
+    classifying.run(
+        model,
+        images or [],
+        labels=labels,
+        data=data,
+        label_column=label_column,
+        template=template or [],
+        templates=templates,
+        prompt=prompt,
+        output=output,
+        max_batch_tokens=max_batch_tokens,
+        console=console,
+    )
+
+
 @app.command("eval")
 def evaluate(
     model: ModelArgument,

@@ -17,7 +17,7 @@ from vlm.cli import app
 
 COMMANDS = (
     ["train"], ["recipes"], ["data", "check"], ["cache", "ls"], ["cache", "clear"],
-    ["encode"], ["encoders"], ["eval"], ["chat"], ["predict"], ["push"], ["quickstart"],
+    ["classify"], ["encode"], ["encoders"], ["eval"], ["chat"], ["predict"], ["push"], ["quickstart"],
 )  # fmt: skip
 
 

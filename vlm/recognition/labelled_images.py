@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlm.data.example import ImageSource, Problem, StoredImage
 from vlm.data.images import find_images
@@ -97,7 +97,7 @@ def _from_dataset(data: str, column: str) -> LabelledImages:
     from datasets import ClassLabel, Image
 
     path, _, split = (data, "", "") if Path(data).expanduser().exists() else data.partition(":")
-    options = {"split": split} if split else {}
+    options: dict[str, Any] = {"split": split} if split else {}
     source = DatasetSource(path=path, columns=Columns(caption=column), **options)
     dataset = source.load(Path())
     source.check_columns(dataset.column_names)
@@ -128,9 +128,3 @@ def _labelled(
     require_labels(labels, where)
     place = {label: number for number, label in enumerate(labels)}
     return LabelledImages(images, [place[label] for label in found], labels, problems)
-
-
-def images_by_label(data: LabelledImages) -> dict[str, int]:
-    """How many images each label has."""
-    counts = Counter(data.targets)
-    return {label: counts[number] for number, label in enumerate(data.labels)}

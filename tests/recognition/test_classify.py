@@ -1,0 +1,162 @@
+"""`vlm classify`: dual encoders against CLIPModel's own logits, vision-language models against one forward a label."""
+
+import json
+from io import StringIO
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from tokenizers.processors import TemplateProcessing
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+
+from tests.tiny import FUSIONS, byte_level_tokenizer, image, image_processor, tiny
+from vlm import classify
+from vlm.errors import UserError
+from vlm.recognition.likelihood import PROMPT, LabelLikelihood, blank_image
+
+LABELS = ["cat", "big dog", "e"]
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = byte_level_tokenizer()
+    end = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)]
+    )
+    text = SIZES | {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": end}
+    vision = SIZES | {"image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    CLIPProcessor(image_processor(), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three labels with six, five and four images, one of which does not open, and a file that has no label."""
+    for number, label in enumerate(LABELS):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for n in range(6 - number):
+            image(10 * number + n).save(tmp_path / "data" / label / f"{n}.png")
+    (tmp_path / "data" / "e" / "3.png").write_bytes(b"not an image")
+    image(1).save(tmp_path / "data" / "stray.png")
+    return tmp_path / "data"
+
+
+def run(*args, **options):
+    console = Console(file=StringIO(), width=100)
+    classify.run(*args, console=console, **options)
+    return console.file.getvalue()
+
+
+@torch.no_grad()
+def clips_own(clip, paths, template="a photo of a {}."):
+    model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
+    inputs = processor(
+        text=[template.format(label) for label in LABELS],
+        images=[Image.open(path) for path in paths],
+        return_tensors="pt",
+        padding=True,
+    )
+    return model(**inputs).logits_per_image
+
+
+def test_a_dual_encoder_gives_clips_own_probabilities(clip, folders, tmp_path):
+    paths = sorted(map(str, (folders / "cat").iterdir()))
+    said = run(str(clip), [str(folders / "cat")], labels=",".join(LABELS), output=tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    expected = clips_own(clip, paths).softmax(dim=-1)
+    assert [row["image"] for row in rows] == paths
+    found = torch.tensor([[row["probabilities"][label] for label in LABELS] for row in rows])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert [row["label"] for row in rows] == [LABELS[i] for i in expected.argmax(dim=-1)]
+    assert said.count(".png: ") == len(paths)
+
+
+def test_templates_are_averaged_as_unit_vectors(clip, folders, tmp_path):
+    pair = ["a photo of a {}.", "art of the {}."]
+    path = str(folders / "cat" / "0.png")
+    run(str(clip), [path], labels=",".join(LABELS), template=pair, output=tmp_path / "out.jsonl")
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    # A cosine with a mean of unit vectors is the mean of the cosines over the length of that mean.
+    model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
+    cosines = [clips_own(clip, [path], template)[0] for template in pair]
+    with torch.no_grad():
+        texts = [
+            model.get_text_features(
+                **processor.tokenizer([t.format(x) for x in LABELS], return_tensors="pt", padding=True)
+            )
+            for t in pair
+        ]
+    units = [each.pooler_output / each.pooler_output.norm(dim=-1, keepdim=True) for each in texts]
+    logits = (cosines[0] + cosines[1]) / 2 / ((units[0] + units[1]) / 2).norm(dim=-1)
+    found = torch.tensor([row["probabilities"][label] for label in LABELS])
+    torch.testing.assert_close(found, logits.softmax(dim=-1), atol=1e-5, rtol=0)
+
+
+def test_labelled_folders_are_scored_and_what_is_left_out_is_named(clip, folders):
+    said = run(str(clip), [], data=str(folders))
+    logits, hits = clips_own(clip, sorted(folders.glob("*/[0-9].png"))[:-1]), 0
+    targets = [LABELS.index(path.parent.name) for path in sorted(folders.glob("*/[0-9].png"))[:-1]]
+    # The folders come sorted, `e/3.png` is broken and last.
+    hits = sum(int(row.argmax()) == target for row, target in zip(logits, targets, strict=True))
+    assert f"top-1 accuracy {hits / 14:.3f} (" in said
+    assert "14 images, 3 labels" in said
+    assert "stray.png" in said
+    assert "3.png" in said
+
+
+@torch.no_grad()
+def alone(model, processor, picture, label):
+    """The log-likelihood of a label, by the model's own loss on one conversation."""
+    asked = [
+        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": PROMPT}]},
+        {"role": "assistant", "content": [{"type": "text", "text": label}]},
+    ]
+    options = {"tokenize": True, "return_dict": True, "processor_kwargs": {"return_tensors": "pt"}}
+    whole = processor.apply_chat_template([asked], **options)
+    prompt = processor.apply_chat_template([asked[:1]], add_generation_prompt=True, **options)
+    labels = whole["input_ids"].clone()
+    labels[:, : prompt["input_ids"].shape[1]] = -100
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    labels[:, (whole["input_ids"][0] == end).nonzero()[-1, 0] + 1 :] = -100  # nothing is said behind the end of a turn
+    loss = model(**whole, labels=labels).loss
+    return -float(loss) * int((labels[:, 1:] != -100).sum())
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_likelihoods_are_those_of_one_forward_a_label(fusion):
+    model, processor = tiny(fusion=fusion)
+    pictures = [image(1), image(2, (50, 30))]
+    found = LabelLikelihood(model, processor, LABELS, max_batch_tokens=150)
+    assert found.why_plain is None
+    blank = blank_image(processor)
+    expected = torch.tensor(
+        [
+            [alone(model, processor, p, label) - alone(model, processor, blank, label) for label in LABELS]
+            for p in pictures
+        ]
+    )
+    torch.testing.assert_close(found.scores(pictures), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": "cat"}, "give two labels or more"),
+        ({"labels": "cat,cat,dog"}, "'cat' more than once"),
+        ({"labels": "nothing.txt"}, r"nothing\.txt: cannot be read"),
+        ({"labels": "a,b", "template": ["no place"]}, "has no {} where the label goes"),
+        ({"labels": "a,b", "templates": "imagent"}, "did you mean 'imagenet'"),
+        ({"labels": "a,b", "prompt": "What?"}, "--prompt is what a vision-language model is asked"),
+        ({"labels": "a,b", "data": "x"}, "--data"),
+        ({}, "--labels says what the images may be"),
+    ],
+)
+def test_what_does_not_go_together(clip, folders, options, message):
+    with pytest.raises(UserError, match=message):
+        run(str(clip), [str(folders / "cat")], **options)
