@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -22,7 +23,7 @@ from vlm.data.example import ImageSource
 from vlm.data.images import ImageError, find_images, open_image
 from vlm.embedding import is_dual_encoder, load_embedder
 from vlm.errors import UserError
-from vlm.recognition.accuracy import accuracy, top_k_hits
+from vlm.eval.top_k import first_right, top_k
 from vlm.recognition.labelled_images import LabelledImages, read_labelled_images
 from vlm.recognition.labels import PHOTO, read_labels, read_templates
 from vlm.recognition.likelihood import PROMPT, LabelLikelihood
@@ -61,6 +62,8 @@ def run(
         raise UserError("give images and --labels, or --data, a folder with a folder for each label")
     if (labels is None) == (data is None):
         raise UserError("--labels says what the images may be; --data has labels of its own")
+    if label_column is not None and data is None:
+        raise UserError("--label-column is a column of --data")
     if output is not None and output.exists():
         raise UserError(f"{output} is there already; choose another --output, or remove the file")
     texts = read_templates(template, templates)
@@ -136,11 +139,10 @@ def _write(output: Path, opened: Sequence[str], names: Sequence[str], probabilit
 
 def _score(labelled: LabelledImages, opened: Sequence[str], scores: Tensor, console: Console) -> None:
     target = dict(zip(labelled.images, labelled.targets, strict=True))
-    targets = [target[name] for name in opened]
-    for k in (1, TOP) if len(labelled.labels) > TOP else (1,):
+    right = np.eye(len(labelled.labels), dtype=bool)[[target[name] for name in opened]]
+    for k, share in top_k(first_right(scores.numpy(), right), (1, TOP) if right.shape[1] > TOP else (1,)).items():
         console.print(
-            f"top-{k} accuracy {accuracy(top_k_hits(scores, targets, k))}, {len(opened):,} images, "
-            f"{len(labelled.labels)} labels",
+            f"top-{k} accuracy {share}, {len(opened):,} images, {len(labelled.labels)} labels",
             highlight=False,
             soft_wrap=True,
         )

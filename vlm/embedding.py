@@ -30,7 +30,6 @@ from vlm.loading import load_quietly
 from vlm.precision import default_device
 
 BATCH_TEXTS = 64
-MAX_LENGTH = "max_length"
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,10 @@ class Embedder:
         return float(self.model.logit_scale.exp()) if self.tokenizer else 1.0
 
     @property
-    def logit_bias(self) -> float:
-        """What SigLIP adds to its logits, 0 elsewhere."""
+    def logit_bias(self) -> float | None:
+        """What SigLIP adds to its logits, and others do not."""
         bias = getattr(self.model, "logit_bias", None)
-        return 0.0 if bias is None else float(bias)
+        return None if bias is None else float(bias)
 
     def prepare_images(self, images: Sequence[Any]) -> Any:
         """`pixel_values [B, 3, H, W]`, in the words of `VLMProcessor`."""
@@ -71,7 +70,7 @@ class Embedder:
             pooled = encode(self.model, pixel_values).pooled
         if pooled is None:
             raise UserError(f"{self.name} does not pool what it sees into one vector; choose another encoder")
-        return F.normalize(pooled.float(), dim=-1), (1, 1)
+        return unit(pooled), (1, 1)
 
     def embed_images(
         self, images: Mapping[str, ImageSource], *, broken: dict[str, ImageError], num_workers: int = 0
@@ -94,15 +93,22 @@ class Embedder:
         vectors = []
         for start in range(0, len(texts), BATCH_TEXTS):
             tokens = tokenize(self.tokenizer, self.model.config, texts[start : start + BATCH_TEXTS])
-            vectors.append(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output.float())
-        return F.normalize(torch.cat(vectors), dim=-1)
+            vectors.append(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output)
+        return unit(torch.cat(vectors))
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """`[N, D]` as unit vectors in float32, however small: those of an untrained network may have no square in it."""
+    vectors = vectors.float()
+    largest = vectors.abs().amax(dim=-1, keepdim=True)
+    return F.normalize(vectors / largest.clamp(min=torch.finfo(vectors.dtype).tiny), dim=-1)
 
 
 def tokenize(tokenizer: Any, config: Any, texts: Sequence[str]) -> Any:
     """Texts as the text half of a dual encoder was trained on them: SigLIP's always as long as it has positions."""
     text_config = config.text_config
     longest = min(tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None) or 512)
-    padding = MAX_LENGTH if text_config.model_type.startswith("siglip") else True
+    padding = "max_length" if text_config.model_type.startswith("siglip") else True
     return tokenizer(
         list(texts),
         padding=padding,

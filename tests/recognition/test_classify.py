@@ -7,31 +7,22 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from tokenizers.processors import TemplateProcessing
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+from transformers import AutoProcessor, CLIPModel, CLIPProcessor, SiglipModel
 
-from tests.tiny import FUSIONS, byte_level_tokenizer, image, image_processor, tiny
+from tests.dual_encoders import save_clip, save_siglip
+from tests.tiny import FUSIONS, image, tiny
 from vlm import classify
 from vlm.errors import UserError
 from vlm.recognition.likelihood import PROMPT, LabelLikelihood, blank_image
 
 LABELS = ["cat", "big dog", "e"]
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("clip")
-    tokenizer = byte_level_tokenizer()
-    end = tokenizer.eos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)]
-    )
-    text = SIZES | {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": end}
-    vision = SIZES | {"image_size": 32, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    CLIPProcessor(image_processor(), tokenizer).save_pretrained(folder)
+    save_clip(folder)
     return folder
 
 
@@ -75,6 +66,20 @@ def test_a_dual_encoder_gives_clips_own_probabilities(clip, folders, tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert [row["label"] for row in rows] == [LABELS[i] for i in expected.argmax(dim=-1)]
     assert said.count(".png: ") == len(paths)
+
+
+def test_siglip_judges_each_pair_by_itself(folders, tmp_path):
+    torch.manual_seed(0)
+    save_siglip(tmp_path / "siglip")
+    path = str(folders / "cat" / "0.png")
+    run(str(tmp_path / "siglip"), [path], labels=",".join(LABELS), template=["{}"], output=tmp_path / "out.jsonl")
+    found = json.loads((tmp_path / "out.jsonl").read_text())["probabilities"]
+    model, processor = (auto.from_pretrained(tmp_path / "siglip") for auto in (SiglipModel, AutoProcessor))
+    pixels = processor.image_processor(Image.open(path), return_tensors="pt")
+    texts = processor.tokenizer(LABELS, return_tensors="pt", padding="max_length", max_length=24)
+    with torch.no_grad():
+        expected = model(**pixels, **texts).logits_per_image.sigmoid()[0]
+    torch.testing.assert_close(torch.tensor([found[label] for label in LABELS]), expected, atol=1e-5, rtol=0)
 
 
 def test_templates_are_averaged_as_unit_vectors(clip, folders, tmp_path):
@@ -154,6 +159,7 @@ def test_likelihoods_are_those_of_one_forward_a_label(fusion):
         ({"labels": "a,b", "templates": "imagent"}, "did you mean 'imagenet'"),
         ({"labels": "a,b", "prompt": "What?"}, "--prompt is what a vision-language model is asked"),
         ({"labels": "a,b", "data": "x"}, "--data"),
+        ({"labels": "a,b", "label_column": "kind"}, "--label-column is a column of --data"),
         ({}, "--labels says what the images may be"),
     ],
 )

@@ -4,29 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoModel,
-    AutoProcessor,
-    BertConfig,
-    CLIPConfig,
-    CLIPModel,
-    CLIPProcessor,
-    SiglipConfig,
-    SiglipImageProcessor,
-    SiglipModel,
-    VisionTextDualEncoderConfig,
-    VisionTextDualEncoderModel,
-    VisionTextDualEncoderProcessor,
-)
+from transformers import AutoModel, AutoProcessor
 
-from tests.tiny import byte_level_tokenizer, clip_config, image, image_processor
-from vlm.embedding import load_embedder
+from tests.dual_encoders import LENGTH, SAVE
+from tests.tiny import clip_config, image, image_processor
+from vlm.embedding import load_embedder, unit
 from vlm.errors import UserError
 
-VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-TEXT = VISION | {"vocab_size": 400, "max_position_embeddings": 24}
-PIXELS = {"image_size": 32, "patch_size": 8}
 TEXTS = ["a red apple", "two dogs on a hill, one of them asleep in the sun", "a"]
 
 
@@ -34,29 +18,13 @@ TEXTS = ["a red apple", "two dogs on a hill, one of them asleep in the sun", "a"
 def dual_encoders(tmp_path_factory):
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("dual")
-    tokenizer = byte_level_tokenizer()
-    end = tokenizer.eos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # CLIP's vector is that of the first such token
-        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)]
-    )
-    text = TEXT | {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": end}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=VISION | PIXELS, projection_dim=16)).save_pretrained(
-        root / "clip"
-    )
-    CLIPProcessor(image_processor(), tokenizer).save_pretrained(root / "clip")
-    siglip = SiglipModel(SiglipConfig(text_config=text, vision_config=VISION | PIXELS))
-    siglip.logit_bias.data.fill_(-3.0)
-    siglip.save_pretrained(root / "siglip")
-    pixels = SiglipImageProcessor(size={"height": 32, "width": 32})
-    VisionTextDualEncoderProcessor(pixels, tokenizer).save_pretrained(root / "siglip")
-    both = VisionTextDualEncoderConfig.from_vision_text_configs(clip_config(), BertConfig(**text), projection_dim=16)
-    VisionTextDualEncoderModel(both).save_pretrained(root / "dual")
-    VisionTextDualEncoderProcessor(image_processor(), tokenizer).save_pretrained(root / "dual")
+    for name, save in SAVE.items():
+        save(root / name)
     return root
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["clip", "siglip", "dual"])
+@pytest.mark.parametrize("name", SAVE)
 def test_vectors_are_the_models_own_one_by_one(dual_encoders, tmp_path, name):
     folder = str(dual_encoders / name)
     embedder = load_embedder(folder)
@@ -79,11 +47,11 @@ def test_vectors_are_the_models_own_one_by_one(dual_encoders, tmp_path, name):
     padding = {"padding": "max_length"} if name == "siglip" else {}
     one_by_one = []
     for text in TEXTS:
-        tokens = processor.tokenizer(text, return_tensors="pt", truncation=True, max_length=24, **padding)
+        tokens = processor.tokenizer(text, return_tensors="pt", truncation=True, max_length=LENGTH, **padding)
         one_by_one.append(model.get_text_features(**tokens).pooler_output)
     torch.testing.assert_close(embedder.embed_texts(TEXTS), F.normalize(torch.cat(one_by_one)), atol=1e-5, rtol=0)
     assert embedder.logit_scale == pytest.approx(float(model.logit_scale.exp()))
-    assert embedder.logit_bias == (-3.0 if name == "siglip" else 0.0)
+    assert embedder.logit_bias == (-3.0 if name == "siglip" else None)
 
 
 def test_control_tokens_in_a_text_are_letters(dual_encoders):
@@ -114,6 +82,14 @@ def test_an_encoder_alone_has_vectors_of_images_and_refuses_words(tmp_path):
     torch.testing.assert_close(batch.features, F.normalize(expected), atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="reads no text"):
         embedder.embed_texts(["a cat"])
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-30, 1.0, 1e20])
+def test_vectors_of_any_size_become_unit_vectors(size):
+    """1e-20 is what an untrained convolutional encoder may give; its square is no float32."""
+    vectors = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(unit(vectors * size), vectors / vectors.norm(dim=-1, keepdim=True))
+    assert not unit(torch.zeros(1, 8)).any()
 
 
 def test_what_is_no_encoder_is_refused(tmp_path):

@@ -190,7 +190,7 @@ class DatasetSource(Source):
             path, files = self.place(base_dir)
             options = {"data_files": files, "revision": self.revision}
             found = datasets.load_dataset_builder(path, self.name, **options).config.data_files or {}
-            for file in found.get(self.split, []):
+            for file in found.get(self.split.partition("[")[0], []):
                 require_whole_tar(file)
             return datasets.load_dataset(path, self.name, split=self.split, **options)
 

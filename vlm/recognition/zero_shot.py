@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vlm.embedding import Embedder
+from vlm.embedding import Embedder, unit
 from vlm.recognition.labels import fill
 
 
@@ -24,17 +21,14 @@ class ZeroShot:
     def __init__(self, embedder: Embedder, labels: Sequence[str], templates: Sequence[str]) -> None:
         self.embedder = embedder
         texts = embedder.embed_texts([fill(template, label) for label in labels for template in templates])
-        self.vectors = F.normalize(texts.unflatten(0, (len(labels), len(templates))).mean(dim=1), dim=-1)
-        # A model with a bias was trained to judge each pair by itself (SigLIP, arXiv 2303.15343).
-        self.sigmoid = getattr(embedder.model, "logit_bias", None) is not None
+        self.vectors = unit(texts.unflatten(0, (len(labels), len(templates))).mean(dim=1))
 
     def scores(self, images: Sequence[Image.Image]) -> Tensor:
         """The model's own logits `[images, labels]`."""
-        named: dict[str, Any] = {str(number): image for number, image in enumerate(images)}
-        batches = self.embedder.embed_images(named, broken={})
-        vectors = torch.cat([batch.features for batch in batches])
-        return (vectors @ self.vectors.T * self.embedder.logit_scale + self.embedder.logit_bias).cpu()
+        vectors, _ = self.embedder.embed_pixels(self.embedder.prepare_images(images)["pixel_values"])
+        return (vectors @ self.vectors.T * self.embedder.logit_scale + (self.embedder.logit_bias or 0.0)).cpu()
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """`[images, labels]`: with a softmax over the labels, or for SigLIP each by itself with a sigmoid."""
-        return scores.sigmoid() if self.sigmoid else scores.softmax(dim=-1)
+        """`[images, labels]`: with a softmax over the labels; by a model with a bias, which was trained to judge each
+        pair by itself (SigLIP, arXiv 2303.15343), with a sigmoid."""
+        return scores.softmax(dim=-1) if self.embedder.logit_bias is None else scores.sigmoid()
