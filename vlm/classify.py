@@ -14,7 +14,6 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoConfig
 
 from vlm import generation
 from vlm.batches import MAX_BATCH_TOKENS
@@ -26,7 +25,7 @@ from vlm.errors import UserError
 from vlm.eval.top_k import first_right, top_k
 from vlm.recognition.labelled_images import LabelledImages, read_labelled_images
 from vlm.recognition.labels import PHOTO, read_labels, read_templates
-from vlm.recognition.likelihood import PROMPT, LabelLikelihood
+from vlm.recognition.likelihood import ANSWER, PROMPT, LabelLikelihood
 from vlm.recognition.zero_shot import ZeroShot
 
 SHOWN = 3
@@ -101,18 +100,22 @@ def load(
 
     Raises UserError for options of the other kind, and a model that is neither.
     """
-    try:
-        config = AutoConfig.from_pretrained(generation.checkpoint_of(model))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {model!r} as a run, a checkpoint folder or a Hub name: {error}") from None
+    config = generation.load_config(model)
     if is_dual_encoder(config):
         if prompt is not None:
             raise UserError("--prompt is what a vision-language model is asked; a dual encoder takes --template")
         return ZeroShot(load_embedder(model), labels, templates or PHOTO)
-    if templates:
-        raise UserError("--template and --templates are for dual encoders; a vision-language model takes --prompt")
+    if len(templates) > 1:
+        raise UserError("a vision-language model takes one --template, the answer as it would write it: 'A {}.'")
     network, processor = generation.load(model)
-    return LabelLikelihood(network, processor, labels, prompt=prompt or PROMPT, max_batch_tokens=max_batch_tokens)
+    return LabelLikelihood(
+        network,
+        processor,
+        labels,
+        prompt=prompt or PROMPT,
+        answer=templates[0] if templates else ANSWER,
+        max_batch_tokens=max_batch_tokens,
+    )
 
 
 def _opened(images: Mapping[str, ImageSource], broken: list[ImageError]) -> Iterator[dict[str, Image.Image]]:

@@ -224,7 +224,7 @@ def classify(
     ] = None,
     label_column: Annotated[str | None, typer.Option(help="With --data. Default: label.")] = None,
     template: Annotated[
-        list[str] | None, typer.Option(help="For a dual encoder: 'a photo of a {}.'; several are averaged.")
+        list[str] | None, typer.Option(help="What is made of a label, such as 'a photo of a {}.'.")
     ] = None,
     templates: Annotated[str | None, typer.Option(help="imagenet, or a text file with one a line.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What a vision-language model is asked.")] = None,

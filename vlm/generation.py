@@ -11,14 +11,17 @@ from PIL import Image
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
     DynamicCache,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 import vlm  # noqa: F401 - registers our classes with the Auto classes
 from vlm.batches import MAX_BATCH_TOKENS, batches_of
@@ -53,6 +56,9 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """Model, frozen and in evaluation mode, and processor of a run folder, a checkpoint folder or a Hub name."""
     source = checkpoint_of(name_or_path)
+    config = load_config(name_or_path, trust_remote_code=trust_remote_code)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not getattr(config, "auto_map", None):
+        raise UserError(f"{name_or_path} is of type {config.model_type}, which is no vision-language model")
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
         with no_loading_bar():
@@ -60,10 +66,23 @@ def load(
                 source, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {name_or_path!r} as a run, a checkpoint folder or a Hub name: {error}") from None
+        raise _cannot_load(name_or_path, error) from None
     require_supported(model, processor)
     model = model.to(device or default_device()).eval()  # type: ignore[arg-type]  # a string is a device
     return model.requires_grad_(False), processor
+
+
+def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration in a run folder, a checkpoint folder or a Hub name. Raises UserError if there is none."""
+    try:
+        return AutoConfig.from_pretrained(checkpoint_of(name_or_path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name_or_path, error) from None
+
+
+def _cannot_load(name_or_path: str, error: Exception) -> UserError:
+    here = "" if Path(name_or_path).expanduser().exists() else " (there is no such folder here)"
+    return UserError(f"cannot load {name_or_path!r}{here} as a run, a checkpoint folder or a Hub name: {error}")
 
 
 def require_supported(model: Any, processor: Any) -> None:

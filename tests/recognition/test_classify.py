@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from transformers import AutoProcessor, CLIPModel, CLIPProcessor, SiglipModel
+from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor, SiglipModel
 
 from tests.dual_encoders import save_clip, save_siglip
-from tests.tiny import FUSIONS, image, tiny
+from tests.stock import PROMPTED, STOCK, stock
+from tests.tiny import FUSIONS, clip_config, image, tiny
 from vlm import classify
 from vlm.errors import UserError
 from vlm.recognition.likelihood import PROMPT, LabelLikelihood, blank_image
@@ -147,6 +148,39 @@ def test_likelihoods_are_those_of_one_forward_a_label(fusion):
         ]
     )
     torch.testing.assert_close(found.scores(pictures), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", PROMPTED | STOCK)
+def test_stock_models_score_labels_together_as_each_alone(name):
+    """As branches of one tree or as rows of one batch."""
+    model, processor = stock(name)
+    pictures = [image(1), image(2, (50, 30))]
+    together = LabelLikelihood(model, processor, LABELS).scores(pictures)
+    alone = [LabelLikelihood(model, processor, [label]).scores([p]) for p in pictures for label in LABELS]
+    torch.testing.assert_close(together.flatten(), torch.cat(alone).flatten(), atol=1e-4, rtol=0)
+
+
+def test_a_vision_language_model_is_asked_and_a_label_written_as_its_answer(folders, tmp_path):
+    model, processor = tiny()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    path = str(folders / "cat" / "0.png")
+    options = {"labels": ",".join(LABELS), "template": ["A {}."], "output": tmp_path / "out.jsonl"}
+    run(str(tmp_path / "model"), [path], **options)
+    found = json.loads((tmp_path / "out.jsonl").read_text())["probabilities"]
+    texts = [f"A {label}." for label in LABELS]
+    picture, blank = Image.open(path), blank_image(processor)
+    scores = [alone(model, processor, picture, text) - alone(model, processor, blank, text) for text in texts]
+    expected = torch.tensor(scores).softmax(dim=-1)
+    torch.testing.assert_close(torch.tensor([found[label] for label in LABELS]), expected, atol=1e-3, rtol=0)
+    with pytest.raises(UserError, match=r"takes one --template"):
+        run(str(tmp_path / "model"), [path], labels="a,b", templates="imagenet")
+
+
+def test_what_is_neither_is_refused(folders, tmp_path):
+    AutoModel.from_config(clip_config()).save_pretrained(tmp_path / "clip")
+    with pytest.raises(UserError, match="is of type clip_vision_model, which is no vision-language model"):
+        run(str(tmp_path / "clip"), [str(folders / "cat")], labels="a,b")
 
 
 @pytest.mark.parametrize(
