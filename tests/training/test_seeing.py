@@ -121,6 +121,18 @@ def test_a_model_that_looks_is_asked_once(tmp_path, caplog):
     assert "no difference" not in caplog.text
 
 
+def test_what_is_measured_beside_draws_no_random_numbers_of_training(tmp_path):
+    """A resumed run measures anew what an undisturbed one has done with; the dropout of the next step is the same."""
+    trainer, blind = evaluated(tmp_path, tiny())
+    states = []
+    for seen in (False, True):
+        torch.manual_seed(0)
+        blind.seen = seen
+        assert ("eval_blind_loss" in trainer.evaluate()) != seen
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 # --- samples, the best checkpoint, early stopping: a run with all of them
 
 

@@ -270,8 +270,11 @@ class VLMTrainer(Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics[f"{prefix}_loss"] = loss = total / max(count, 1)
         if prefix == "eval":
-            for measure in self.measures:
-                output.metrics.update(measure(loss))
+            # Some measure only as long as they need to, and a run that was resumed begins anew with them: what they
+            # draw, if only as a data loader does, must not change the dropout of the next step.
+            with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+                for measure in self.measures:
+                    output.metrics.update(measure(loss))
         return output
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
