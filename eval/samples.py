@@ -122,6 +122,7 @@ def write_samples(
     images: Sequence[Callable[[], Sequence[Image.Image]]],
     summary: Mapping[str, Any],
     title: str = "Samples",
+    about_blind: str = "Blind is the same prompt with another image.",
 ) -> None:
     """Write one self-contained HTML page; every text is escaped, images are embedded as small JPEGs.
 
@@ -132,12 +133,13 @@ def write_samples(
         images: for each row a function that opens its images, called one after another.
         summary: what `vlm.eval.evaluate` returns; its table heads the page.
         title: heading of the page.
+        about_blind: what a blind score is of.
     """
     prompts = {row["prompt"] for row in rows}
     common = f" Prompt: “{escape(next(iter(prompts)))}”" if len(prompts) == 1 and "" not in prompts else ""
     left_out = f" {summary['n_broken']} left out: their images do not open." if summary["n_broken"] else ""
     missing = summary["blind_missing"]
-    blind = f"No blind score: {escape(missing)}." if missing else "Blind is the same prompt with another image."
+    blind = f"No blind score: {escape(missing)}." if missing else about_blind
     cards = (_card(row, opener(), show_prompt=len(prompts) > 1) for row, opener in zip(rows, images, strict=True))
     page = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',

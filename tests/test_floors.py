@@ -23,6 +23,7 @@ FLOORS: list[set[str]] = [
         "modeling",
         "processing",
         "build",
+        "dual_encoder",
         "chat_templates",
         "registration",
         "precision",
@@ -37,8 +38,10 @@ FLOORS: list[set[str]] = [
     {"generation", "embedding"},
     {"session"},
     {"eval"},
+    {"pair_evaluation"},
     {
         "recipe",
+        "recipe_contrastive",
         "recipe_data",
         "recipe_model",
         "presets",

@@ -16,7 +16,7 @@ from vlm.chat_templates import CHATML, TemplateName, chat_template_for, ends_wit
 from vlm.configuration import VLMConfig
 from vlm.encoder import encode, load_vision_tower, mllama_feature_layers, resize_positions
 from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, keep_tiles_whole, load_image_processor
-from vlm.loading import load_quietly
+from vlm.loading import checkpoint_of, load_quietly
 from vlm.modeling import VLMForConditionalGeneration
 from vlm.processing import IMAGE_TOKEN, VLMProcessor
 from vlm.tiling import MAX_TILES, tiler_of
@@ -72,14 +72,14 @@ def load_vision(
     pooled: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
-    """A vision encoder and its image processor, or several as one.
+    """A vision encoder and its image processor, or several as one; of a run folder its model's.
 
     `image_size` is the side in pixels that images are brought to, `{"height": ..., "width": ...}`, or a list with one
     for each encoder; None is the encoder's own. `image_aspect_ratio` is `square`, the encoder's own resize and crop, or
     `pad`, which pads to a square with the mean colour. Raises ValueError as [`load_image_processor`] and
     [`load_vision_tower`], whose `pooled` this is.
     """
-    names = [names] if isinstance(names, str) else names
+    names = [checkpoint_of(name) for name in ([names] if isinstance(names, str) else names)]
     sizes = image_size if isinstance(image_size, list | tuple) else [image_size] * len(names)
     if len(sizes) != len(names):
         raise ValueError(f"image_size has {len(sizes)} sizes for {len(names)} encoders; give each one, or one for all")

@@ -20,7 +20,8 @@ from vlm.batches import MAX_BATCH_TOKENS
 from vlm.data.encoding import BATCH_IMAGES
 from vlm.data.example import ImageSource
 from vlm.data.images import ImageError, find_images, open_image
-from vlm.embedding import is_dual_encoder, load_embedder
+from vlm.dual_encoder import is_dual_encoder
+from vlm.embedding import load_embedder
 from vlm.errors import UserError
 from vlm.eval.top_k import first_right, top_k
 from vlm.recognition.labelled_images import LabelledImages, read_labelled_images

@@ -48,7 +48,7 @@ def _reading(model: str, max_length: int) -> dict[str, Any]:
     from vlm.data.conversation import tokenize_branch
     from vlm.data.example import Example
     from vlm.data.images import image_size, open_image
-    from vlm.generation import checkpoint_of
+    from vlm.loading import checkpoint_of
     from vlm.processing import VLMProcessor
 
     source = checkpoint_of(model)

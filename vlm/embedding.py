@@ -16,17 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 import vlm  # noqa: F401 - registers our classes with the Auto classes
 from vlm.build import load_vision
 from vlm.data.encoding import EncodedBatch, encode_images
 from vlm.data.example import ImageSource
 from vlm.data.images import ImageError
+from vlm.dual_encoder import is_dual_encoder, tokenize
 from vlm.encoder import encode
 from vlm.errors import UserError
-from vlm.generation import checkpoint_of
-from vlm.loading import load_quietly
+from vlm.loading import checkpoint_of, load_quietly
 from vlm.precision import default_device
 
 BATCH_TEXTS = 64
@@ -104,21 +103,6 @@ def unit(vectors: Tensor) -> Tensor:
     return F.normalize(vectors / largest.clamp(min=torch.finfo(vectors.dtype).tiny), dim=-1)
 
 
-def tokenize(tokenizer: Any, config: Any, texts: Sequence[str]) -> Any:
-    """Texts as the text half of a dual encoder was trained on them: SigLIP's always as long as it has positions."""
-    text_config = config.text_config
-    longest = min(tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None) or 512)
-    padding = "max_length" if text_config.model_type.startswith("siglip") else True
-    return tokenizer(
-        list(texts),
-        padding=padding,
-        truncation=True,
-        max_length=longest,
-        split_special_tokens=True,  # a text cannot end itself
-        return_tensors="pt",
-    )
-
-
 def load_embedder(name_or_path: str, *, device: str | None = None, trust_remote_code: bool = False) -> Embedder:
     """The dual encoder, or else vision encoder, of a run folder, a checkpoint folder or a Hub name.
 
@@ -137,10 +121,3 @@ def load_embedder(name_or_path: str, *, device: str | None = None, trust_remote_
         raise UserError(f"cannot load {name_or_path!r} as an encoder: {error}") from None
     model = model.to(device).eval().requires_grad_(False)
     return Embedder(name_or_path, model, processor.image_processor, processor.tokenizer)
-
-
-def is_dual_encoder(config: Any) -> bool:
-    """Whether it is the configuration of a model that gives images and texts vectors in one space, as CLIP does."""
-    found: Any = MODEL_MAPPING.get(type(config), ())
-    classes = found if isinstance(found, tuple) else (found,)
-    return any(hasattr(each, "get_text_features") and hasattr(each, "get_image_features") for each in classes)

@@ -26,8 +26,10 @@ from vlm.loading import load_quietly
 AutoModel.register(MllamaVisionConfig, MllamaVisionModel, exist_ok=True)
 AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)
 
-HALVES = {"blip_2_vision_model": {r"^vision_model\.": ""}}
-"""Encoders that transformers does not look for in the whole model: how their weights are called there."""
+HALVES = {
+    name: {r"^vision_model\.": ""} for name in ("blip_2_vision_model", "vlm_dual_encoder", "vision-text-dual-encoder")
+}
+"""Encoders, or whole models, whose vision half transformers does not find: how its weights are called there."""
 
 
 @dataclass
@@ -57,7 +59,8 @@ def load_vision_tower(name: str, *, pooled: bool = False, trust_remote_code: boo
 
     Raises ValueError if weights are missing; those of its pooling layer only if it is to be `pooled`.
     """
-    config = vision_config_of(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+    whole = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = vision_config_of(whole)
     return load_quietly(
         AutoModel,
         name,
@@ -65,7 +68,7 @@ def load_vision_tower(name: str, *, pooled: bool = False, trust_remote_code: boo
         config=config,
         dtype="float32",
         trust_remote_code=trust_remote_code,
-        key_mapping=HALVES.get(config.model_type),
+        key_mapping=HALVES.get(whole.model_type) or HALVES.get(config.model_type),
     )
 
 

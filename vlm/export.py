@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from vlm import generation, remote_code
 from vlm.errors import UserError, nearest
 from vlm.interop import FAMILIES, REASONS, family_of, gguf, target_of, to_stock
+from vlm.loading import checkpoint_of
 from vlm.modeling import VLMForConditionalGeneration
 
 OTHERS = ("gguf", "remote_code")
@@ -28,7 +29,7 @@ def run(name: str, target: str, output: Path | None, *, console: Any) -> None:
         raise UserError(f"a model cannot be exported to {target!r}; {nearest(target, (*FAMILIES, *OTHERS))}")
     if target not in OTHERS:
         target_of(target)
-    folder = output or Path(generation.checkpoint_of(name)).parent / f"exported-{target}"
+    folder = output or Path(checkpoint_of(name)).parent / f"exported-{target}"
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name another folder with --output")
     model, processor = generation.load(name, device="cpu")

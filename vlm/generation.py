@@ -29,26 +29,13 @@ from vlm.data.conversation import template_options, with_images
 from vlm.data.example import Message
 from vlm.data.prompts import encode_prompt, end_token_id, has_chat_template, require_prompt
 from vlm.errors import UserError
-from vlm.loading import no_loading_bar
+from vlm.loading import checkpoint_of, no_loading_bar
 from vlm.precision import default_device
 from vlm.shared_prefix import SharedPrefixLayer, can_share_prefix, shared_prefix
 from vlm.tiling import size_of
 
 Request = tuple[list[Image.Image], list[Message]]
 """Images, and messages that end with the user's. Image parts take the images in order."""
-
-
-def checkpoint_of(name_or_path: str) -> str:
-    """The checkpoint inside a run folder; any other folder or Hub name as it is. Raises UserError for a run folder
-    without one."""
-    folder = Path(name_or_path).expanduser()
-    if (folder / "model" / "config.json").is_file():
-        return str(folder / "model")
-    if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} is a run without a finished model: its training did not end. Resume it with --resume."
-        )
-    return str(folder) if folder.exists() else name_or_path
 
 
 def load(

@@ -1,12 +1,16 @@
-"""Loading checkpoints without the bar over every weight, and parts of them without the report on the rest."""
+"""Where a checkpoint is; loading one without the bar over every weight, and a part of one without the report on the
+rest."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
+
+from vlm.errors import UserError
 
 SHOWN = 4
 """So many missing weights are named: enough to know what they belong to."""
@@ -42,3 +46,16 @@ def load_quietly(auto_class: Any, name: str, *, pooled: bool = False, **kwargs: 
         more = f" and {len(missing) - SHOWN} others" if len(missing) > SHOWN else ""
         raise ValueError(f"{name} lacks weights of {type(model).__name__}: {', '.join(missing[:SHOWN])}{more}")
     return model
+
+
+def checkpoint_of(name_or_path: str) -> str:
+    """The checkpoint inside a run folder; any other folder or Hub name as it is. Raises UserError for a run folder
+    without one."""
+    folder = Path(name_or_path).expanduser()
+    if (folder / "model" / "config.json").is_file():
+        return str(folder / "model")
+    if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is a run without a finished model: its training did not end. Resume it with --resume."
+        )
+    return str(folder) if folder.exists() else name_or_path

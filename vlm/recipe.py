@@ -2,9 +2,9 @@
 
     recipe = load("quickstart", ["train.max_steps=50"])      # a packaged recipe, or the path of a file
 
-The classes below, and those of `vlm.recipe_model` and `vlm.recipe_data`, are the reference of every key. A recipe is
-checked whole before any weight is loaded: an unknown key, a wrong type or a contradiction is reported with its file and
-line, all at once (RecipeError).
+The classes below, and those of `vlm.recipe_model`, `vlm.recipe_data` and `vlm.recipe_contrastive`, are the reference of
+every key. A recipe is checked whole before any weight is loaded: an unknown key, a wrong type or a contradiction is
+reported with its file and line, all at once (RecipeError).
 
 Relative paths in a recipe are looked for beside the recipe file first, then in the current folder. `~` and
 `${VLM_HOME}` (the cache folder, ~/.cache/vlm unless the environment says otherwise) are expanded.
@@ -18,9 +18,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from vlm import recipe_train
+from vlm import recipe_contrastive, recipe_train
 from vlm.batches import MAX_BATCH_TOKENS
 from vlm.errors import nearest
+from vlm.recipe_contrastive import Contrastive
 from vlm.recipe_data import Data, is_number
 from vlm.recipe_errors import FoundError, to_recipe_error
 from vlm.recipe_model import Model, Section
@@ -194,6 +195,8 @@ class Recipe(Section):
     data: Data
     stages: list[Stage] = Field(min_length=1)
     evaluation: Evaluation = Evaluation()
+    contrastive: Contrastive | None = None
+    """Train two encoders to agree on images and texts, in place of a model that writes."""
     output_dir: str = ""
     """The run folder, relative to the current folder. Default: runs/<name>."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -225,6 +228,8 @@ class Recipe(Section):
             if stage.name in [earlier.name for earlier in self.stages[:i]]:
                 found.append((("stages", i, "name"), f"there are two stages called '{stage.name}'; give each a name"))
             found += [(("stages", i, "train", key), why) for key, why in self._about_evaluation(stage.train)]
+        if self.contrastive:
+            found += recipe_contrastive.problems(self.contrastive, self.model, self)
         if self.evaluation.samples:
             if not self.evaluation.metrics:
                 found.append((("evaluation", "samples"), "are answered to be scored; name `metrics`"))
@@ -243,6 +248,10 @@ class Recipe(Section):
         if train.get("eval_strategy", "no") != "no" and self.data.validation is None:
             found.append(("eval_strategy", "there is nothing to evaluate on; add `data.validation`"))
         known = ["loss", *(self.evaluation.metrics if self.evaluation.samples else ())]
+        if self.contrastive:
+            from vlm.eval.retrieval import METRICS
+
+            known += METRICS
         best = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
         if best not in known:
             why = f"is not measured during training; {nearest(best, known)}"
@@ -254,6 +263,11 @@ class Recipe(Section):
     @property
     def stage_names(self) -> list[str]:
         return [stage.name for stage in self.stages]
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether a stage's model is measured when it is trained: by `evaluation.metrics`, or by recall."""
+        return bool(self.evaluation.metrics or (self.contrastive and self.data.validation))
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe with every default written out, as plain values: what `from_dict` gives back unchanged."""

@@ -98,7 +98,7 @@ def test_it_is_valid_and_comes_back_unchanged(name: str) -> None:
     loaded = recipe.load(name)
     assert loaded == recipe.load(FOLDER / f"{name}.yaml", [f"data.base_dir={loaded.data.base_dir}"])
     assert recipe.from_dict(yaml.safe_load(yaml.safe_dump(loaded.resolved()))) == loaded
-    assert loaded.evaluation.metrics, "a recipe of ours ends with a score"
+    assert loaded.is_scored, "a recipe of ours ends with a score"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -156,7 +156,7 @@ def test_what_is_no_full_disk_is_no_full_disk(tmp_path, monkeypatch):
 
 
 def test_old_checkpoints_go_after_the_new_one_is_there(tmp_path, monkeypatch):
-    from vlm.training import trainer as module
+    from vlm.training import part_trainer as module
 
     seen = []
 

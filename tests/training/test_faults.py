@@ -139,7 +139,7 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch):
         "step 3 does not fit into the memory of cpu: a batch of 1 rows",
         f"of {trainer.batch_shape[1]} tokens",
         "train.activation_checkpointing: true",
-        "halve per_device_train_batch_size",
+        "halve train.per_device_train_batch_size",
         "data.max_tokens_per_row",
         "--resume, from",
         "checkpoint-2",

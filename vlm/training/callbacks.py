@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from vlm.data.dataset import TreeDataset
+from vlm.data.pairs import PairDataset
 from vlm.data.stream import StreamDataset
 from vlm.errors import UserError
 from vlm.training.checkpoints import write_text
@@ -50,7 +51,7 @@ class NewRows(TrainerCallback):
     """Deals the examples into other rows in each epoch. Left to accelerate, the data set is not told the epoch after a
     resume, nor on several processes."""
 
-    def __init__(self, rows: TreeDataset | StreamDataset) -> None:
+    def __init__(self, rows: TreeDataset | StreamDataset | PairDataset) -> None:
         self.rows = rows
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

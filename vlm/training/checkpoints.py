@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import sort_checkpoints
 
 from vlm.data.dataset import TreeItem
+from vlm.data.pairs import PairItem
 from vlm.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -127,15 +127,15 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def fingerprint(items: Sequence[TreeItem], outline: Sequence[Any] = ()) -> dict[str, Any]:
+def fingerprint(items: Sequence[TreeItem] | Sequence[PairItem], outline: Sequence[Any] = ()) -> dict[str, Any]:
     """What tells training data from others: how many examples and answers there are, and a hash of the names of their
-    images and all tokens, in order. Of image files the size counts too. Of a stream `items` are a sample, and the
-    `outline` of its sources counts."""
+    images and all that is learned, in order. Of image files the size counts too. Of a stream `items` are a sample, and
+    the `outline` of its sources counts."""
     digest = hashlib.sha256(json.dumps(outline).encode() if outline else b"")
     for item in items:
         sizes = [os.path.getsize(s) for s in item.example.images if isinstance(s, str) and os.path.isfile(s)]
         digest.update(json.dumps([item.example.image_id, sizes]).encode())
-        digest.update(np.array([item.tree.input_ids, item.tree.labels], dtype=np.int64).tobytes())
+        digest.update(item.content)
     return {
         "examples": len({id(item.example) for item in items}),
         "answers": sum(item.answers for item in items),

@@ -9,7 +9,7 @@ import torch
 
 from vlm.data.images import ImageError
 from vlm.errors import UserError
-from vlm.training.trainer import NonFiniteGradients
+from vlm.training.part_trainer import NonFiniteGradients
 
 
 class TrainingError(UserError):
@@ -32,10 +32,8 @@ def in_words(error: Exception, trainer: Any, checkpoints: Path) -> Exception:
         rows, tokens = [*trainer.batch_shape[:2], 0, 0][:2]
         return TrainingError(
             f"step {step} does not fit into the memory of {args.device}: a batch of {rows} rows (train."
-            f"per_device_train_batch_size is {args.per_device_train_batch_size}) of {tokens:,} tokens (as long as the "
-            "longest; data.max_tokens_per_row). Set train.activation_checkpointing: true, or halve "
-            "per_device_train_batch_size and double gradient_accumulation_steps, which changes nothing else; or, in a "
-            f"run that begins anew, lower data.max_tokens_per_row. {go_on}"
+            f"per_device_train_batch_size is {args.per_device_train_batch_size}) of {tokens:,} tokens, as many as the "
+            f"longest has. {trainer.less_memory}. {go_on}"
         )
     if "DataLoader worker (pid" in str(error):
         return TrainingError(

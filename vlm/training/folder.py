@@ -1,9 +1,13 @@
-"""How far a run has come, by what stands in its folder."""
+"""How far a run has come, by what stands in its folder, and its model there."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from vlm.training.checkpoints import sync
 
 
 def stage_home(folder: Path, names: Sequence[str], number: int) -> Path:
@@ -36,3 +40,18 @@ def has_model(home: Path) -> bool:
 
 def has_checkpoints(folder: Path, name: str) -> bool:
     return any((folder / "checkpoints" / name).glob("checkpoint-*"))
+
+
+def save_model(model: Any, processor: Any, folder: Path) -> None:
+    """Write a model and its processor to `folder`, which is there whole or not at all."""
+    beside = folder.with_name(folder.name + ".saving")  # a folder called `model` is a whole model
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        model.save_pretrained(beside)
+        processor.save_pretrained(beside)
+        for file in beside.rglob("*"):
+            sync(file)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)  # on a full disk all else needs the room
+        raise
+    beside.rename(folder)

@@ -37,9 +37,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def draw_losses(runs: Mapping[str, Path], picture: Path) -> None:
+def draw_losses(runs: Mapping[str, Path], picture: Path, loss: str = "cross-entropy per supervised token") -> None:
     """The training and held-out losses of runs, by name their `metrics.jsonl`, over the steps as a PNG. Stages follow
-    one another."""
+    one another; `loss` says what it is."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -59,7 +59,7 @@ def draw_losses(runs: Mapping[str, Path], picture: Path) -> None:
                     axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=": ".join(words))
                 color += 1
             offset += max(entry["step"] for entry in mine)
-    axes.set(xlabel="step", ylabel="cross-entropy per supervised token", yscale="log")
+    axes.set(xlabel="step", ylabel=loss, yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3)

@@ -14,6 +14,7 @@ from accelerate.utils.memory import find_executable_batch_size, should_reduce_ba
 from torch import Tensor, nn
 
 from vlm.data.dataset import TreeDataset
+from vlm.data.pairs import PairDataset
 from vlm.errors import UserError
 from vlm.training.parts import named_parts
 from vlm.training.step import checkpointing, forward_and_backward, untouched
@@ -47,7 +48,7 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f}" if count >= 1e9 else f"{count / 1e9:.2g}"
 
 
-def estimate(trainer: Any, rows: TreeDataset) -> Memory:
+def estimate(trainer: Any, rows: TreeDataset | PairDataset) -> Memory:
     """What training will take at most on this process's device, from a pass over the longest of `rows` and back.
 
     Activations are the most that the pass takes beyond weights and gradients, its passing results included. Evaluation
@@ -80,9 +81,7 @@ def estimate(trainer: Any, rows: TreeDataset) -> Memory:
                 raise
             raise UserError(
                 f"a batch of the {start} longest rows (of up to {max(lengths)} tokens) does not fit into memory. "
-                "Lower train.per_device_train_batch_size or data.max_tokens_per_row, or set "
-                "train.activation_checkpointing: true, train.auto_find_batch_size: true, or model.quantization_config "
-                f"({str(error).splitlines()[0]})"
+                f"{trainer.less_memory} ({str(error).splitlines()[0]})"
             ) from None
         weights = size_of([*trainer.model.parameters(), *trainer.model.buffers()])
     trained = [parameter for _, _, parameter in named_parts(trainer.model) if parameter.requires_grad]

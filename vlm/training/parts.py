@@ -32,6 +32,9 @@ _PROJECTOR = (
     "perceiver_resampler",
     "visual_projection",
     "image_newline",
+    "text_projection",
+    "logit_scale",
+    "logit_bias",
 )
 _FUSION = ("cross_attention", "gated_cross_attn_layers")
 
@@ -74,6 +77,16 @@ def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
         raise UserError(
             f"this model has no {' and no '.join(missing)} parameters to train; it has {', '.join(sorted(found))}"
         )
+
+
+def loose_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Of a model with LoRA what is trained beside it and stands in no module that peft saves, such as the temperature
+    of a dual encoder and the queries of a Q-Former, by name."""
+    return {
+        name: parameter
+        for _, name, parameter in named_parts(model)
+        if parameter.requires_grad and "lora_" not in name and "modules_to_save" not in name.split(".")
+    }
 
 
 def trains_vision(rates: Mapping[str, float]) -> bool:

@@ -37,15 +37,16 @@ from vlm.data.tree_masks import TreeMasks
 from vlm.errors import UserError
 from vlm.eval import Processes, evaluate
 from vlm.eval.summary import show
-from vlm.loading import no_loading_bar
+from vlm.loading import checkpoint_of, no_loading_bar
 from vlm.precision import generation_in_bfloat16
 from vlm.recipe import Recipe, Stage, require_models
 from vlm.recipe_model import Quantization
+from vlm.training import contrastive
 from vlm.training.callbacks import StopOnSignal
 from vlm.training.changes import changes, in_words, recipe_changes
-from vlm.training.checkpoints import saving, sync, write_text
+from vlm.training.checkpoints import saving, write_text
 from vlm.training.features import Keys, kept_features
-from vlm.training.folder import finished_stages, has_model, stage_home, unscored_stages
+from vlm.training.folder import finished_stages, has_model, save_model, stage_home, unscored_stages
 from vlm.training.history import draw_losses
 from vlm.training.parts import trains_vision
 from vlm.training.processes import join_processes, sharded
@@ -103,13 +104,15 @@ def train(
     if processes.is_main_process and not dry_run:  # only now: a mistake in the recipe or its data changes no folder
         _prepare_folder(folder, recipe, changed, overwrite=overwrite, console=console)
     with nullcontext(StopOnSignal()) if dry_run else StopOnSignal() as stop:
-        if recipe.evaluation.metrics and resume:
+        if recipe.is_scored and resume:
+            score = contrastive.score if recipe.contrastive else _score
             for number in unscored_stages(folder, recipe.stage_names):
-                _score(recipe, number, *_start_model(recipe, folder, number + 1), validation_examples, stop, console)
-        _run_stages(
-            recipe, model, processor, train_examples, mixture, validation_examples, log, done,
-            dry_run=dry_run, resume=resume, stop=stop, console=console,
-        )  # fmt: skip
+                score(recipe, number, *_start_model(recipe, folder, number + 1), validation_examples, stop, console)
+        how: dict[str, Any] = {"dry_run": dry_run, "resume": resume, "stop": stop, "console": console}
+        if recipe.contrastive:
+            contrastive.run_stages(recipe, model, processor, train_examples, validation_examples, log, done, **how)
+        else:
+            _run_stages(recipe, model, processor, train_examples, mixture, validation_examples, log, done, **how)
     if log.problems:
         console.print(log.summary(), highlight=False, markup=False)
         if not dry_run and processes.is_main_process:
@@ -180,7 +183,7 @@ def _run_stages(
                 if adapter is not None:
                     adapter.save_pretrained(str(home_of_stage / "adapter"))
                 model = merged(trained)
-                _save(model, processor, home_of_stage / "model")
+                save_model(model, processor, home_of_stage / "model")
             draw_losses({recipe.name: folder / "metrics.jsonl"}, folder / "loss.png")
         processes.wait_for_everyone()
         if not processes.is_main_process:  # of a model that was sharded the first process alone has the whole
@@ -208,7 +211,7 @@ def _require_free(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool
 
 
 def _finished(folder: Path, recipe: Recipe) -> bool:
-    missing = recipe.evaluation.metrics and unscored_stages(folder, recipe.stage_names)
+    missing = recipe.is_scored and unscored_stages(folder, recipe.stage_names)
     return has_model(folder) and not missing
 
 
@@ -266,10 +269,13 @@ def _to_learn_from(examples: list[Example], stage: Stage, console: Console) -> l
 def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedModel, Any]:
     """The model that the stage after `done` others starts from: the last one's, a pretrained one, or a new one."""
     spec = recipe.model
-    if done:
-        source = str(stage_home(folder, recipe.stage_names, done - 1) / "model")
+    left = str(stage_home(folder, recipe.stage_names, done - 1) / "model") if done else None
+    if recipe.contrastive:
+        return contrastive.start_model(recipe, left)
+    if left:
+        source = left
     elif spec.pretrained:
-        source = generation.checkpoint_of(spec.pretrained)
+        source = checkpoint_of(spec.pretrained)
     else:
         return build(
             **spec.model_dump(exclude={"preset", "pretrained", "adapter", "quantization_config"}),
@@ -326,20 +332,6 @@ def _items(
     if not items:
         raise UserError(f"no example is left to train on ({name}): every one is broken or over data.max_length")
     return items
-
-
-def _save(model: PreTrainedModel, processor: Any, folder: Path) -> None:
-    beside = folder.with_name(folder.name + ".saving")  # a folder called `model` is a whole model
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        model.save_pretrained(beside)
-        processor.save_pretrained(beside)
-        for file in beside.rglob("*"):
-            sync(file)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)  # on a full disk all else needs the room
-        raise
-    beside.rename(folder)
 
 
 def _score(

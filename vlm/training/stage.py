@@ -17,6 +17,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from vlm.data.batches import RowSampler, padding
 from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, one_row_an_answer, supervised_tokens
+from vlm.data.pairs import PairDataset
 from vlm.data.stream import StreamDataset
 from vlm.errors import UserError
 from vlm.precision import default_device, fast_bfloat16
@@ -28,7 +29,8 @@ from vlm.training.checkpoints import fingerprint, newest, require_same_data
 from vlm.training.checks import why_not_trees
 from vlm.training.faults import in_words as fault_in_words
 from vlm.training.history import duration
-from vlm.training.memory import estimate, gigabytes
+from vlm.training.memory import Memory, estimate, gigabytes
+from vlm.training.part_trainer import PartTrainer
 from vlm.training.parts import add_lora, set_trainable
 from vlm.training.peak import peak_flops
 from vlm.training.processes import GlobalBatch, sharded, units, what_differs
@@ -122,13 +124,9 @@ def run_stage(
     checkpoints = Path(tempfile.mkdtemp()) if dry_run else folder / "checkpoints" / stage.name
     args = training_arguments(recipe, stage, checkpoints)
     wants_loss = args.eval_strategy != "no"
-    checkpoint = None
     sources = batches.stream.mixture.sources if batches.stream else []
     data = fingerprint(batches.train, [source.outline for source in sources])
-    if resume and not dry_run:
-        checkpoint = newest(checkpoints, lambda line: console.print(line, style="yellow", markup=False, soft_wrap=True))
-        if checkpoint:
-            require_same_data(checkpoint, data)
+    checkpoint = checkpoint_to_resume(checkpoints, data, console) if resume and not dry_run else None
     in_parts = sharded(args)  # what is tried before training is tried on whole models, for which a GPU may be too small
     with tokens_apart(trained):
         device = torch.device("cpu") if in_parts else args.device
@@ -151,16 +149,10 @@ def run_stage(
         rates=rates,
         skipped=SkippedSteps(folder / "skipped_steps.jsonl", stage.name),
         data_fingerprint=data,
-        callbacks=[NewRows(rows), MetricsLog(folder / "metrics.jsonl", stage.name), stop, *early_stopping(stage)],
     )
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress(stage.name))
-    into_run_folder(trainer.callback_handler.callbacks, folder / "tensorboard" / stage.name)
+    watch(trainer, stage, rows, folder, stop)
     if wants_loss:
         trainer.measures = measures(recipe, trainer, batches, folder / "samples" / stage.name)
-    if not trainer.is_deepspeed_enabled:  # which keeps gradients, and with ZeRO-3 weights too, out of sight
-        trainer.add_callback(PartCheck(trained, rates))
     if in_parts:
         trained._no_split_modules = units(trained)
     memory = None if in_parts else estimate(trainer, tried)
@@ -204,6 +196,47 @@ def run_stage(
     if checkpoint and isinstance(rows, StreamDataset):
         rows.restore(Path(checkpoint) / stream_file(args.process_index))
     whole = copy.deepcopy(trained) if in_parts and args.process_index == 0 else trained
+    train_to_end(trainer, checkpoint, checkpoints, memory, console)
+    if isinstance(rows, StreamDataset):
+        report(rows, recipe.data.max_length, console)
+    say_how_it_ended(trainer, checkpoints, stop, console)
+    if in_parts:
+        trained = put_together(trainer, whole)
+    return trained, trained if stage.lora else None
+
+
+def watch(
+    trainer: PartTrainer,
+    stage: Stage,
+    rows: TreeDataset | StreamDataset | PairDataset,
+    folder: Path,
+    stop: StopOnSignal,
+) -> None:
+    """Add what watches a run as it trains: the deal of each epoch, the log, signals, early stopping, the bar, and the
+    check of parts."""
+    for callback in (NewRows(rows), MetricsLog(folder / "metrics.jsonl", stage.name), stop, *early_stopping(stage)):
+        trainer.add_callback(callback)
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress(stage.name))
+    into_run_folder(trainer.callback_handler.callbacks, folder / "tensorboard" / stage.name)
+    if not trainer.is_deepspeed_enabled:  # which keeps gradients, and with ZeRO-3 weights too, out of sight
+        trainer.add_callback(PartCheck(trainer.accelerator.unwrap_model(trainer.model), trainer.rates))
+
+
+def checkpoint_to_resume(checkpoints: Path, data: dict[str, Any], console: Console) -> Path | None:
+    """The newest whole checkpoint, if there is one; raises UserError if the data were others then."""
+    checkpoint = newest(checkpoints, lambda line: console.print(line, style="yellow", markup=False, soft_wrap=True))
+    if checkpoint:
+        require_same_data(checkpoint, data)
+    return checkpoint
+
+
+def train_to_end(
+    trainer: PartTrainer, checkpoint: Path | None, checkpoints: Path, memory: Memory | None, console: Console
+) -> None:
+    """Train from `checkpoint` on, or from the start, and say how fast it was, and how much memory it took, of which
+    `memory` was expected."""
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except EvaluationStopped:  # before the first step, so that there is nothing to save
@@ -216,8 +249,10 @@ def run_stage(
         console.print(in_words(speed), highlight=False)
         expected = f", and {gigabytes(memory.total)} GB expected" if memory else ""
         console.print(f"memory: {gigabytes(trainer.throughput.memory)} GB at most{expected}", highlight=False)
-    if isinstance(rows, StreamDataset):
-        report(rows, recipe.data.max_length, console)
+
+
+def say_how_it_ended(trainer: PartTrainer, checkpoints: Path, stop: StopOnSignal, console: Console) -> None:
+    """Raise Stopped if the run was told to stop, and name the steps that were skipped."""
     if stop.stopped:
         raise Stopped(_where_to_go_on(trainer, checkpoints), stop.told or 0)
     if trainer.skipped.count:
@@ -227,9 +262,6 @@ def run_stage(
             highlight=False,
             soft_wrap=True,
         )
-    if in_parts:
-        trained = put_together(trainer, whole)
-    return trained, trained if stage.lora else None
 
 
 def put_together(trainer: VLMTrainer, whole: Any) -> Any:
@@ -262,7 +294,7 @@ def measures(recipe: Recipe, trainer: VLMTrainer, batches: Batches, folder: Path
     return found
 
 
-def _where_to_go_on(trainer: VLMTrainer, checkpoints: Path) -> str:
+def _where_to_go_on(trainer: PartTrainer, checkpoints: Path) -> str:
     """What is said at the end of a run that was told to stop."""
     step = f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}"
     lost = f", whose checkpoint could not be saved: {trainer.unsaved}. Make room" if trainer.unsaved else ""

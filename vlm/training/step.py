@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vlm.data.dataset import TreeDataset
+from vlm.data.pairs import PairDataset
 from vlm.training.peak import synchronize
 
 aten = torch.ops.aten
@@ -60,7 +61,7 @@ def flops_per_token(trainer: Any, rows: TreeDataset) -> float:
     return float(counter.get_total_flops()) / sum(rows.row_lengths[place] for place in places)
 
 
-def seconds_per_step(trainer: Any, rows: TreeDataset) -> float:
+def seconds_per_step(trainer: Any, rows: TreeDataset | PairDataset) -> float:
     """Seconds of a forward and backward pass over a batch of `rows` of mean length."""
     size = trainer._train_batch_size
     start = max(0, (len(rows) - size) // 2)

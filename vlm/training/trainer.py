@@ -1,55 +1,30 @@
-"""transformers' Trainer with a learning rate for each part, the loss on supervised tokens, and its traps closed."""
+"""The trainer of vision-language models: rows of trees, and the loss on supervised tokens."""
 
 from __future__ import annotations
 
-import logging
-import os
-import random
-import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
 
 from vlm.data.batches import RowSampler
 from vlm.data.conversation import IGNORE
 from vlm.data.dataset import TreeDataset, shifted
 from vlm.data.stream import StreamCollator, StreamDataset
-from vlm.errors import UserError
-from vlm.precision import frozen_layers_in
-from vlm.training.callbacks import EvaluationStopped
-from vlm.training.checkpoints import DiskError, is_disk_fault, reason, seal, sync
 from vlm.training.inputs import training_inputs
-from vlm.training.norms import gradient_norms, parameter_norms
-from vlm.training.parts import freeze_state, named_parts
-from vlm.training.processes import GlobalBatch, sharded
-from vlm.training.skipped import SkippedSteps
-from vlm.training.step import keep_gradients_out
-from vlm.training.throughput import CountingCollator, Throughput
-
-logger = logging.getLogger(__name__)
-
-SAVING = ".saving"
-"""The folder in which a checkpoint is written until it is whole."""
+from vlm.training.part_trainer import PartTrainer
+from vlm.training.parts import freeze_state
+from vlm.training.throughput import CountingCollator
 
 
 def stream_file(process: int) -> str:
     """What the file in a checkpoint is called that says where a process is in a stream."""
     return f"stream_{process}.json"
-
-
-class NonFiniteGradients(RuntimeError):  # noqa: N818 - named for what happened
-    """Too many steps in a row had gradients that are not finite."""
 
 
 def supervised_loss(
@@ -75,60 +50,24 @@ def token_losses(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits.float(), targets[keep], reduction="none"), keep.nonzero()[:, 0]
 
 
-class LeftEvaluation(TrainerCallback):
-    """Makes up for the evaluation that a run was stopped in, before the first step after its checkpoint. The random
-    numbers of those steps are read from the checkpoint afterwards."""
-
-    def __init__(self, trainer: VLMTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stopped = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
-        if state.global_step and stopped.get("should_evaluate"):
-            metrics = self.trainer._evaluate(None, None, skip_scheduler=False)
-            if self.trainer._determine_best_metric(metrics=metrics, trial=None):
-                state.best_model_checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-
-
-class VLMTrainer(Trainer):
-    """Trains the parts in `rates` (part to learning rate), each at its own.
-
-    Steps whose gradients are not finite are noted in `skipped`, and `data_fingerprint` in each checkpoint.
-
-    Raises NonFiniteGradients after `max_bad_steps` such steps in a row; each is skipped.
-    """
-
-    max_bad_steps = 5
+class VLMTrainer(PartTrainer):
+    """Trains on rows of trees, or on a stream of them."""
 
     train_dataset: TreeDataset | StreamDataset
     data_collator: Any
+    less_memory = (
+        "Set train.activation_checkpointing: true, or halve train.per_device_train_batch_size and double "
+        "gradient_accumulation_steps, which changes nothing else; or, in a run that begins anew, lower "
+        "data.max_tokens_per_row, or set model.quantization_config or train.auto_find_batch_size: true"
+    )
 
-    def __init__(
-        self,
-        *,
-        rates: Mapping[str, float],
-        skipped: SkippedSteps | None = None,
-        data_fingerprint: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(compute_loss_func=supervised_loss, **kwargs)
-        self.rates = dict(rates)
         # The loss is ours: the model need not be told how many items it is divided by.
         self.model_accepts_loss_kwargs = False
         self._loss_shifts_labels = True
-        self.skipped = skipped or SkippedSteps(Path(self.args.output_dir or ".") / "skipped_steps.jsonl", "train")
-        self.data_fingerprint = data_fingerprint
-        self.batch_shape: tuple[int, ...] = ()
-        self._bad_in_a_row = 0
-        self._owes_checkpoint = False
-        self._saving = False
-        self.unsaved: str | None = None
-        self.throughput = Throughput()
-        self.add_callback(self.throughput)
         self.measures: list[Callable[[float], dict[str, float]]] = []
         """What else an evaluation gives: called with the held-out loss, after it."""
-        self._grad_norms: dict[str, float] = {}
-        self.add_callback(LeftEvaluation(self))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in Trainer, and in each batch what is counted of it."""
@@ -150,41 +89,9 @@ class VLMTrainer(Trainer):
         return RowSampler(self.train_dataset, self.get_total_train_batch_size(self.args), together)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        examples = inputs.pop("examples")
         if isinstance(self.train_dataset, StreamDataset):
             self.train_dataset.trained(inputs.pop("trained"))
-        self.throughput.count(inputs.pop("counts"), inputs["input_ids"].numel())
-        self.batch_shape = inputs["input_ids"].shape
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        self.skipped.saw(loss, examples)
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With how fast the steps were since the last log, or at the end all of them, and norms by part."""
-        if "loss" in logs:
-            logs |= self.throughput.since_last(self.accelerator) | self._grad_norms
-            if self.model is not None and not sharded(self.args):
-                logs |= parameter_norms(self.model)
-        elif "train_loss" in logs:
-            logs |= self.throughput.whole(self.accelerator)
-        super().log(logs, start_time)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; frozen layers are cast to the precision of training once, not in each step."""
-        with self.frozen_in_half():
-            return super().train(*args, **kwargs)
-
-    def frozen_in_half(self) -> AbstractContextManager[None]:
-        """Within it frozen layers are in the precision of training; where the model is sharded, all parameters have to
-        be of one kind."""
-        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        model: Any = self.model
-        return nullcontext() if half is None or sharded(self.args) else frozen_layers_in(half, model)
-
-    def _logs_next(self) -> bool:
-        """Whether the step that is being taken may be logged; epochs end where they end."""
-        step, every = self.state.global_step + 1, self.state.logging_steps
-        return self.args.logging_strategy != "steps" or step == 1 or step % max(int(every), 1) == 0
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The head runs on supervised positions alone: `[B, L, V]` logits never exist."""
@@ -202,51 +109,6 @@ class VLMTrainer(Trainer):
         weights = [batch["loss_weights"][:, 1:] * (batch["labels"][:, 1:] != IGNORE) for batch in batch_samples]
         total = torch.stack([weight.sum() for weight in weights]).sum().to(device)
         return self.accelerator.gather(total).sum()
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As in Trainer, with a parameter group for each part and for decayed and undecayed weights."""
-        if self.optimizer is None:
-            model = model or self.model
-            decayed = set(self.get_decay_parameter_names(model))
-            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-            for part, name, parameter in named_parts(model):
-                if parameter.requires_grad:
-                    groups.setdefault((part, name in decayed), []).append(parameter)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(
-                [
-                    {
-                        "params": parameters,
-                        "lr": self.rates[part],
-                        "weight_decay": self.args.weight_decay if decay else 0.0,
-                        "part": part,
-                    }
-                    for (part, decay), parameters in groups.items()
-                ],
-                **options,
-            )
-        return self.optimizer
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """A step whose gradients are not finite changes nothing. Trainer would apply it, and log a loss of 0.0."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        # DeepSpeed has none before its first step.
-        finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
-        self.skipped.step_ends(self.state.global_step + 1, skipped=not finite)
-        if finite:
-            self._bad_in_a_row = 0
-            if norm is not None and not sharded(self.args) and self._logs_next():
-                self._grad_norms = gradient_norms(model, float(norm))
-            return norm
-        self._bad_in_a_row += 1
-        model.zero_grad()
-        if self._bad_in_a_row >= self.max_bad_steps:
-            raise NonFiniteGradients(
-                f"the gradients of {self._bad_in_a_row} steps in a row up to step {self.state.global_step + 1} are not "
-                f"finite; {self.skipped.path} names their examples. Look at those, lower the learning rates, or train "
-                "in float32 (train.bf16: false)."
-            )
-        return norm
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -277,133 +139,8 @@ class VLMTrainer(Trainer):
                     output.metrics.update(measure(loss))
         return output
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer, and with activation checkpointing no gradient goes through a frozen encoder."""
-        if self.args.activation_checkpointing:
-            keep_gradients_out(self)
-        return super()._prepare_for_training(*args, **kwargs)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As in Trainer, which takes one step too many if it resumes after the last one in the middle of an epoch."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _maybe_log_save_evaluate(
-        self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """As in Trainer, with two differences. Among steps that are skipped no checkpoint is saved, but after the next
-        good one: a run that ends for them goes on from before. And one that is told to stop during the evaluation saves
-        what it had before that, and leaves."""
-        if not self.control.should_training_stop:
-            self._owes_checkpoint |= self.control.should_save
-            self.control.should_save = self._owes_checkpoint and not self._bad_in_a_row
-            self._owes_checkpoint &= not self.control.should_save
-        try:
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-        except EvaluationStopped:
-            self._save_checkpoint(model, trial)  # which says that an evaluation was due
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-            self.control.should_evaluate, self.control.should_training_stop = False, True
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, SAVING) if self._saving else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Written in a folder beside and renamed when whole, so that what is called a checkpoint is one. Trainer writes
-        it in place, and a run that was killed meanwhile goes on from half a checkpoint.
-
-        What cannot be written is said, and training goes on: `unsaved` tells why until a later checkpoint is whole.
-        """
-        folder = Path(self._get_output_dir(trial))
-        fault: Exception | None = None
-        try:
-            self._write_checkpoint(model, trial, folder / SAVING)
-        except Exception as error:
-            if not is_disk_fault(error):
-                raise
-            fault = error
-        faults: list[str] = gather_object([reason(fault)] if fault else [])  # of all processes, which wait here
-        if not faults and self.is_world_process_zero():
-            try:
-                self._name_checkpoint(folder)
-            except (OSError, DiskError) as error:
-                fault, faults = error, [reason(error)]
-        faults = broadcast_object_list([faults])[0]
-        self.unsaved = faults[0] if faults else None
-        if self.unsaved:
-            if self.is_world_process_zero():
-                shutil.rmtree(folder / SAVING, ignore_errors=True)
-            logger.warning(
-                "The checkpoint of step %d could not be saved in %s: %s. Training goes on, and the next one is tried; "
-                "make room for it.", self.state.global_step, folder, self.unsaved,
-            )  # fmt: skip
-
-    def _write_checkpoint(self, model: nn.Module, trial: Any, beside: Path) -> None:
-        if self.is_world_process_zero():
-            shutil.rmtree(beside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        # Trainer would look for the best one's folder between barriers, which a process that cannot write never meets.
-        best, self.state.best_global_step = self.state.best_global_step, None
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving = False
-            self.state.best_global_step = best
-
-    def _name_checkpoint(self, folder: Path) -> None:
-        """Give what was written its name, and remove the oldest beyond `save_total_limit`: only now."""
-        name, beside = f"checkpoint-{self.state.global_step}", folder / SAVING
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(folder / name)
-        self.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
-        batch = vars(GlobalBatch.of(self))
-        about = {"step": self.state.global_step, "batch": batch, "data": self.data_fingerprint}
-        seal(beside / name, about)
-        if (folder / name).exists():  # of an earlier try, from before the run was resumed
-            (folder / name).rename(beside / "replaced")
-        (beside / name).rename(folder / name)
-        sync(folder)
-        shutil.rmtree(beside)
-        rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in Trainer, but at the rates of the recipe, which may be others now. Trainer takes the old ones."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        optimizer: Any = self.optimizer
-        scheduler: Any = self.lr_scheduler
-        for index, group in enumerate(optimizer.param_groups):
-            rate, before = self.rates.get(group.get("part", "")), group.get("initial_lr")
-            if rate and before and rate != before:
-                group["initial_lr"], group["lr"] = rate, group["lr"] * rate / before
-                scheduler.base_lrs[index], scheduler._last_lr[index] = rate, group["lr"]
-
     def _save_rng_state(self, output_dir: str) -> None:
         """As in Trainer, and where the readers of a stream are, which every process has to say too."""
         super()._save_rng_state(output_dir)
         if isinstance(self.train_dataset, StreamDataset):
             self.train_dataset.save(Path(output_dir) / stream_file(self.args.process_index))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """As in Trainer, which says nothing where there is no such state, and goes on otherwise than it would have.
-
-        The states of another number of processes are of no use: numbers are drawn anew, others on each process.
-        """
-        world, rank = self.args.world_size, self.args.process_index
-        before = None if checkpoint is None else GlobalBatch.in_checkpoint(Path(checkpoint))
-        if before is not None and before.processes != world:
-            step = self.state.global_step
-            set_seed(random.Random(f"{self.args.seed}, {step}, {rank} of {world}").randrange(2**32))
-            return
-        name = f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"
-        if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, name)):
-            raise UserError(
-                f"{checkpoint} holds no {name}: it was saved with save_only_model, or is not whole. Begin anew with "
-                "--overwrite."
-            )
-        super()._load_rng_state(checkpoint)

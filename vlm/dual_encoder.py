@@ -1,0 +1,275 @@
+"""A vision encoder and a text encoder whose vectors lie in one space, as CLIP's do (arXiv 2103.00020).
+
+pixels -> vision_model -> pooled [B, D_v] -> visual_projection -> [B, D]
+tokens -> text_model   -> pooled [T, D_t] -> text_projection   -> [T, D]
+
+`VisionTextDualEncoderModel` of transformers is the same with encoders that pool by themselves. Here any encoder of
+`vlm.encoder` will do, timm's and convolutional ones too, and text is pooled as the text encoder was trained to be.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    VisionTextDualEncoderProcessor,
+)
+from transformers.configuration_utils import SubConfigSpec
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.clip.modeling_clip import CLIPOutput
+
+from vlm.adapters.contrastive_loss import infonce, sigmoid
+from vlm.build import load_vision
+from vlm.encoder import encode
+from vlm.loading import load_quietly
+
+TextPooling = Literal["mean", "cls", "last", "pooler"]
+MAX_LOGIT_SCALE = 100.0
+"""CLIP's limit: cosines are never multiplied with more."""
+
+
+class DualEncoderConfig(PreTrainedConfig):
+    """Configuration of [`DualEncoderModel`].
+
+    Args:
+        vision_config: any configuration `AutoModel` knows, timm's through `TimmWrapperConfig`.
+        text_config: any configuration `AutoModel` knows for text.
+        vision_pooled_size: the width of what the vision encoder pools an image into.
+        projection_dim: the width of the common space.
+        text_pooling: what of the text encoder's last states is a text's vector: their `mean` (Sentence-BERT, arXiv
+            1908.10084), the first (`cls`), the `last`, or the encoder's own `pooler`.
+        logit_scale_init_value: logarithm of what cosines are multiplied with at first.
+        logit_bias_init_value: what is added then, as SigLIP does (arXiv 2303.15343); `None`, as CLIP, nothing.
+    """
+
+    model_type = "vlm_dual_encoder"
+    sub_configs_defaults = {  # noqa: RUF012 - the name and form transformers looks for
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+    }
+
+    vision_config: Any = None
+    text_config: Any = None
+    vision_pooled_size: int = 768
+    projection_dim: int = 512
+    text_pooling: TextPooling = "mean"
+    logit_scale_init_value: float = math.log(1 / 0.07)
+    logit_bias_init_value: float | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.text_pooling not in get_args(TextPooling):
+            raise ValueError(f"text_pooling is one of {', '.join(get_args(TextPooling))}, not {self.text_pooling!r}")
+        super().__post_init__(**kwargs)
+
+
+class DualEncoderModel(PreTrainedModel):
+    """Images and texts as vectors of one space; names and outputs are those of `CLIPModel`."""
+
+    config_class = DualEncoderConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # as every model of transformers has it
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: DualEncoderConfig,
+        vision_model: PreTrainedModel | None = None,
+        text_model: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.vision_model = vision_model or AutoModel.from_config(config.vision_config)
+        self.text_model = text_model or AutoModel.from_config(config.text_config)
+        self.visual_projection = nn.Linear(config.vision_pooled_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        if config.logit_bias_init_value is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias_init_value))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The projections as in `CLIPModel`; encoders know their own."""
+        if module in (self.visual_projection, self.text_projection):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif module is self:
+            self.logit_scale.fill_(self.config.logit_scale_init_value)
+            if self.config.logit_bias_init_value is not None:
+                self.logit_bias.fill_(self.config.logit_bias_init_value)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """`pixel_values [B, 3, H, W]`; `pooler_output [B, D]`, not normalised, and the patch embeddings.
+
+        Raises ValueError for an encoder that does not pool what it sees.
+        """
+        seen = encode(self.vision_model, pixel_values)
+        if seen.pooled is None:
+            raise ValueError(f"{type(self.vision_model).__name__} does not pool what it sees into one vector")
+        return BaseModelOutputWithPooling(
+            last_hidden_state=seen.patches,
+            pooler_output=self.visual_projection(seen.pooled),
+        )
+
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """`input_ids`, `attention_mask` `[T, L]`, padded on either side; `pooler_output [T, D]`, not normalised."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        read = self.text_model(input_ids=input_ids, attention_mask=mask, return_dict=True)
+        pooled = pool_text(read, mask, self.config.text_pooling)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=read.last_hidden_state, pooler_output=self.text_projection(pooled)
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        return_loss: bool = False,
+        **kwargs: Any,
+    ) -> CLIPOutput:
+        """As `CLIPModel`; the loss, of one text an image, is SigLIP's if there is a bias."""
+        seen: Any = self.get_image_features(pixel_values)
+        read: Any = self.get_text_features(input_ids, attention_mask)
+        image_embeds, text_embeds = (nn.functional.normalize(each.pooler_output, dim=-1) for each in (seen, read))
+        logits = image_embeds @ text_embeds.T * self.logit_scale.exp() + getattr(self, "logit_bias", 0.0)
+        loss = None
+        if return_loss:
+            positive = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+            loss = (sigmoid if hasattr(self, "logit_bias") else infonce)(logits, positive)
+        return CLIPOutput(
+            loss=loss,
+            logits_per_image=logits,
+            logits_per_text=logits.T,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+        )
+
+
+def pool_text(read: Any, attention_mask: Tensor, text_pooling: TextPooling) -> Tensor:
+    """A text encoder's output, with `last_hidden_state [T, L, D_t]`, as a vector a text `[T, D_t]`.
+
+    Raises ValueError for `pooler` where the encoder has none.
+    """
+    if text_pooling == "pooler":
+        if getattr(read, "pooler_output", None) is None:
+            raise ValueError("this text encoder has no pooler: choose text_pooling mean, cls or last")
+        return read.pooler_output
+    states, mask = read.last_hidden_state, attention_mask.to(read.last_hidden_state.dtype)
+    if text_pooling == "mean":
+        return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    places = torch.arange(states.shape[1], device=states.device)
+    found = torch.where(mask.bool(), places, -1).amax(dim=1) if text_pooling == "last" else mask.argmax(dim=1)
+    return states[torch.arange(len(states), device=states.device), found]
+
+
+def build_dual_encoder(
+    vision: str | list[str],
+    language: str,
+    *,
+    image_size: Any = None,
+    image_aspect_ratio: Any = "square",
+    trust_remote_code: bool = False,
+    **config: Any,
+) -> tuple[DualEncoderModel, VisionTextDualEncoderProcessor]:
+    """Join the vision encoder `vision` and the text encoder `language`, each a folder or a Hub name, by projections
+    that nobody has trained. `config` are arguments of [`DualEncoderConfig`]; the others are those of
+    [`vlm.build.load_vision`]. Weights are float32.
+
+    Raises ValueError for an encoder that does not pool, and as [`vlm.build.load_vision`].
+    """
+    vision_model, image_processor = load_vision(
+        vision,
+        image_size=image_size,
+        image_aspect_ratio=image_aspect_ratio,
+        pooled=True,
+        trust_remote_code=trust_remote_code,
+    )
+    text_model, tokenizer = load_text_encoder(
+        language, pooled=config.get("text_pooling") == "pooler", trust_remote_code=trust_remote_code
+    )
+    with torch.no_grad():
+        pixels = image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"]
+        pooled = encode(vision_model.eval(), pixels).pooled
+    if pooled is None:
+        raise ValueError(f"{vision} does not pool what it sees into one vector; choose another vision encoder")
+    attention = [part.config._attn_implementation for part in (vision_model, text_model)]
+    made = DualEncoderConfig(
+        vision_config=copy.deepcopy(vision_model.config),
+        text_config=copy.deepcopy(text_model.config),
+        vision_pooled_size=pooled.shape[-1],
+        **config,
+    )
+    # A nesting configuration resets the attention implementation that each part was loaded with.
+    for part, implementation in zip((vision_model, text_model), attention, strict=True):
+        part.config._attn_implementation = implementation
+    return DualEncoderModel(made, vision_model, text_model), VisionTextDualEncoderProcessor(image_processor, tokenizer)
+
+
+def load_text_encoder(name: str, *, pooled: bool, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
+    """A text encoder, without the vision half if it has one, and its tokenizer.
+
+    Raises ValueError if weights are missing; those of its pooling layer only if it is to be `pooled`, and for a
+    tokenizer that has nothing to pad with.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = getattr(config, "text_config", None) or config
+    text_model = load_quietly(
+        AutoModel, name, pooled=pooled, config=config, dtype="float32", trust_remote_code=trust_remote_code
+    )
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer of {name} has neither a padding token nor an end-of-sequence token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return text_model, tokenizer
+
+
+def longest_text(tokenizer: Any, config: Any) -> int:
+    """How many tokens the text half of the dual encoder of `config` reads; 512 where it does not say."""
+    places = getattr(config.text_config, "max_position_embeddings", None) or 512
+    return int(min(tokenizer.model_max_length, places))
+
+
+def reads_padding(config: Any) -> bool:
+    """Whether the text half of the dual encoder of `config` reads texts with their padding, always as long as it has
+    positions, and takes the last of these for the text's vector: SigLIP's."""
+    return bool(config.text_config.model_type.startswith("siglip"))
+
+
+def tokenize(tokenizer: Any, config: Any, texts: Sequence[str]) -> Any:
+    """Texts as the text half of a dual encoder was trained on them; longer ones than it has positions are cut."""
+    return tokenizer(
+        list(texts),
+        padding="max_length" if reads_padding(config) else True,
+        truncation=True,
+        max_length=longest_text(tokenizer, config),
+        split_special_tokens=True,  # a text cannot end itself
+        return_tensors="pt",
+    )
+
+
+def is_dual_encoder(config: Any) -> bool:
+    """Whether it is the configuration of a model that gives images and texts vectors in one space, as CLIP does."""
+    found: Any = MODEL_MAPPING.get(type(config), ())
+    classes = found if isinstance(found, tuple) else (found,)
+    return any(hasattr(each, "get_text_features") and hasattr(each, "get_image_features") for each in classes)

@@ -1,0 +1,88 @@
+"""How well a dual encoder brings images and their texts together: recall, and a page to look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlm.data.encoding import EncodedBatch
+from vlm.data.example import Example
+from vlm.data.images import ImageError, open_image
+from vlm.data.pairs import positives, text_number
+from vlm.embedding import Embedder
+from vlm.errors import UserError
+from vlm.eval.retrieval import nearest_texts, summarize
+from vlm.eval.samples import write_samples
+
+SHOWN = 48
+
+
+def evaluate_pairs(
+    embedder: Embedder,
+    examples: Sequence[Example],
+    *,
+    output_dir: Path,
+    progress: Callable[[Iterable[EncodedBatch]], Iterable[EncodedBatch]] = iter,
+) -> dict[str, Any]:
+    """Compare the images of `examples`, one each, with the texts of all, and write `summary.json`, `predictions.jsonl`
+    and `samples.html` into `output_dir`. Gives the summary. Images that do not open are named in it and left out, and
+    their texts with them.
+
+    Raises UserError if there is nothing to compare.
+    """
+    usable = [example for example in examples if len(example.images) == 1]
+    broken: dict[str, ImageError] = {}
+    numbered = {str(number): example.images[0] for number, example in enumerate(usable)}
+    vectors: dict[str, torch.Tensor] = {}
+    for batch in progress(embedder.embed_images(numbered, broken=broken)):
+        vectors |= zip(batch.images, batch.features.cpu(), strict=True)
+    if not vectors:
+        raise UserError("there is not one example with one image that opens to compare")
+    kept = [usable[int(number)] for number in vectors]
+    # A text of an image once; one that several images share stands there for each of them.
+    pairs = [
+        (row, text)
+        for row, example in enumerate(kept)
+        for text in dict.fromkeys(branch.answer.strip() for branch in example.branches)
+        if text
+    ]
+    if not pairs:
+        raise UserError("the examples have no texts to compare images with")
+    rows, texts = zip(*pairs, strict=True)
+    if missing := set(range(len(kept))) - set(rows):
+        raise UserError(f"{kept[min(missing)].where}: has no text to compare its image with")
+    scores = (torch.stack(list(vectors.values())) @ embedder.embed_texts(texts).cpu().T).numpy()
+    positive = positives(
+        torch.arange(len(kept)), torch.tensor(rows), torch.tensor([text_number(text) for text in texts])
+    ).numpy()
+    left_out = {usable[int(number)].where: str(error) for number, error in broken.items()}
+    left_out |= {e.where: f"has {len(e.images)} images" for e in examples if len(e.images) != 1}
+    summary = summarize(scores, positive) | {"n_broken": len(left_out), "broken": left_out}
+    predictions = [
+        {"image_id": example.image_id, "where": example.where} | row
+        for example, row in zip(kept, nearest_texts(scores, positive, texts), strict=True)
+    ]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    (output_dir / "predictions.jsonl").write_text(lines, encoding="utf-8")
+    write_samples(
+        output_dir / "samples.html",
+        predictions[:SHOWN],
+        images=[partial(_open, example) for example in kept[:SHOWN]],
+        summary=summary,
+        title="Nearest texts",
+        about_blind="Blind is a random order.",
+    )
+    # Last: a run whose summary is there is scored.
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
+    return summary
+
+
+def _open(example: Example) -> list[Image.Image]:
+    return [open_image(source, where=example.where) for source in example.images]

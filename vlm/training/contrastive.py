@@ -1,0 +1,330 @@
+"""The stages of a recipe with `contrastive`: pairs, the trainer, and the dual encoder saved and scored at the end."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftModel
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, TrainingArguments, set_seed
+
+from vlm.data.check import ProblemLog
+from vlm.data.encoding import BATCH_IMAGES
+from vlm.data.example import Example
+from vlm.data.features import FeatureCache
+from vlm.data.pairs import PairCollator, PairDataset, PairItem, make_pairs
+from vlm.dual_encoder import build_dual_encoder, is_dual_encoder, longest_text
+from vlm.embedding import Embedder
+from vlm.errors import UserError
+from vlm.eval.retrieval import show
+from vlm.generation import load_config
+from vlm.loading import checkpoint_of, load_quietly
+from vlm.pair_evaluation import evaluate_pairs
+from vlm.recipe import Recipe, Stage
+from vlm.recipe_contrastive import Contrastive
+from vlm.training.callbacks import StopOnSignal
+from vlm.training.checkpoints import fingerprint, saving
+from vlm.training.contrastive_trainer import ContrastiveTrainer
+from vlm.training.features import kept_features
+from vlm.training.folder import save_model, stage_home
+from vlm.training.history import draw_losses, duration
+from vlm.training.memory import estimate
+from vlm.training.pair_embeddings import can_keep, embedding_pairs, pooled_features
+from vlm.training.parts import add_lora, set_trainable, trains_vision
+from vlm.training.processes import GlobalBatch, sharded, what_differs
+from vlm.training.quantization import merged
+from vlm.training.report import parts_table
+from vlm.training.skipped import SkippedSteps
+from vlm.training.stage import (
+    checkpoint_to_resume,
+    say_how_it_ended,
+    train_to_end,
+    training_arguments,
+    watch,
+)
+from vlm.training.step import seconds_per_step
+
+SIGLIP_SCALE, SIGLIP_BIAS = 2.302585092994046, -10.0
+"""SigLIP's start: logits of ten times the cosine, less ten, since nearly all pairs are negative."""
+
+
+def start_model(recipe: Recipe, source: str | None) -> tuple[PreTrainedModel, Any]:
+    """The dual encoder in the folder `source`, or if it is None the one that `recipe` names, or a new one."""
+    spec, contrastive = recipe.model, recipe.contrastive or Contrastive()
+    if source is None and spec.pretrained is None:
+        sigmoid = contrastive.loss == "sigmoid"
+        start = {"logit_scale_init_value": SIGLIP_SCALE, "logit_bias_init_value": SIGLIP_BIAS} if sigmoid else {}
+        try:
+            return build_dual_encoder(
+                spec.encoders,
+                spec.language or "",
+                image_size=spec.image_size,
+                image_aspect_ratio=spec.image_aspect_ratio,
+                trust_remote_code=spec.trust_remote_code,
+                projection_dim=contrastive.projection_dim,
+                text_pooling=contrastive.text_pooling,
+                **start,
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"model: {error}") from None
+    name = source or checkpoint_of(spec.pretrained or "")
+    if not is_dual_encoder(config := load_config(name, trust_remote_code=spec.trust_remote_code)):
+        raise UserError(
+            f"model.pretrained: {name} is of type {config.model_type}, which is no dual encoder, as CLIP and SigLIP are"
+        )
+    model = load_quietly(AutoModel, name, pooled=True, dtype="float32", trust_remote_code=spec.trust_remote_code)
+    if contrastive.loss == "sigmoid" and not hasattr(model, "logit_bias"):
+        raise UserError(f"contrastive.loss: {name} has no bias, which the sigmoid loss needs; use infonce")
+    return model, AutoProcessor.from_pretrained(name, trust_remote_code=spec.trust_remote_code)
+
+
+def run_stages(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    processor: Any,
+    train_examples: Sequence[Example],
+    validation_examples: Sequence[Example],
+    log: ProblemLog,
+    done: int,
+    *,
+    dry_run: bool,
+    resume: bool,
+    stop: StopOnSignal,
+    console: Console,
+) -> None:
+    """The stages from `done` on, each from the model that the one before has left; the first from `model`."""
+    folder, processes = Path(recipe.output_dir), PartialState()
+    for number, stage in enumerate(recipe.stages[done:], start=done):
+        console.print(f"stage {number + 1} of {len(recipe.stages)}: {stage.name}", style="bold", highlight=False)
+        args = training_arguments(recipe, stage, folder / "checkpoints" / stage.name)
+        if sharded(args):
+            raise UserError(
+                "a dual encoder is trained whole on each process: start it with torchrun, or with the configuration "
+                "that `vlm recipes show accelerate/ddp` prints"
+            )
+        held_out = validation_examples if args.eval_strategy != "no" else []
+        groups = (train_examples, held_out)
+        cache, keys = _kept(recipe, stage, groups, model, processor, args, log, console, stop)
+        train, validation = (
+            _pairs(group, model, processor, found, log, console, stop, name)
+            for group, found, name in zip(groups, keys, ("training", "held out"), strict=True)
+        )
+        trained, adapter = _run_stage(
+            recipe, stage, model, train, validation, PairCollator(processor, model.config, cache), folder,
+            dry_run=dry_run, resume=resume, stop=stop, console=console,
+        )  # fmt: skip
+        model = merged(trained)
+        if dry_run:
+            continue
+        home = stage_home(folder, recipe.stage_names, number)
+        if processes.is_main_process:
+            with saving(f"the model in {home}", "Make room, and go on with --resume from the last checkpoint"):
+                if adapter is not None:
+                    adapter.save_pretrained(str(home / "adapter"))
+                save_model(model, processor, home / "model")
+            draw_losses({recipe.name: folder / "metrics.jsonl"}, folder / "loss.png", "contrastive loss")
+        processes.wait_for_everyone()
+        model.requires_grad_(False)
+        if validation_examples:
+            score(recipe, number, model, processor, validation_examples, stop, console)
+
+
+def score(
+    recipe: Recipe,
+    number: int,
+    model: Any,
+    processor: Any,
+    examples: Sequence[Example],
+    stop: StopOnSignal,
+    console: Console,
+) -> None:
+    """Recall of a stage's model on what is held out, by the first process."""
+    processes = PartialState()
+    if processes.is_main_process:
+        folder = stage_home(Path(recipe.output_dir), recipe.stage_names, number) / "evaluation"
+        some = examples[: recipe.evaluation.limit]
+        network = model.to(processes.device).eval()
+        embedder = Embedder(recipe.name, network, processor.image_processor, processor.tokenizer)
+        total = -(-len(some) // BATCH_IMAGES)
+        summary = evaluate_pairs(
+            embedder,
+            some,
+            output_dir=folder,
+            progress=lambda batches: stop.until_told(
+                track(batches, "encoding what is held out", total, console=console, transient=True)
+            ),
+        )
+        show(summary, console)
+        for where, why in summary["broken"].items():
+            console.print(f"left out: {where}: {why}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"nearest texts: {folder / 'samples.html'}", markup=False, highlight=False, soft_wrap=True)
+    processes.wait_for_everyone()
+    stop.check_all("scoring what is held out; the model is saved")
+
+
+def _kept(
+    recipe: Recipe,
+    stage: Stage,
+    groups: tuple[Sequence[Example], Sequence[Example]],
+    model: Any,
+    processor: Any,
+    args: TrainingArguments,
+    log: ProblemLog,
+    console: Console,
+    stop: StopOnSignal,
+) -> tuple[FeatureCache | None, list[Mapping[int, tuple[str, ...]] | None]]:
+    """What a locked vision encoder pools (LiT, arXiv 2111.07991), kept on disk if it is worth while."""
+    if trains_vision(stage.learning_rates) or not recipe.data.cache_features:
+        return None, [None, None]
+    if recipe.data.augmentation:
+        why = "not kept on disk, since data.augmentation shows the encoder other images in each epoch"
+        console.print(f"features: {why}", highlight=False, soft_wrap=True)
+        return None, [None, None]
+    images = _Images(processor)
+    pixel_values = images.prepare_images([Image.new("RGB", (64, 64), "teal")])["pixel_values"]
+    if not can_keep(model.to(args.device).eval(), pixel_values.to(args.device)):
+        kind = type(model).__name__
+        console.print(f"features: not kept on disk, since {kind} does not say what it pools", highlight=False)
+        return None, [None, None]
+    cache, keys = kept_features(recipe, groups, _Pooling(model), images, args, log, console, stop)
+    return cache, [*keys]
+
+
+class _Pooling:
+    """A dual encoder's vision encoder in the words of a vision-language model's."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.vision_tower = model.vision_model
+        self.config = SimpleNamespace(
+            vision_feature_layer="pooled", vision_feature_select_strategy="default", tiling=None
+        )
+
+    def get_vision_features(self, pixel_values: Tensor) -> tuple[Tensor | None, tuple[int, int]]:
+        return pooled_features(self.model, pixel_values), (1, 1)
+
+
+class _Images:
+    """A dual encoder's processor in the words of a vision-language model's."""
+
+    tiler = None
+
+    def __init__(self, processor: Any) -> None:
+        self.image_processor = processor.image_processor
+
+    def prepare_images(self, images: Sequence[Any]) -> Any:
+        return self.image_processor(images=list(images), return_tensors="pt")
+
+
+def _pairs(
+    examples: Sequence[Example],
+    model: PreTrainedModel,
+    processor: Any,
+    features: Mapping[int, tuple[str, ...]] | None,
+    log: ProblemLog,
+    console: Console,
+    stop: StopOnSignal,
+    name: str,
+) -> list[PairItem]:
+    """Examples as pairs, their images' `features` kept; what is broken is counted and named, and texts that are cut."""
+    if not examples:
+        return []
+    items, cut = make_pairs(
+        examples,
+        processor,
+        model.config,
+        report=log.add,
+        features=features,
+        progress=lambda it, total: stop.until_told(
+            track(it, f"tokenizing ({name})", total, console=console, transient=True)
+        ),
+    )
+    stop.check_all("reading the data")
+    if cut.count:
+        limit = longest_text(processor.tokenizer, model.config)
+        console.print(
+            f"{name}: {cut.count:,} texts are cut to the {limit} tokens that the text encoder reads; the longest has "
+            f"{cut.longest:,}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if not items:
+        raise UserError(f"no example is left ({name}): every one is broken, or has no text, or not one image")
+    return items
+
+
+def _run_stage(
+    recipe: Recipe,
+    stage: Stage,
+    model: PreTrainedModel,
+    train: list[PairItem],
+    validation: list[PairItem],
+    collator: PairCollator,
+    folder: Path,
+    *,
+    dry_run: bool,
+    resume: bool,
+    stop: StopOnSignal,
+    console: Console,
+) -> tuple[PreTrainedModel, PeftModel | None]:
+    """Train `model` as `stage` says. Gives the model, and it again if it has LoRA that is not merged."""
+    contrastive, rates = recipe.contrastive or Contrastive(), stage.learning_rates
+    set_seed(recipe.seed)  # so that LoRA begins alike in a stage that begins after a resume
+    trained: Any = add_lora(model, stage.lora.model_dump(), rates) if stage.lora else model
+    set_trainable(trained, rates)
+    # Trainer makes its folder as it is made itself, and a dry run is to leave none.
+    checkpoints = Path(tempfile.mkdtemp()) if dry_run else folder / "checkpoints" / stage.name
+    args = training_arguments(recipe, stage, checkpoints)
+    data = fingerprint(train)
+    checkpoint = checkpoint_to_resume(checkpoints, data, console) if resume and not dry_run else None
+    rows = PairDataset(train, recipe.seed, recipe.data.augmentation)
+    with embedding_pairs(model, contrastive.chunk_size):
+        trainer = ContrastiveTrainer(
+            model=trained,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=PairDataset(validation) if validation else None,
+            data_collator=collator,
+            loss=contrastive.loss,
+            held_out=validation,
+            rates=rates,
+            skipped=SkippedSteps(folder / "skipped_steps.jsonl", stage.name),
+            data_fingerprint=data,
+        )
+        watch(trainer, stage, rows, folder, stop)
+        memory = estimate(trainer, rows)
+        steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+        seconds = seconds_per_step(trainer, rows)
+        precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+        console.print(
+            parts_table(
+                trained,
+                rates,
+                {
+                    "images": f"{len(train):,}",
+                    "texts": f"{sum(item.answers for item in train):,}",
+                    "steps": f"{steps:,}",
+                    "precision": precision,
+                    "device": str(args.device),
+                    "batch": str(GlobalBatch.of(trainer)),
+                    "memory": str(memory),
+                    "expected time": f"{duration(steps * seconds)} ({seconds:.1f} s a step)",
+                },
+            )
+        )
+        if dry_run:
+            checkpoints.rmdir()
+            return trained, None
+        if checkpoint and (note := what_differs(checkpoint, GlobalBatch.of(trainer))):
+            console.print(note, style="yellow", highlight=False)
+        train_to_end(trainer, checkpoint, checkpoints, memory, console)
+        say_how_it_ended(trainer, checkpoints, stop, console)
+    return trained, trained if stage.lora else None
