@@ -21,6 +21,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     PreTrainedConfig,
     PreTrainedModel,
     VisionTextDualEncoderProcessor,
@@ -33,7 +35,7 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 from vlm.adapters.contrastive_loss import infonce, sigmoid
 from vlm.build import load_vision
 from vlm.encoder import encode
-from vlm.loading import load_quietly
+from vlm.loading import checkpoint_of, load_quietly
 
 TextPooling = Literal["mean", "cls", "last", "pooler"]
 MAX_LOGIT_SCALE = 100.0
@@ -189,10 +191,12 @@ def build_dual_encoder(
     image_size: Any = None,
     image_aspect_ratio: Any = "square",
     trust_remote_code: bool = False,
+    projection_dim: int | None = None,
     **config: Any,
 ) -> tuple[DualEncoderModel, VisionTextDualEncoderProcessor]:
     """Join the vision encoder `vision` and the text encoder `language`, each a folder or a Hub name, by projections
-    that nobody has trained. `config` are arguments of [`DualEncoderConfig`]; the others are those of
+    that nobody has trained; but that of a CLIP that comes with its own is where the images' begins, unless
+    `projection_dim` is another. `config` are arguments of [`DualEncoderConfig`]; the others are those of
     [`vlm.build.load_vision`]. Weights are float32.
 
     Raises ValueError for an encoder that does not pool, and as [`vlm.build.load_vision`].
@@ -212,17 +216,36 @@ def build_dual_encoder(
         pooled = encode(vision_model.eval(), pixels).pooled
     if pooled is None:
         raise ValueError(f"{vision} does not pool what it sees into one vector; choose another vision encoder")
+    own = own_projection(vision if isinstance(vision, str) else vision[0], vision_model)
     attention = [part.config._attn_implementation for part in (vision_model, text_model)]
     made = DualEncoderConfig(
         vision_config=copy.deepcopy(vision_model.config),
         text_config=copy.deepcopy(text_model.config),
         vision_pooled_size=pooled.shape[-1],
+        projection_dim=projection_dim or (512 if own is None else len(own)),
         **config,
     )
     # A nesting configuration resets the attention implementation that each part was loaded with.
     for part, implementation in zip((vision_model, text_model), attention, strict=True):
         part.config._attn_implementation = implementation
-    return DualEncoderModel(made, vision_model, text_model), VisionTextDualEncoderProcessor(image_processor, tokenizer)
+    model = DualEncoderModel(made, vision_model, text_model)
+    if own is not None and own.shape == model.visual_projection.weight.shape:
+        model.visual_projection.weight.data.copy_(own)
+    return model, VisionTextDualEncoderProcessor(image_processor, tokenizer)
+
+
+def own_projection(name: str, vision_model: PreTrainedModel) -> Tensor | None:
+    """The weights `[D, D_v]` that bring a CLIP's images to its texts, if `name` is one and has them."""
+    if not isinstance(vision_model.config, CLIPVisionConfig):
+        return None
+    name = checkpoint_of(name)
+    config = copy.deepcopy(vision_model.config)
+    config.projection_dim = AutoConfig.from_pretrained(name).projection_dim  # CLIP's own goes before its vision half's
+    try:
+        whole = load_quietly(CLIPVisionModelWithProjection, name, config=config)
+    except ValueError:  # one that is no dual encoder's
+        return None
+    return whole.visual_projection.weight.data
 
 
 def load_text_encoder(name: str, *, pooled: bool, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:

@@ -35,9 +35,12 @@ def run(
     Raises UserError for wrong names, and for data that cannot be read.
     """
     from vlm.data.readers import read
+    from vlm.dual_encoder import is_dual_encoder
     from vlm.eval import METRICS
     from vlm.eval import evaluate as score
+    from vlm.generation import load_config
 
+    asked = metrics
     words = shlex.split(data)
     if len(words) == 1 and "=" not in words[0]:
         loaded = recipe.load(words[0])
@@ -46,11 +49,14 @@ def run(
     else:
         section = recipe.parse_data(words)
         label = section.sources[0]["format"]
-    if not metrics:
-        raise UserError(f"say what to measure: --metrics with one or more of {', '.join(METRICS)}, joined by commas")
-    for name in metrics:
+    for name in metrics or ():
         if name not in METRICS:
             raise UserError(f"there is no metric '{name}'; {nearest(name, METRICS)}")
+    pairs = is_dual_encoder(load_config(model))
+    if pairs and asked:
+        raise UserError(f"{model} is a dual encoder, which is measured by recall alone: leave out --metrics")
+    if not metrics and not pairs:
+        raise UserError(f"say what to measure: --metrics with one or more of {', '.join(METRICS)}, joined by commas")
     if section.validation is None and (section.streams or len(section.sources) > 1):
         raise UserError(f"{label} has no held-out data, and what it trains on is not one source that is read whole")
     source = section.validation or section.sources[0]
@@ -60,12 +66,20 @@ def run(
     if len(problems) > 5:
         console.print(f"left out: {len(problems) - 5} more; `vlm data check` lists them")
 
+    folder = output or (Path(model) if Path(model).is_dir() else Path()) / f"evaluation-{label}"
+    if pairs:
+        from vlm.embedding import load_embedder
+        from vlm.pair_evaluation import evaluate_pairs
+
+        with console.status("loading the model"):
+            embedder = load_embedder(model)
+        return evaluate_pairs(embedder, examples, output_dir=folder, console=console)
+
     from vlm import generation
     from vlm.precision import generation_in_bfloat16
 
     with console.status("loading the model"):
         network, processor = generation.load(model)
-    folder = output or (Path(model) if Path(model).is_dir() else Path()) / f"evaluation-{label}"
 
     def predict(requests: list[Any]) -> list[str]:
         return generation.generate(
@@ -73,7 +87,7 @@ def run(
         )
 
     with generation_in_bfloat16(network):  # as at the end of training, so that the scores are the same
-        summary = score(examples, predict, list(metrics), output_dir=folder)
+        summary = score(examples, predict, list(metrics or ()), output_dir=folder)
     show(summary, console)
     console.print(f"every answer: {folder / 'samples.html'}", markup=False, highlight=False, soft_wrap=True)
     return summary

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
-from vlm.data.encoding import EncodedBatch
+from vlm.data.encoding import BATCH_IMAGES, EncodedBatch
 from vlm.data.example import Example
 from vlm.data.images import ImageError, open_image
 from vlm.data.pairs import positives, text_number
 from vlm.embedding import Embedder
 from vlm.errors import UserError
-from vlm.eval.retrieval import nearest_texts, summarize
+from vlm.eval.retrieval import nearest_texts, show, summarize
 from vlm.eval.samples import write_samples
 
 SHOWN = 48
@@ -28,11 +30,12 @@ def evaluate_pairs(
     examples: Sequence[Example],
     *,
     output_dir: Path,
-    progress: Callable[[Iterable[EncodedBatch]], Iterable[EncodedBatch]] = iter,
+    console: Console,
+    watch: Callable[[Iterable[EncodedBatch]], Iterable[EncodedBatch]] = iter,
 ) -> dict[str, Any]:
     """Compare the images of `examples`, one each, with the texts of all, and write `summary.json`, `predictions.jsonl`
-    and `samples.html` into `output_dir`. Gives the summary. Images that do not open are named in it and left out, and
-    their texts with them.
+    and `samples.html` into `output_dir`. Gives the summary, and prints it. Images that do not open are named in it and
+    left out, and their texts with them. `watch` sees each batch, and may raise.
 
     Raises UserError if there is nothing to compare.
     """
@@ -40,7 +43,9 @@ def evaluate_pairs(
     broken: dict[str, ImageError] = {}
     numbered = {str(number): example.images[0] for number, example in enumerate(usable)}
     vectors: dict[str, torch.Tensor] = {}
-    for batch in progress(embedder.embed_images(numbered, broken=broken)):
+    total = -(-len(usable) // BATCH_IMAGES)
+    batches = track(embedder.embed_images(numbered, broken=broken), "encoding", total, console=console, transient=True)
+    for batch in watch(batches):
         vectors |= zip(batch.images, batch.features.cpu(), strict=True)
     if not vectors:
         raise UserError("there is not one example with one image that opens to compare")
@@ -81,6 +86,10 @@ def evaluate_pairs(
     )
     # Last: a run whose summary is there is scored.
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
+    show(summary, console)
+    for where, why in left_out.items():
+        console.print(f"left out: {where}: {why}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"nearest texts: {output_dir / 'samples.html'}", markup=False, highlight=False, soft_wrap=True)
     return summary
 
 

@@ -19,8 +19,9 @@ class Contrastive(Section):
     chunk_size: int | None = Field(default=None, ge=1)
     """Encode so many images, then texts, of a batch at a time, and once more in the backward pass: a large batch in the
     memory of a small one, with the same gradients (GradCache, arXiv 2101.06983)."""
-    projection_dim: int = Field(default=512, ge=1)
-    """Width of the space that a new pair is brought into."""
+    projection_dim: int | None = Field(default=None, ge=1)
+    """Width of the space that a new pair is brought into; null is that of a CLIP's own projection, with which its
+    images begin, and 512 for other vision encoders."""
     text_pooling: Literal["mean", "cls", "last", "pooler"] = "mean"
     """What of a new pair's text encoder is a text's vector: the mean of its last states, as in Sentence-BERT, the first
     (BERT), the last (decoders), or the encoder's own pooler (CLIP's text half)."""

@@ -2,9 +2,17 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, CLIPImageProcessor, VisionTextDualEncoderModel
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    BertConfig,
+    BertModel,
+    CLIPImageProcessor,
+    CLIPModel,
+    VisionTextDualEncoderModel,
+)
 
-from tests.dual_encoders import save_dual, text_sizes, tokenizer
+from tests.dual_encoders import SAVE, save_dual, text_sizes, tokenizer
 from tests.encoders import ENCODERS
 from tests.tiny import image, image_processor
 from vlm.build import load_vision
@@ -105,3 +113,20 @@ def test_its_eye_is_a_vision_encoder(tmp_path, kind):
     assert type(tower) is type(stock.vision_model)
     for mine, its in zip(tower.parameters(), stock.vision_model.parameters(), strict=True):
         assert torch.equal(mine, its)
+
+
+def test_a_clip_begins_with_the_projection_that_it_comes_with(tmp_path):
+    SAVE["clip"](tmp_path / "clip")
+    stock = CLIPModel.from_pretrained(tmp_path / "clip")
+    text = save_text(tmp_path / "text")
+    model, _ = build_dual_encoder(str(tmp_path / "clip"), text)
+    assert model.config.projection_dim == 16
+    assert torch.equal(model.visual_projection.weight, stock.visual_projection.weight)
+    pixels = torch.rand(2, 3, 32, 32)
+    expected = stock.eval().get_image_features(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(model.eval().get_image_features(pixels).pooler_output, expected)
+    wider, _ = build_dual_encoder(str(tmp_path / "clip"), text, projection_dim=24)
+    assert wider.visual_projection.weight.shape[0] == 24
+    stock.vision_model.save_pretrained(tmp_path / "eye")  # a CLIP without its projection
+    image_processor().save_pretrained(tmp_path / "eye")
+    assert build_dual_encoder(str(tmp_path / "eye"), text)[0].config.projection_dim == 512

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +18,12 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, TrainingArguments, set_seed
 
 from vlm.data.check import ProblemLog
-from vlm.data.encoding import BATCH_IMAGES
 from vlm.data.example import Example
 from vlm.data.features import FeatureCache
 from vlm.data.pairs import PairCollator, PairDataset, PairItem, make_pairs
 from vlm.dual_encoder import build_dual_encoder, is_dual_encoder, longest_text
 from vlm.embedding import Embedder
 from vlm.errors import UserError
-from vlm.eval.retrieval import show
 from vlm.generation import load_config
 from vlm.loading import checkpoint_of, load_quietly
 from vlm.pair_evaluation import evaluate_pairs
@@ -153,21 +152,14 @@ def score(
         some = examples[: recipe.evaluation.limit]
         network = model.to(processes.device).eval()
         embedder = Embedder(recipe.name, network, processor.image_processor, processor.tokenizer)
-        total = -(-len(some) // BATCH_IMAGES)
-        summary = evaluate_pairs(
-            embedder,
-            some,
-            output_dir=folder,
-            progress=lambda batches: stop.until_told(
-                track(batches, "encoding what is held out", total, console=console, transient=True)
-            ),
-        )
-        show(summary, console)
-        for where, why in summary["broken"].items():
-            console.print(f"left out: {where}: {why}", markup=False, highlight=False, soft_wrap=True)
-        console.print(f"nearest texts: {folder / 'samples.html'}", markup=False, highlight=False, soft_wrap=True)
+        evaluate_pairs(embedder, some, output_dir=folder, console=console, watch=partial(_until_told, stop))
     processes.wait_for_everyone()
-    stop.check_all("scoring what is held out; the model is saved")
+
+
+def _until_told(stop: StopOnSignal, batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        stop.check("scoring what is held out; the model is saved")
+        yield batch
 
 
 def _kept(

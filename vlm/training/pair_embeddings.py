@@ -35,7 +35,8 @@ def embedding_pairs(model: Any, chunk_size: int | None) -> Iterator[None]:
 
 
 def embed_pairs(model: Any, chunk_size: int | None, /, **inputs: Tensor) -> dict[str, Tensor]:
-    """`image_embeds [B, D]` and `text_embeds [T, D]`, unit vectors, with the model's `logit_scale` and `logit_bias`.
+    """`image_embeds [B, D]` and `text_embeds [T, D]`, unit vectors, with what their products are multiplied with,
+    `logit_scale`, and if the model has one `logit_bias`, which is added.
 
     `inputs` are `input_ids`, `attention_mask` `[T, L]`, and `pixel_values [B, 3, H, W]` or, as [`pooled_features`] gave
     them earlier, `vision_features [B, 1, D_v]`.
@@ -62,10 +63,11 @@ def embed_pairs(model: Any, chunk_size: int | None, /, **inputs: Tensor) -> dict
     found = {
         "image_embeds": F.normalize(image_embeds.float(), dim=-1),
         "text_embeds": F.normalize(text_embeds.float(), dim=-1),
-        "logit_scale": model.logit_scale.float(),
+        # Not the parameters themselves: DDP would count one that is an output twice.
+        "logit_scale": model.logit_scale.float().exp(),
     }
     bias = getattr(model, "logit_bias", None)
-    return found if bias is None else found | {"logit_bias": bias.float()}
+    return found if bias is None else found | {"logit_bias": bias.float().clone()}
 
 
 def _in_chunks(function: Any, chunk_size: int | None, *tensors: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def _by_length(function: Any, chunk_size: int | None, input_ids: Tensor, attenti
 
 def logits_of(embeds: Mapping[str, Tensor]) -> Tensor:
     """`[B, T]`: cosines times the temperature, and the bias if there is one."""
-    logits = embeds["image_embeds"] @ embeds["text_embeds"].T * embeds["logit_scale"].exp()
+    logits = embeds["image_embeds"] @ embeds["text_embeds"].T * embeds["logit_scale"]
     return logits + embeds["logit_bias"] if "logit_bias" in embeds else logits
 
 
