@@ -103,6 +103,12 @@ def unit(vectors: Tensor) -> Tensor:
     return F.normalize(vectors / largest.clamp(min=torch.finfo(vectors.dtype).tiny), dim=-1)
 
 
+def load_dual_encoder(source: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Model, in float32, and processor. Raises ValueError if weights are missing."""
+    model = load_quietly(AutoModel, source, pooled=True, dtype="float32", trust_remote_code=trust_remote_code)
+    return model, AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
 def load_embedder(name_or_path: str, *, device: str | None = None, trust_remote_code: bool = False) -> Embedder:
     """The dual encoder, or else vision encoder, of a run folder, a checkpoint folder or a Hub name.
 
@@ -115,8 +121,7 @@ def load_embedder(name_or_path: str, *, device: str | None = None, trust_remote_
         if not is_dual_encoder(config):
             tower, image_processor = load_vision(source, pooled=True, trust_remote_code=trust_remote_code)
             return Embedder(name_or_path, tower.to(device).eval().requires_grad_(False), image_processor)  # type: ignore[arg-type]
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = load_quietly(AutoModel, source, pooled=True, dtype="float32", trust_remote_code=trust_remote_code)
+        model, processor = load_dual_encoder(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {name_or_path!r} as an encoder: {error}") from None
     model = model.to(device).eval().requires_grad_(False)

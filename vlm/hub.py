@@ -117,17 +117,19 @@ def model_card(run_dir: str | Path, repo_id: str, *, merge_lora: bool = True) ->
     dataset = _data_name(test or sources[0])
     dataset_ids = sorted({source["path"] for source in sources if _is_hub_dataset(source)})
 
+    dual = bool(recipe.get("contrastive"))
+    task = "zero-shot-image-classification" if dual else "image-text-to-text"
     name = repo_id.split("/")[-1]
     metadata = ModelCardData(
         base_model=base_ids or None,
         datasets=dataset_ids or None,
         library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["vision-language-model", "vlm-bridge"],
+        pipeline_tag=task,
+        tags=["dual-encoder" if dual else "vision-language-model", "vlm-bridge"],
         model_name=name,
         eval_results=[
             EvalResult(
-                task_type="image-text-to-text",
+                task_type=task,
                 dataset_type=dataset if _is_hub_dataset(test or sources[0]) else "custom",
                 dataset_name=dataset,
                 metric_type=metric,
@@ -141,19 +143,23 @@ def model_card(run_dir: str | Path, repo_id: str, *, merge_lora: bool = True) ->
     )
     sections = [
         f"# {name}",
-        _introduction(bases),
-        "## Use\n\n" + _usage(repo_id, run_dir / "model", merge_lora),
-        "## Scores\n\n" + _score_table(metrics, dataset) if metrics else "",
+        _introduction(bases, dual),
+        "## Use\n\n" + (_usage_of_vectors if dual else _usage)(repo_id, run_dir / "model", merge_lora),
+        "## Scores\n\n" + _score_table(metrics, dataset, dual) if metrics else "",
         "## Training\n\n" + _training(run_dir, recipe, sources) if recipe else "",
     ]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 
-def _introduction(bases: Sequence[str]) -> str:
+def _introduction(bases: Sequence[str], dual: bool) -> str:
     *others, last = [f"`{_hub_id(base) or Path(base).name}`" for base in bases] or [""]
     made_of = f"{', '.join(others)} and {last}" if others else last
     return (
-        "A vision-language model that answers in text about images"
+        (
+            "A dual encoder that gives images and texts vectors to compare"
+            if dual
+            else "A vision-language model that answers in text about images"
+        )
         + (f", made from {made_of}" if made_of else "")
         + ", trained with `vlm-bridge`. "
         "The licences of the models and data it was made from apply."
@@ -192,10 +198,35 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```"""
 
 
-def _score_table(metrics: Mapping[str, Any], dataset: str) -> str:
+def _usage_of_vectors(repo_id: str, model_dir: Path, merge_lora: bool) -> str:
+    lora = "" if merge_lora else f'model = PeftModel.from_pretrained(model, "{repo_id}", subfolder="adapter")\n'
+    peft = "from peft import PeftModel\n" if lora else ""
+    ours = _read_json(model_dir / "config.json").get("model_type") == "vlm_dual_encoder"
+    first = "import vlm  # pip install vlm-bridge: makes the Auto classes know this model\n" if ours else ""
+    siglip = _read_json(model_dir / "config.json").get("text_config", {}).get("model_type", "").startswith("siglip")
+    padding = '"max_length"' if siglip else "True"
+    return f"""```python
+{first}{peft}from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{repo_id}")
+{lora}processor = AutoProcessor.from_pretrained("{repo_id}")
+
+texts = ["a photo of a cat.", "a photo of a dog."]
+inputs = processor(images=[Image.open("photo.jpg")], text=texts, return_tensors="pt", padding={padding})
+print(model(**inputs).logits_per_image)
+```"""
+
+
+def _score_table(metrics: Mapping[str, Any], dataset: str, dual: bool) -> str:
+    about_blind = (
+        "Blind is a random order."
+        if dual
+        else "Blind is the same model and the same prompts with the images\n"
+        "swapped among the examples: what it scores without looking."
+    )
     lines = [
-        f"On {dataset}, with 95 % bootstrap intervals. Blind is the same model and the same prompts with the images",
-        "swapped among the examples: what it scores without looking.",
+        f"On {dataset}, with 95 % bootstrap intervals. {about_blind}",
         "",
         "| metric | score | interval | blind | blind interval |",
         "| --- | --- | --- | --- | --- |",
@@ -263,8 +294,11 @@ def _without_lora(model_dir: Path, adapter_dir: Path, target: Path, repo_id: str
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from vlm import generation
+    from vlm.dual_encoder import is_dual_encoder
+    from vlm.embedding import load_dual_encoder
 
-    model, processor = generation.load(str(model_dir), device="cpu")
+    dual = is_dual_encoder(generation.load_config(str(model_dir)))
+    model, processor = load_dual_encoder(str(model_dir)) if dual else generation.load(str(model_dir), device="cpu")
     wrapped: Any = PeftModel.from_pretrained(model, str(adapter_dir))
     for layer in wrapped.modules():
         if isinstance(layer, BaseTunerLayer):

@@ -65,4 +65,6 @@ def test_losses_held_out_scores_and_weights_are_those_of_one_process(place, case
         assert several == pytest.approx(one, rel=1e-4), kind
     one, several = (load_file(run / "model" / "model.safetensors") for run in runs)
     for name, tensor in one.items():
+        if name.endswith(("k_proj.bias", "key.bias")):  # softmax does not see them: their gradient is rounding alone
+            continue
         torch.testing.assert_close(several[name], tensor, rtol=1e-3, atol=2e-5, msg=name)

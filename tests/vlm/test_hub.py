@@ -12,13 +12,16 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from tests import fake_hub, tiny
+from tests.dual_encoders import save_dual
 from tests.fake_hub import TOKEN, FakeHub
 from tests.stock import stock
 from tests.training.helpers import LORA
+from vlm.dual_encoder import DualEncoderConfig, DualEncoderModel
 from vlm.errors import UserError
 from vlm.hub import model_card, push
 from vlm.training.parts import add_lora
@@ -74,7 +77,13 @@ def run_dir(tmp_path: Path, made) -> Path:
     return run
 
 
-def load_by_name(hub: FakeHub, tmp_path: Path, inputs: dict) -> torch.Tensor:
+AND_THEN_COMPARE = """
+from safetensors.torch import save_file
+save_file({"logits": model.eval()(**inputs).logits_per_image.detach()}, "outputs.safetensors")
+"""
+
+
+def load_by_name(hub: FakeHub, tmp_path: Path, inputs: dict, and_then: str = AND_THEN) -> torch.Tensor:
     """Logits of the model that a fresh process gets from the Hub by the code in the card, run as it stands."""
     save_file(inputs, tmp_path / "inputs.safetensors")
     tiny.image().save(tmp_path / "photo.jpg")
@@ -87,7 +96,7 @@ def load_by_name(hub: FakeHub, tmp_path: Path, inputs: dict) -> torch.Tensor:
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     done = subprocess.run(
-        [sys.executable, "-c", code + AND_THEN], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code + and_then], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return load_file(tmp_path / "outputs.safetensors")["logits"]
@@ -121,6 +130,36 @@ def test_a_model_without_a_chat_template_is_loaded_by_the_code_of_its_card(hub, 
     push(run_dir, REPO, token=TOKEN)
 
     assert torch.equal(load_by_name(hub, tmp_path, inputs), tiny.logits(model, **inputs))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_dual_encoder_is_compared_by_the_code_of_its_card(hub, run_dir, tmp_path, ours):
+    shutil.rmtree(run_dir / "model")
+    save_dual(run_dir / "model")
+    model, processor = (each.from_pretrained(run_dir / "model") for each in (AutoModel, AutoProcessor))
+    if ours:
+        config = DualEncoderConfig(
+            vision_config=model.vision_model.config,
+            text_config=model.text_model.config,
+            vision_pooled_size=model.vision_model.config.hidden_size,
+            projection_dim=16,
+        )
+        model = DualEncoderModel(config)
+        model.save_pretrained(run_dir / "model")
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"contrastive": {"loss": "infonce"}}))
+    push(run_dir, REPO, token=TOKEN)
+
+    card = card_of(hub, tmp_path)
+    assert card.data.pipeline_tag == "zero-shot-image-classification"
+    assert ("import vlm" in card.text) == ours
+    assert "Blind is a random order." in card.text
+    texts = ["a photo of a cat.", "a photo of a dog."]
+    tiny.image().save(tmp_path / "photo.jpg")
+    photo = Image.open(tmp_path / "photo.jpg")
+    expected = model.eval()(**processor(images=[photo], text=texts, return_tensors="pt", padding=True))
+    found = load_by_name(hub, tmp_path, {}, AND_THEN_COMPARE)
+    torch.testing.assert_close(found, expected.logits_per_image.detach())
 
 
 def test_card_says_what_it_is_and_how_it_scores(hub, run_dir, tmp_path):

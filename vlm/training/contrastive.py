@@ -15,17 +15,17 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from vlm.data.check import ProblemLog
 from vlm.data.example import Example
 from vlm.data.features import FeatureCache
 from vlm.data.pairs import PairCollator, PairDataset, PairItem, make_pairs
 from vlm.dual_encoder import build_dual_encoder, is_dual_encoder, longest_text
-from vlm.embedding import Embedder
+from vlm.embedding import Embedder, load_dual_encoder
 from vlm.errors import UserError
 from vlm.generation import load_config
-from vlm.loading import checkpoint_of, load_quietly
+from vlm.loading import checkpoint_of
 from vlm.pair_evaluation import evaluate_pairs
 from vlm.recipe import Recipe, Stage
 from vlm.recipe_contrastive import Contrastive
@@ -79,10 +79,10 @@ def start_model(recipe: Recipe, source: str | None) -> tuple[PreTrainedModel, An
         raise UserError(
             f"model.pretrained: {name} is of type {config.model_type}, which is no dual encoder, as CLIP and SigLIP are"
         )
-    model = load_quietly(AutoModel, name, pooled=True, dtype="float32", trust_remote_code=spec.trust_remote_code)
+    model, processor = load_dual_encoder(name, trust_remote_code=spec.trust_remote_code)
     if contrastive.loss == "sigmoid" and not hasattr(model, "logit_bias"):
         raise UserError(f"contrastive.loss: {name} has no bias, which the sigmoid loss needs; use infonce")
-    return model, AutoProcessor.from_pretrained(name, trust_remote_code=spec.trust_remote_code)
+    return model, processor
 
 
 def run_stages(
