@@ -52,6 +52,7 @@ class DualEncoderConfig(PreTrainedConfig):
         projection_dim: the width of the common space.
         text_pooling: what of the text encoder's last states is a text's vector: their `mean` (Sentence-BERT, arXiv
             1908.10084), the first (`cls`), the `last`, or the encoder's own `pooler`.
+        projection_dropout: the share of what is pooled that is left out at random, in training, before it is projected.
         logit_scale_init_value: logarithm of what cosines are multiplied with at first.
         logit_bias_init_value: what is added then, as SigLIP does (arXiv 2303.15343); `None`, as CLIP, nothing.
     """
@@ -67,6 +68,7 @@ class DualEncoderConfig(PreTrainedConfig):
     vision_pooled_size: int = 768
     projection_dim: int = 512
     text_pooling: TextPooling = "mean"
+    projection_dropout: float = 0.0
     logit_scale_init_value: float = math.log(1 / 0.07)
     logit_bias_init_value: float | None = None
 
@@ -99,6 +101,7 @@ class DualEncoderModel(PreTrainedModel):
         self.text_model = text_model or AutoModel.from_config(config.text_config)
         self.visual_projection = nn.Linear(config.vision_pooled_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.dropout = nn.Dropout(config.projection_dropout)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         if config.logit_bias_init_value is not None:
             self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias_init_value))
@@ -127,7 +130,7 @@ class DualEncoderModel(PreTrainedModel):
             raise ValueError(f"{type(self.vision_model).__name__} does not pool what it sees into one vector")
         return BaseModelOutputWithPooling(
             last_hidden_state=seen.patches,
-            pooler_output=self.visual_projection(seen.pooled),
+            pooler_output=self.visual_projection(self.dropout(seen.pooled)),
         )
 
     def get_text_features(
@@ -138,7 +141,7 @@ class DualEncoderModel(PreTrainedModel):
         read = self.text_model(input_ids=input_ids, attention_mask=mask, return_dict=True)
         pooled = pool_text(read, mask, self.config.text_pooling)
         return BaseModelOutputWithPooling(
-            last_hidden_state=read.last_hidden_state, pooler_output=self.text_projection(pooled)
+            last_hidden_state=read.last_hidden_state, pooler_output=self.text_projection(self.dropout(pooled))
         )
 
     def forward(

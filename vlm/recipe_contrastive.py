@@ -22,6 +22,9 @@ class Contrastive(Section):
     projection_dim: int | None = Field(default=None, ge=1)
     """Width of the space that a new pair is brought into; null is that of a CLIP's own projection, with which its
     images begin, and 512 for other vision encoders."""
+    projection_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """The share of what a new pair's encoders pool that is left out at random before it is projected: against learning
+    a small data set by heart."""
     text_pooling: Literal["mean", "cls", "last", "pooler"] = "mean"
     """What of a new pair's text encoder is a text's vector: the mean of its last states, as in Sentence-BERT, the first
     (BERT), the last (decoders), or the encoder's own pooler (CLIP's text half)."""
@@ -46,7 +49,7 @@ def problems(contrastive: Contrastive, model: Model, recipe: Any) -> list[tuple[
         for key in sorted(set(keys) & section.model_fields_set - at_default(section)):
             found.append(((name, key), "does not go with `contrastive`, where nothing is written; remove it"))
     if model.pretrained:
-        for key in sorted({"projection_dim", "text_pooling"} - at_default(contrastive)):
+        for key in sorted({"projection_dim", "projection_dropout", "text_pooling"} - at_default(contrastive)):
             found.append((("contrastive", key), "is that of the `pretrained` model already; remove it"))
     if recipe.data.streams:
         found.append((("data", "train"), "cannot be streamed with `contrastive` yet; remove `streaming` and `weight`"))

@@ -69,6 +69,7 @@ def start_model(recipe: Recipe, source: str | None) -> tuple[PreTrainedModel, An
                 image_aspect_ratio=spec.image_aspect_ratio,
                 trust_remote_code=spec.trust_remote_code,
                 projection_dim=contrastive.projection_dim,
+                projection_dropout=contrastive.projection_dropout,
                 text_pooling=contrastive.text_pooling,
                 **start,
             )

@@ -106,6 +106,8 @@ def pooled_features(model: Any, pixel_values: Tensor) -> Tensor | None:
 def project(model: Any, pooled: Tensor) -> Tensor:
     """`[B, D_v]` into the common space `[B, D]`; the vectors of SigLIP's encoder are in it already."""
     projection = getattr(model, "visual_projection", None)
+    dropout = getattr(model, "dropout", None)
+    pooled = pooled if dropout is None else dropout(pooled)
     return pooled if projection is None else projection(pooled)
 
 
