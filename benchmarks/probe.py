@@ -7,7 +7,7 @@ trained one and the weights that its library starts training from. EfficientNet-
 its BatchNorm layers as they are made, which normalise nothing, and with the statistics of 256 of the images.
 
 Features are kept in `runs/benchmarks/probe`; remove the folder to have the images encoded anew. Needs what
-`vlm quickstart` fetches, fetches EfficientNet-Lite0, and takes about a quarter of an hour on two CPU cores.
+`vlm quickstart` fetches, and fetches EfficientNet-Lite0.
 """
 
 import sys
