@@ -32,6 +32,7 @@ from vlm.eval.top_k import Share
 from vlm.quickstart import efficientnet_lite0
 from vlm.recipe_paths import home
 from vlm.recognition.labelled_images import LabelledImages, read_labelled_images
+from vlm.recognition.linear_probe import ITERATIONS
 from vlm.recognition.probes import probe
 from vlm.recognition.splits import Parts, split
 
@@ -104,6 +105,8 @@ def score(features: Tensor, places: dict[str, int], splits: list[Parts]) -> dict
         for found in probe(train, targets, test, answers, len(parts.labels), KS, seed=seed):
             right = (torch.tensor(found.predicted) == answers).double().tolist()
             hits.setdefault(found.probe, []).extend(right)
+            if not found.converged:
+                print(f"split {seed}: the linear probe was still moving after {ITERATIONS:,} iterations")
     shares = {}
     for name, values in hits.items():
         right = np.array(values)
