@@ -178,11 +178,13 @@ def convert_efficientnet_lite0(state_dict: Path, target: Path) -> None:
 
     released = torch.load(state_dict, map_location="cpu", weights_only=True)
     body = {name: tensor for name, tensor in released.items() if not name.startswith("_fc.")}
-    prepared: dict[str, Any] = get_pretrained_cfg("tf_efficientnet_lite0").to_dict()
+    known = get_pretrained_cfg("tf_efficientnet_lite0")
+    assert known is not None
+    prepared = known.to_dict()
     for elsewhere in ("url", "hf_hub_id", "tag"):  # these weights came from another place
         prepared.pop(elsewhere, None)
-    config = TimmWrapperConfig(architecture="tf_efficientnet_lite0", num_labels=0, pretrained_cfg=prepared)
-    model = TimmWrapperModel(config).eval()
+    settings: dict[str, Any] = {"architecture": "tf_efficientnet_lite0", "num_labels": 0, "pretrained_cfg": prepared}
+    model = TimmWrapperModel(TimmWrapperConfig(**settings)).eval()
     own = model.state_dict()
     if len(own) != len(body):
         raise ConversionError(f"EfficientNet-Lite0 has {len(own)} tensors before its classifier, here are {len(body)}.")
