@@ -57,6 +57,7 @@ FLOORS: list[set[str]] = [
         "cache",
         "chat",
         "classify",
+        "probe",
         "predict",
         "evaluate",
         "data_check",

@@ -249,6 +249,37 @@ def classify(
     )
 
 
+@app.command()
+def probe(
+    encoders: Annotated[
+        list[str], typer.Argument(metavar="ENCODER...", help="Hub names (timm/... too), folders or runs; side by side.")
+    ],
+    data: Annotated[str, typer.Option(help="A folder of folders, or rows with a label.")],
+    label_column: Annotated[str | None, typer.Option(help="Default: label.")] = None,
+    test: Annotated[str | None, typer.Option(help="Like --data: test on it, in place of a part of --data.")] = None,
+    test_size: Annotated[
+        float | None, typer.Option(min=0.01, max=0.99, help="The share of each label to test on. Default: 0.2.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws that part.")] = 0,
+    k: Annotated[list[int], typer.Option(min=1, help="How many nearest neighbours vote; several are compared.")] = [20],  # noqa: B006
+    output: Annotated[Path | None, typer.Option(help="A .json file with all scores and predictions.")] = None,
+) -> None:
+    """Learn labels from an encoder's features, by a linear probe and by nearest neighbours, and test how well."""
+    from vlm import probe as probing
+
+    probing.run(
+        encoders,
+        data=data,
+        label_column=label_column,
+        test=test,
+        test_size=test_size,
+        seed=seed,
+        k=k,
+        output=output,
+        console=console,
+    )
+
+
 @app.command("eval")
 def evaluate(
     model: ModelArgument,
@@ -347,6 +378,19 @@ def export(
     from vlm import export as exporting
 
     exporting.run(model, to, output, console=console)
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Left out: a list of them.")] = None,
+) -> None:
+    """Get small real weights and data into the cache folder: what the recipes that come with vlm begin with."""
+    from vlm import quickstart as parts
+
+    if names:
+        parts.get(names)
+    else:
+        typer.echo("\n".join(parts.KNOWN))
 
 
 @app.command()

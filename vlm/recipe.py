@@ -334,7 +334,8 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def require_models(recipe: Recipe) -> None:
     """Raise RecipeError when a model named by a path is not there: transformers would look for it on the Hub."""
     gone = [
-        f"model.{key}: there is no folder {value}" + ("; `vlm quickstart` fetches it" if str(home()) in value else "")
+        f"model.{key}: there is no folder {value}"
+        + (f"; `vlm fetch {Path(value).name}` gets it" if str(home()) in value else "")
         for key, values in (
             ("pretrained", [recipe.model.pretrained]),
             ("vision", recipe.model.encoders),

