@@ -17,7 +17,8 @@ from vlm.cli import app
 
 COMMANDS = (
     ["train"], ["recipes"], ["data", "check"], ["cache", "ls"], ["cache", "clear"],
-    ["classify"], ["encode"], ["encoders"], ["eval"], ["chat"], ["predict"], ["push"], ["quickstart"],
+    ["classify"], ["encode"], ["encoders"], ["eval"], ["chat"], ["index"], ["predict"], ["push"], ["quickstart"],
+    ["search"],
 )  # fmt: skip
 
 
