@@ -25,6 +25,8 @@ EXACT = 50_000
 """Vectors that are all compared: 512 wide and in float32 they are 0.1 GB."""
 PROBES = 32
 """Lists that a search reads. benchmarks/search.py measures what it finds in them."""
+TOLERATED = 1.5
+"""By how much the number of lists may be off: they are made anew whenever the index has grown 2.25 times."""
 SAMPLE = 64
 """Vectors a list that k-means learns from."""
 
@@ -45,10 +47,10 @@ class VectorIndex:
     def add(self, ids: np.ndarray, vectors: np.ndarray) -> None:
         """Add `vectors [n, dimension]` float32 under `ids [n]` int64, none of which is there yet.
 
-        The lists are made anew when there are twice as many, or half, as there should be.
+        The lists are made anew when their number is `TOLERATED` times, or a part, of what it should be.
         """
         wanted = _lists_for(len(self) + len(ids))
-        if not self.lists / 2 < wanted < 2 * self.lists:
+        if not self.lists / TOLERATED <= wanted <= self.lists * TOLERATED:
             old = [get_invlist(self._index.invlists, number) for number in range(self.lists)]
             kept = [(found, codes.view(np.float32)) for found, codes in old if len(found)]
             self._index = _with_lists(wanted, np.concatenate([*(v for _, v in kept), vectors]) if kept else vectors)
