@@ -33,7 +33,11 @@ def run(patterns: Sequence[str], *, encoder: str | None, output: Path, console: 
         index = ImageIndex(output, embedder.name, key_of(embedder))
     # A CPU that encodes has nothing to spare.
     workers = 0 if embedder.model.device.type == "cpu" else min(8, os.cpu_count() or 1)
-    changes = update(index, images, embedder, num_workers=workers, console=console)
+    try:
+        changes = update(index, images, embedder, num_workers=workers, console=console)
+    except KeyboardInterrupt:
+        console.print(f"{len(index):,} images are in {output}; run it again to go on", markup=False, highlight=False)
+        raise
     for error in changes.broken:
         console.print(f"could not be opened: {error}", markup=False, highlight=False, soft_wrap=True)
     if not (output / "index.json").exists():

@@ -96,6 +96,7 @@ def test_killed_while_it_is_written_it_is_as_before_or_as_after(saved, monkeypat
 def test_a_change_that_was_interrupted_is_not_saved(saved, monkeypatch):
     """Ctrl-C may come between the vector and the name."""
     index = ImageIndex.open(saved)
+    index.remove([0])
     with monkeypatch.context() as patched:
         patched.setattr(module, "_line", kill)
         with pytest.raises(Killed):

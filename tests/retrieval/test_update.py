@@ -74,18 +74,19 @@ def test_brought_up_to_date_it_is_as_made_from_scratch(photos, bring, watched, t
     (photos / "05.png").rename(photos / "more" / "moved.png")
     (photos / "06.png").write_bytes(b"no longer an image")
     os.utime(photos / "07.png", ns=(1, 1))
+    (photos / "08.png").write_bytes(b"")
     changes, encoded = bring(photos)
     assert encoded == ["03.png", "new.png"]
-    assert str(changes) == "1 new, 1 changed, 1 moved, 1 gone, 16 as before, 2 could not be opened"
-    assert sorted(os.path.basename(error.where) for error in changes.broken) == ["06.png", "broken.png"]
+    assert str(changes) == "1 new, 1 changed, 1 moved, 1 gone, 15 as before, 3 could not be opened"
+    assert sorted(os.path.basename(error.where) for error in changes.broken) == ["06.png", "08.png", "broken.png"]
     assert {name.path for name in ImageIndex.open(tmp_path / "index").files().values()} == {
-        str(path) for path in photos.rglob("*.png") if path.name not in ("06.png", "broken.png")
+        str(path) for path in photos.rglob("*.png") if path.name not in ("06.png", "08.png", "broken.png")
     }
 
     bring(photos, name="from scratch")
     assert hits(tmp_path / "index", watched) == hits(tmp_path / "from scratch", watched)
     changes, encoded = bring(photos)
-    assert (str(changes), encoded) == ("19 as before, 2 could not be opened", [])
+    assert (str(changes), encoded) == ("18 as before, 3 could not be opened", [])
 
 
 def test_what_was_broken_is_tried_again(photos, bring):

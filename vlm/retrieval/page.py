@@ -20,7 +20,7 @@ header p.note { margin-bottom: 0; } h1 { overflow-wrap: anywhere; }
 .hit { background: var(--card); border: 1px solid var(--line); border-radius: 12px; overflow: hidden; }
 .hit .picture { aspect-ratio: 1; background: #fff; display: grid; place-items: center; color: #6b7280; }
 .hit img { width: 100%; height: 100%; object-fit: contain; padding: .5rem; display: block; min-height: 0; }
-.hit p { margin: 0; padding: .55rem .8rem .7rem; font-size: .85rem; line-height: 1.35; overflow-wrap: anywhere; }
+.hit p { margin: 0; padding: .55rem .75rem .7rem; font-size: .82rem; line-height: 1.35; overflow-wrap: anywhere; }
 .hit .score { float: right; margin-left: .5rem; font-weight: 600; color: var(--accent);
   font-variant-numeric: tabular-nums; }
 .hit .folder { color: var(--soft); font-size: .75rem; }
@@ -47,10 +47,11 @@ def write_hits(path: Path, hits: Sequence[Hit], *, query: str, photo: str | None
         f'<header>{picture}<div><h1>{title}</h1><p class="note">The {len(hits):,} of {searched:,} images {what}, '
         'with cosine similarity.</p></div></header><main class="hits">',
     ]
+    common = os.path.commonpath([os.path.dirname(hit.path) for hit in hits]) if hits else ""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(parts)
-        file.writelines(map(_card, hits))
+        file.writelines(_card(hit, common) for hit in hits)
         file.write("</main></body></html>\n")
 
 
@@ -59,9 +60,11 @@ def display(path: str) -> str:
     return os.fsencode(path).decode("utf-8", errors="replace")
 
 
-def _card(hit: Hit) -> str:
+def _card(hit: Hit, common: str) -> str:
+    """`common` is the folder that all hits are in: only what is below it is shown, the whole path when pointed at."""
     shown = Path(display(hit.path))
-    name, folder = escape(shown.name), escape(str(shown.parent))
+    below = os.path.relpath(os.path.dirname(hit.path), common)
+    name, folder = escape(shown.name), "" if below == "." else escape(display(below))
     try:
         picture = f'<img src="{data_uri(open_image(hit.path))}" alt="{name}" loading="lazy">'
     except ImageError as error:
