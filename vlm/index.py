@@ -36,7 +36,8 @@ def run(patterns: Sequence[str], *, encoder: str | None, output: Path, console: 
     try:
         changes = update(index, images, embedder, num_workers=workers, console=console)
     except KeyboardInterrupt:
-        console.print(f"{len(index):,} images are in {output}; run it again to go on", markup=False, highlight=False)
+        kept = f"{len(index):,} images are in {output}; run it again to go on"
+        console.print(kept, markup=False, highlight=False, soft_wrap=True)
         raise
     for error in changes.broken:
         console.print(f"could not be opened: {error}", markup=False, highlight=False, soft_wrap=True)

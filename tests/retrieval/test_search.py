@@ -198,3 +198,13 @@ def test_an_index_that_cannot_be_made_is_refused(photos, clip, said, tmp_path):
     (tmp_path / "index" / "content-0").mkdir(parents=True)  # of one that was killed before it was there
     said(indexing.run, [str(photos)], encoder=str(clip), output=tmp_path / "index")
     assert len(list((tmp_path / "index").iterdir())) == 2
+
+
+def test_stopped_it_says_what_is_kept(index, photos, said, console, monkeypatch):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(indexing, "update", stop)
+    with pytest.raises(KeyboardInterrupt):
+        said(indexing.run, [str(photos)], encoder=None, output=index)
+    assert console.file.getvalue() == f"20 images are in {index}; run it again to go on\n"
