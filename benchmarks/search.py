@@ -196,7 +196,7 @@ def measure(name: str, folder: Path, vectors: np.ndarray, queries: np.ndarray) -
         loads.append(os.getloadavg()[0])
     elapsed = {way: [wall for wall, _ in pairs] for way, pairs in times.items()}
     faster = min(statistics.median(elapsed[way]) for way in ("numpy", "faiss")) / statistics.median(elapsed["index"])
-    shown = f"1 (of {PROBES} lists {found:.3f})" if exact else f"{found:.3f}"
+    shown = f"exact ({PROBES} lists: {found:.3f})" if exact else f"{found:.3f}"
     row = (
         f"| {name} | {shown} | {spread(elapsed['index'])} | "
         f"{statistics.median(busy for _, busy in times['index']):.1f} | {spread(elapsed['numpy'])} | "
