@@ -14,7 +14,7 @@ from PIL import Image
 MAX_SIDE = 384  # pixels of the embedded JPEGs
 MAX_REFERENCES = 10
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --ink: #16191d; --soft: #6b7280; --line: #e3e6ea;
   --accent: #2563eb; --good: #15803d; --bad: #b45309; }
 @media (prefers-color-scheme: dark) { :root { --bg: #101317; --card: #181c22; --ink: #e8eaed; --soft: #9aa3af;
@@ -56,7 +56,7 @@ td.interval, td .interval { color: var(--soft); font-weight: 400; font-size: .85
 """
 
 
-def _data_uri(image: Image.Image) -> str:
+def data_uri(image: Image.Image) -> str:
     small = image.convert("RGB")
     small.thumbnail((MAX_SIDE, MAX_SIDE))
     buffer = io.BytesIO()
@@ -91,7 +91,7 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
 
 def _card(row: Mapping[str, Any], images: Sequence[Image.Image], *, show_prompt: bool) -> str:
     name = escape(f"{row['image_id']} ({row['where']})", quote=True)
-    pictures = "".join(f'<img src="{_data_uri(image)}" alt="{name}" title="{name}" loading="lazy">' for image in images)
+    pictures = "".join(f'<img src="{data_uri(image)}" alt="{name}" title="{name}" loading="lazy">' for image in images)
     question = f'<p class="question">{escape(row["prompt"])}</p>' if show_prompt and row["prompt"] else ""
     # Ten annotators mostly say the same: each text once, with how often it was said.
     counts: dict[str, int] = {}
@@ -144,7 +144,7 @@ def write_samples(
     page = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1><p class='note'>{len(rows)} of {summary['n_items']} items on {summary['n_images']} "
         f"images.{left_out} {blind}{common}</p>",
         _summary_table(summary),

@@ -280,6 +280,36 @@ def probe(
     )
 
 
+INDEX = Path("index")
+
+
+@app.command()
+def index(
+    images: ImagesArgument,
+    encoder: Annotated[
+        str | None, typer.Option(help="Run folder, checkpoint folder or Hub name. Default: the index's own.")
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="INDEX", help="The index: a folder, new or to be updated.")] = INDEX,
+) -> None:
+    """Make an index of images for vlm search, or bring one up to date: only what has changed is encoded."""
+    from vlm import index as indexing
+
+    indexing.run(images, encoder=encoder, output=output, console=console)
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="An image file, or else words.")],
+    index: Annotated[Path, typer.Option(help="What vlm index has made.")] = INDEX,
+    k: Annotated[int, typer.Option(min=1, help="How many images.")] = 10,
+    html: Annotated[Path | None, typer.Option(help="A page of them, to look at.")] = None,
+) -> None:
+    """Find the images of an index that are most like a photo, or like words."""
+    from vlm import search as searching
+
+    searching.run(query, index=index, k=k, html=html, console=console)
+
+
 @app.command("eval")
 def evaluate(
     model: ModelArgument,

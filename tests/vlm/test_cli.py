@@ -17,7 +17,8 @@ from vlm.cli import app
 
 COMMANDS = (
     ["train"], ["recipes"], ["data", "check"], ["cache", "ls"], ["cache", "clear"],
-    ["classify"], ["probe"], ["encode"], ["encoders"], ["eval"], ["chat"], ["predict"], ["push"], ["quickstart"],
+    ["classify"], ["probe"], ["encode"], ["encoders"], ["eval"], ["chat"], ["fetch"], ["index"], ["predict"], ["push"],
+    ["quickstart"], ["search"],
 )  # fmt: skip
 
 
@@ -65,7 +66,6 @@ def test_recipes_are_listed_and_shown() -> None:
         (["data", "check", "format=image_folder", "path=/nowhere"], "no such folder: /nowhere"),
         (["eval", "m", "--data", "quikstart"], "did you mean 'quickstart'?"),
         (["eval", "m", "--data", "quickstart", "--metrics", "cider"], "did you mean 'cider_d'?"),
-        (["eval", "m", "--data", "format=image_folder path=/x"], "say what to measure"),
         (["chat", "m", "--image", "/nowhere.png"], "/nowhere.png: the file does not exist"),
         (["predict", "m", "/nowhere.png", "--prompt", "p", "--output", "o.jsonl"], "/nowhere.png is no file"),
     ],
@@ -77,6 +77,12 @@ def test_a_mistake_is_one_message_and_exit_2(words: list[str], message: str) -> 
     assert err.startswith("vlm: ")
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_model_that_writes_is_asked_for_its_metrics(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vlm"}')
+    code, _, err = vlm("eval", str(tmp_path), "--data", "format=image_folder path=/x")
+    assert (code, err.splitlines()[-1][:30]) == (2, "vlm: say what to measure: --me")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

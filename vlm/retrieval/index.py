@@ -1,0 +1,173 @@
+"""An index of images on disk: for each its file, what the file was like, and its vector.
+
+<index>/index.json            format, encoder, encoder_key, and the name of the folder with the rest
+<index>/content-.../          files.jsonl: line n is the file of vector n, or empty where there is none any more
+                              vectors.faiss: the vectors, by those numbers
+
+Content is written into a folder of a new name, and counts once `index.json`, which is replaced in one step, names it:
+files and vectors are always of one moment, and whoever is killed while writing leaves the index as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vlm.errors import UserError
+from vlm.retrieval.vectors import VectorIndex
+
+FORMAT = 1
+REMOVED = b""
+
+
+@dataclass(frozen=True)
+class IndexedFile:
+    """A file as it was when its vector was computed; `path` is absolute."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Hit:
+    path: str
+    score: float
+    """The cosine of the angle to the query's vector."""
+
+
+class ImageIndex:
+    """Files and their vectors, in memory until `save`.
+
+    Args:
+        folder: where it is kept.
+        encoder: Hub name, or absolute path, of the encoder.
+        encoder_key: changes with the encoder's weights and preprocessing (`vlm.data.features.cache_key`).
+    """
+
+    def __init__(self, folder: Path, encoder: str, encoder_key: str) -> None:
+        self.folder = folder
+        self.encoder = encoder
+        self.encoder_key = encoder_key
+        self._vectors: VectorIndex | None = None  # the first vector says how wide they are
+        self._lines: list[bytes] = []
+        self._content: str | None = None
+        self._changed = False
+
+    @classmethod
+    def open(cls, folder: Path, *, to_search: bool = False) -> ImageIndex:
+        """The index in `folder`; `to_search` leaves its vectors on disk, and it cannot be changed.
+
+        Raises UserError if there is none, or if it is damaged or of another version.
+        """
+        try:
+            about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            if about["format"] != FORMAT:
+                raise UserError(f"{folder} has format {about['format']}, and {FORMAT} is read; make the index anew")
+            index = cls(folder, about["encoder"], about["encoder_key"])
+            content = folder / about["content"]
+            index._lines = (content / "files.jsonl").read_bytes().split(b"\n")[:-1]
+        except FileNotFoundError as error:
+            raise UserError(f"{folder} is no index: {error.filename} is missing; vlm index makes one") from None
+        except (ValueError, KeyError, TypeError, NotADirectoryError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{folder} is no index, or damaged ({error}); make the index anew") from None
+        index._vectors = VectorIndex.read(content / "vectors.faiss", mapped=to_search)
+        index._content = about["content"]
+        if not index._is_whole():
+            raise UserError(f"{folder} is damaged: files and vectors are not as many; make the index anew")
+        return index
+
+    def __len__(self) -> int:
+        return 0 if self._vectors is None else len(self._vectors)
+
+    def files(self) -> dict[int, IndexedFile]:
+        """All files by their numbers."""
+        return {n: IndexedFile(**json.loads(line)) for n, line in enumerate(self._lines) if line != REMOVED}
+
+    def add(self, files: Sequence[IndexedFile], vectors: np.ndarray) -> None:
+        """Add `files` with their unit `vectors [len(files), D]` float32."""
+        numbers = np.arange(len(self._lines), len(self._lines) + len(files))
+        if self._vectors is None:
+            self._vectors = VectorIndex(vectors.shape[1])
+        self._vectors.add(numbers, vectors)
+        self._lines += [_line(file) for file in files]
+        self._changed = True
+
+    def remove(self, numbers: Sequence[int]) -> None:
+        if self._vectors is not None and numbers:
+            self._vectors.remove(np.array(numbers, dtype=np.int64))
+            for number in numbers:
+                self._lines[number] = REMOVED
+            self._changed = True
+
+    def replace(self, number: int, file: IndexedFile) -> None:
+        """Say of a vector that it is now of `file`, which has the same content."""
+        self._changed |= self._lines[number] != _line(file)
+        self._lines[number] = _line(file)
+
+    def search(self, vector: np.ndarray, k: int, *, exact: bool = False) -> list[Hit]:
+        """The up to `k` images whose vectors have the largest inner product with the unit `vector [D]`, best first;
+        `exact` as in `VectorIndex.search`."""
+        if self._vectors is None:
+            return []
+        scores, numbers = self._vectors.search(vector, k, exact=exact)
+        found = [json.loads(self._lines[number])["path"] for number in numbers]
+        return [Hit(path, float(score)) for path, score in zip(found, scores, strict=True)]
+
+    def save(self) -> None:
+        """Replace what is on disk, in one step, if there is a change, and it was not interrupted half way.
+
+        Raises UserError if another process has replaced it since.
+        """
+        if self._vectors is None or not self._changed or not self._is_whole():
+            return
+        content = self.folder / f"content-{uuid.uuid4().hex[:12]}"
+        content.mkdir(parents=True)
+        self._vectors.write(content / "vectors.faiss")
+        with (content / "files.jsonl").open("wb") as file:
+            file.writelines(line + b"\n" for line in self._lines)
+        for written in content.iterdir():
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
+        if self._content_on_disk() != self._content:
+            shutil.rmtree(content)
+            raise UserError(f"{self.folder} was changed by another vlm index meanwhile; run this one again")
+        about = {"encoder": self.encoder, "encoder_key": self.encoder_key, "content": content.name}
+        beside = self.folder / "index.json.writing"
+        with beside.open("w", encoding="utf-8") as file:
+            json.dump({"format": FORMAT, **about}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(self.folder / "index.json")
+        self._content, self._changed = content.name, False
+        for old in self.folder.glob("content-*"):
+            if old != content:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _content_on_disk(self) -> str | None:
+        try:
+            return json.loads((self.folder / "index.json").read_text(encoding="utf-8"))["content"]
+        except FileNotFoundError:
+            return None
+
+    def _is_whole(self) -> bool:
+        return len(self) == len(self._lines) - self._lines.count(REMOVED)
+
+
+def holds_content_only(folder: Path) -> bool:
+    """Whether `folder` is empty, or what a first `save` leaves that was killed."""
+    return folder.is_dir() and all(path.name.startswith("content-") for path in folder.iterdir())
+
+
+def _line(file: IndexedFile) -> bytes:
+    return json.dumps(asdict(file)).encode()  # in ASCII, so that a name of any bytes comes back, and no line breaks

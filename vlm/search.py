@@ -1,0 +1,54 @@
+"""`vlm search`: the images of an index that are most like a photo, or like words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from vlm.data.images import SUFFIXES, ImageError
+from vlm.embedding import Embedder
+from vlm.errors import UserError
+from vlm.index import load_encoder
+from vlm.retrieval.index import ImageIndex
+from vlm.retrieval.page import display, write_hits
+
+
+def run(query: str, *, index: Path, k: int, html: Path | None, console: Console) -> None:
+    """Print the `k` images of `index` that are nearest to `query`, an image file or else words, and write a page.
+
+    Raises UserError if there is no such index or image, or the encoder reads no text.
+    """
+    if html is not None and html.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--html {html}: the page needs a name that ends in .html")
+    path = Path(query).expanduser()
+    is_photo = path.is_file()
+    if not is_photo and path.suffix.lower() in SUFFIXES:
+        raise UserError(f"{query}: the file does not exist")
+    opened = ImageIndex.open(index, to_search=True)
+    with console.status("loading the encoder"):
+        embedder = load_encoder(opened)
+    vector = _vector_of_photo(embedder, str(path)) if is_photo else embedder.embed_texts([query])[0].cpu().numpy()
+    # Vectors of words lie apart from those of images, and lists near to them need not hold the nearest images.
+    hits = opened.search(vector, k, exact=not is_photo)
+    console.print(f"{'photo' if is_photo else 'words'}: {query}", markup=False, highlight=False, soft_wrap=True)
+    gone = 0
+    for hit in hits:
+        is_gone = not Path(hit.path).exists()
+        gone += is_gone
+        text = f"{hit.score:.3f}  {display(hit.path)}{'  (no longer there)' if is_gone else ''}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if gone:
+        console.print(f"{gone} of these files are no longer there; vlm index brings the index up to date")
+    if html is not None:
+        write_hits(html, hits, query=query, photo=str(path) if is_photo else None, searched=len(opened))
+        console.print(f"page: {html}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _vector_of_photo(embedder: Embedder, path: str) -> np.ndarray:
+    broken: dict[str, ImageError] = {}
+    vectors = [batch.features[0].cpu().numpy() for batch in embedder.embed_images({path: path}, broken=broken)]
+    for error in broken.values():
+        raise error
+    return vectors[0]
