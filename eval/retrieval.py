@@ -66,7 +66,7 @@ def nearest_texts(scores: np.ndarray, positive: np.ndarray, texts: Sequence[str]
             "prompt": "",
             "prediction": texts[int(row.argmax())],
             "references": [texts[int(column)] for column in np.flatnonzero(right)],
-            "scores": {"place": float(place + 1)},
+            "scores": {"place": int(place) + 1},
         }
         for row, right, place in zip(scores, positive, first_right(scores, positive), strict=True)
     ]
@@ -74,7 +74,7 @@ def nearest_texts(scores: np.ndarray, positive: np.ndarray, texts: Sequence[str]
 
 def show(summary: dict[str, Any], console: Console) -> None:
     """Print recall both ways with its 95 % intervals, beside that of a random order."""
-    table = Table("recall at", *(direction.replace("_", " ") for direction in DIRECTIONS), "random order")
+    table = Table("recall at", *(direction.replace("_", " ") for direction in DIRECTIONS), "random order", box=None)
     for k in KS:
         rows = [summary["metrics"][f"{direction}_r{k}"] for direction in DIRECTIONS]
         cells = [f"{row['score']:.3f}  ({row['interval'][0]:.3f} to {row['interval'][1]:.3f})" for row in rows]

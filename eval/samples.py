@@ -68,6 +68,10 @@ def _words(text: str) -> str:
     return escape(text) if text.strip() else '<span class="empty">(empty)</span>'
 
 
+def _score(score: float) -> str:
+    return str(score) if isinstance(score, int) else f"{score:.2f}"
+
+
 def _interval(interval: Sequence[float] | None) -> str:
     return f' <span class="interval">{interval[0]:.3f} to {interval[1]:.3f}</span>' if interval else ""
 
@@ -106,7 +110,7 @@ def _card(row: Mapping[str, Any], images: Sequence[Image.Image], *, show_prompt:
     blind = ""
     if "blind_prediction" in row:
         blind = f'<p class="blind"><span class="label">blind</span>{_words(row["blind_prediction"])}</p>'
-    scores = "".join(f"<span>{escape(name)} <b>{score:.2f}</b></span>" for name, score in row["scores"].items())
+    scores = "".join(f"<span>{escape(name)} <b>{_score(score)}</b></span>" for name, score in row["scores"].items())
     return (
         f'<article class="card"><div class="images">{pictures}</div><div class="text">{question}'
         f'<p class="prediction">{_words(row["prediction"])}</p>'

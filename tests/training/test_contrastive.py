@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, CLIPMo
 from typer.testing import CliRunner
 
 from tests.dual_encoders import SAVE, text_sizes, tokenizer
-from tests.tiny import image
+from tests.tiny import image, tiny
 from tests.training.helpers import TRAIN, Killed, arguments, kill_in, recipe_values, train
 from vlm import recipe
 from vlm.adapters.contrastive_loss import infonce
@@ -292,7 +292,13 @@ def test_kept_features_give_the_run_that_encoding_in_each_step_gives(pair_values
         torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 4, "lora_dropout": 0.1, "learning_rate": 1e-2}])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"r": 4, "lora_dropout": 0.1, "learning_rate": 1e-2},
+        pytest.param(None, marks=pytest.mark.slow, id="no LoRA"),
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(pair_values, tmp_path, monkeypatch, lora):
     if lora:
         pair_values |= {"lora": lora, "trainable": {"projector": 1e-2}}
@@ -419,10 +425,9 @@ def test_projections_of_a_pretrained_model_are_its_own(pair_values):
         recipe.from_dict(pair_values)
 
 
-def test_no_model_that_writes_is_trained_so(pair_values, values, tmp_path):
-    values["output_dir"] = str(tmp_path / "captions")
-    train(values)
-    pair_values["model"] = {"pretrained": str(tmp_path / "captions")}
+def test_no_model_that_writes_is_trained_so(pair_values, tmp_path):
+    tiny()[0].save_pretrained(tmp_path / "writer")
+    pair_values["model"] = {"pretrained": str(tmp_path / "writer")}
     pair_values["contrastive"] = {}
     with pytest.raises(UserError, match="is of type vlm, which is no dual encoder"):
         train(pair_values)
