@@ -9,7 +9,6 @@ training. Writes the table of docs/contrastive.md. Needs what
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +35,11 @@ SHOWN = ("image_to_text_r1", "image_to_text_r5", "text_to_image_r1", "text_to_im
 PENALTIES = 10.0 ** np.arange(-3, 2)
 
 
-def run(seed: int, overrides: list[str], console: Console) -> dict[str, dict]:
-    """The scores of the recipe and of the regression on the split of `seed`, and the minutes of the former."""
+def prepare(seed: int, overrides: list[str]) -> recipe.Recipe:
+    """The recipe on the split of `seed`."""
     names = {"train": f"train-{seed}.jsonl", "test": f"test-{seed}.jsonl"}
     write_stamp_splits(home() / "tuxpaint-stamps", seed, train_name=names["train"], test_name=names["test"])
-    loaded = recipe.load(
+    return recipe.load(
         "contrastive",
         [
             f"data.train.metadata={names['train']}",
@@ -50,35 +49,44 @@ def run(seed: int, overrides: list[str], console: Console) -> dict[str, dict]:
             *overrides,
         ],
     )
-    start = time.monotonic()
+
+
+def run(loaded: recipe.Recipe, console: Console) -> dict[str, dict]:
+    """The scores of the recipe."""
     folder = train(loaded, overwrite=True, console=console)
-    minutes = (time.monotonic() - start) / 60
-    summary = json.loads((folder / "evaluation" / "summary.json").read_text(encoding="utf-8"))
-    return {"recipe": summary["metrics"], "ridge": ridge(loaded), "minutes": {"": minutes}}
+    return json.loads((folder / "evaluation" / "summary.json").read_text(encoding="utf-8"))["metrics"]
 
 
-def vectors(loaded: recipe.Recipe, examples: list[Example]) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-    """Unit vectors of images `[N, D]`, with CLIP's own projection, and of their captions `[N, D_t]`, by the encoders
-    that the recipe begins with; and what each caption says."""
-    model, processor = start_model(loaded, None)
-    model.eval()
-    images, texts = [], []
-    captions = [example.branches[0].answer for example in examples]
-    with torch.no_grad():
-        for start in range(0, len(examples), 16):
-            opened = [open_image(example.images[0]) for example in examples[start : start + 16]]
-            pixels = processor.image_processor(images=opened, return_tensors="pt")["pixel_values"]
-            images.append(model.get_image_features(pixels).pooler_output)
-            tokens = tokenize(processor.tokenizer, model.config, captions[start : start + 16])
-            texts.append(pool_text(model.text_model(**tokens), tokens["attention_mask"], "mean"))
-    says = torch.tensor([text_number(caption) for caption in captions])
-    return unit(torch.cat(images)).numpy(), unit(torch.cat(texts)).numpy(), says
+class Encoded:
+    """Unit vectors of images `[D]`, with CLIP's own projection, and of their captions `[D_t]`, by the encoders that a
+    recipe begins with; each image once for all splits."""
+
+    def __init__(self, loaded: recipe.Recipe) -> None:
+        self.model, self.processor = start_model(loaded, None)
+        self.model.eval()
+        self.known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    @torch.no_grad()
+    def __call__(self, examples: list[Example]) -> tuple[np.ndarray, np.ndarray]:
+        """`[N, D]` and `[N, D_t]`."""
+        new = [example for example in examples if example.image_id not in self.known]
+        for start in range(0, len(new), 16):
+            batch = new[start : start + 16]
+            opened = [open_image(example.images[0]) for example in batch]
+            pixels = self.processor.image_processor(images=opened, return_tensors="pt")["pixel_values"]
+            tokens = tokenize(self.processor.tokenizer, self.model.config, [e.branches[0].answer for e in batch])
+            texts = pool_text(self.model.text_model(**tokens), tokens["attention_mask"], "mean")
+            images = self.model.get_image_features(pixels).pooler_output
+            for example, *found in zip(batch, unit(images).numpy(), unit(texts).numpy(), strict=True):
+                self.known[example.image_id] = (found[0], found[1])
+        images, texts = zip(*(self.known[example.image_id] for example in examples), strict=True)
+        return np.stack(images), np.stack(texts)
 
 
-def ridge(loaded: recipe.Recipe) -> dict[str, dict]:
+def ridge(loaded: recipe.Recipe, encoded: Encoded) -> dict[str, dict]:
     """The regression's scores, in the form of a summary."""
-    groups = [read(source).examples for source in (loaded.data.sources[0], loaded.data.validation)]
-    (images, texts, _), (test_images, test_texts, says) = (vectors(loaded, group) for group in groups)
+    train, held_out = (read(source).examples for source in (loaded.data.sources[0], loaded.data.validation))
+    (images, texts), (test_images, test_texts) = encoded(train), encoded(held_out)
     order = np.random.default_rng(0).permutation(len(images))
     check, learn = order[: len(order) // 5], order[len(order) // 5 :]
 
@@ -94,32 +102,37 @@ def ridge(loaded: recipe.Recipe) -> dict[str, dict]:
         return float((scores.argmax(axis=1) == np.arange(len(check))).mean())
 
     scores = similar(max(PENALTIES, key=right), images, texts, test_images, test_texts)
-    numbers = torch.arange(len(says))
+    numbers = torch.arange(len(held_out))
+    says = torch.tensor([text_number(example.branches[0].answer) for example in held_out])
     shares = recall(scores, positives(numbers, numbers, says).numpy())
     return {name: {"score": share.value, "interval": [share.low, share.high]} for name, share in shares.items()}
 
 
-def table(rows: dict[int, dict[str, dict]]) -> str:
-    """The rows as Markdown, with 95 % intervals over images or texts, and their means below."""
+def table(rows: dict[str, dict[int, dict[str, dict]]]) -> str:
+    """The rows of each kind as Markdown, with 95 % intervals over images or texts, and their means below."""
 
     def cell(row: dict) -> str:
         return f"{row['score']:.2f} ({row['interval'][0]:.2f} to {row['interval'][1]:.2f})"
 
     head = [name.replace("_", " ").replace(" r", " R@") for name in SHOWN]
-    lines = [f"| split | | {' | '.join(head)} | minutes |", "| --- " * (len(SHOWN) + 3) + "|"]
-    for kind in ("recipe", "ridge"):
-        for seed, row in rows.items():
-            minutes = f"{row['minutes']['']:.1f}" if kind == "recipe" else ""
-            lines.append(f"| {seed} | {kind} | {' | '.join(cell(row[kind][name]) for name in SHOWN)} | {minutes} |")
-        means = [sum(row[kind][name]["score"] for row in rows.values()) / len(rows) for name in SHOWN]
-        lines.append(f"| mean | {kind} | {' | '.join(f'{mean:.2f}' for mean in means)} | |")
+    lines = [f"| | split | {' | '.join(head)} |", "| --- " * (len(SHOWN) + 2) + "|"]
+    for kind, of_splits in rows.items():
+        for seed, row in of_splits.items():
+            lines.append(f"| {kind} | {seed} | {' | '.join(cell(row[name]) for name in SHOWN)} |")
+        means = [sum(row[name]["score"] for row in of_splits.values()) / len(of_splits) for name in SHOWN]
+        lines.append(f"| {kind} | mean | {' | '.join(f'{mean:.2f}' for mean in means)} |")
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str]) -> None:
     seeds = [int(argument) for argument in arguments if argument.isdigit()] or [0, 1, 2]
     overrides = [argument for argument in arguments if not argument.isdigit()]
-    rows = {seed: run(seed, overrides, Console()) for seed in seeds}
+    recipes = {seed: prepare(seed, overrides) for seed in seeds}
+    encoded = Encoded(recipes[seeds[0]])
+    rows = {
+        "recipe": {seed: run(loaded, Console()) for seed, loaded in recipes.items()},
+        "ridge": {seed: ridge(loaded, encoded) for seed, loaded in recipes.items()},
+    }
     if overrides or seeds != [0, 1, 2]:
         print(table(rows))
     else:
