@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -51,7 +52,7 @@ from vlm.training.stage import (
 )
 from vlm.training.step import seconds_per_step
 
-SIGLIP_SCALE, SIGLIP_BIAS = 2.302585092994046, -10.0
+SIGLIP_SCALE, SIGLIP_BIAS = math.log(10), -10.0
 """SigLIP's start: logits of ten times the cosine, less ten, since nearly all pairs are negative."""
 
 
@@ -268,7 +269,7 @@ def _run_stage(
     stop: StopOnSignal,
     console: Console,
 ) -> tuple[PreTrainedModel, PeftModel | None]:
-    """Train `model` as `stage` says. Gives the model, and it again if it has LoRA that is not merged."""
+    """Train `model` as `stage` says. Gives the model, LoRA not merged, and the same as adapter if it has any."""
     contrastive, rates = recipe.contrastive or Contrastive(), stage.learning_rates
     set_seed(recipe.seed)  # so that LoRA begins alike in a stage that begins after a resume
     trained: Any = add_lora(model, stage.lora.model_dump(), rates) if stage.lora else model

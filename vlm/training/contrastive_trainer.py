@@ -67,21 +67,20 @@ class ContrastiveTrainer(PartTrainer):
         mine = self.held_out[rank * share : (rank + 1) * share] or self.held_out[:1]
         size = self.args.per_device_eval_batch_size
         found: list[dict[str, Tensor]] = []
-        for start in range(0, share, size):  # as many steps on each process, which meet at the signals
-            batch = self._prepare_inputs(self.data_collator(mine[start : start + size] or mine[:1]))
-            with self.compute_loss_context_manager(), self.frozen_in_half():
+        with self.frozen_in_half(), self.compute_loss_context_manager():
+            for start in range(0, share, size):  # as many steps on each process, which meet at the signals
+                batch = self._prepare_inputs(self.data_collator(mine[start : start + size] or mine[:1]))
                 embeds = model(**{key: batch[key] for key in MODEL_INPUTS if key in batch})
-            if mine[start : start + size]:
-                found.append({**embeds, **{key: batch[key] for key in WHO_IS_WHOSE}})
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        whole = {
-            key: torch.cat([each[key] for each in found]) for key in ("image_embeds", "text_embeds", *WHO_IS_WHOSE)
-        }
+                if mine[start : start + size]:
+                    found.append({**embeds, **{key: batch[key] for key in WHO_IS_WHOSE}})
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        names = ("image_embeds", "text_embeds", *WHO_IS_WHOSE)
+        whole = {name: torch.cat([each[name] for each in found]) for name in names}
         if rank * share >= len(self.held_out):  # more processes than images
             whole = {key: tensor[:0] for key, tensor in whole.items()}
         whole = {key: gather_rows(self.accelerator, tensor) for key, tensor in whole.items()}
-        scalars = {key: value for key, value in embeds.items() if key.startswith("logit_")}
-        return whole | scalars, positives(*(whole.pop(key) for key in WHO_IS_WHOSE))
+        positive = positives(*(whole.pop(key) for key in WHO_IS_WHOSE))
+        return whole | {key: value for key, value in embeds.items() if key.startswith("logit_")}, positive
 
     @torch.no_grad()
     def evaluate(
