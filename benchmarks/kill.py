@@ -32,13 +32,14 @@ MOMENTS = {
     "_save_rng_state": "writing a checkpoint: random numbers",
     "_save_optimizer_and_scheduler": "writing a checkpoint: optimizer",
     "Trainer._save": "writing a checkpoint: weights",
-    "save_model": "writing a checkpoint: weights",
+    "PartTrainer._save": "writing a checkpoint: weights",
+    "Trainer.save_model": "writing a checkpoint: weights",
     "_save_checkpoint": "writing a checkpoint",
     "evaluation_loop": "held-out loss",
     "training_step": "forward and backward",
     "_run_epoch": "between steps",
     "kept_features": "encoding images",
-    "_save": "writing the model",
+    "save_model": "writing the model",
     "_score": "answering",
     "run_stage": "before the first step, or after the last",
     "train": "loading",
@@ -49,7 +50,8 @@ MOMENTS = {
 def moment(frame: FrameType | None) -> str:
     while frame is not None:
         code = frame.f_code
-        name = code.co_qualname if code.co_name == "_save" else code.co_name  # there are two of that name
+        # There are two of these names.
+        name = code.co_qualname if code.co_name in ("_save", "save_model") else code.co_name
         if name in MOMENTS:
             return MOMENTS[name]
         frame = frame.f_back

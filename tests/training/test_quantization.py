@@ -156,8 +156,8 @@ def test_a_language_model_without_linear_layers_is_refused():
 
 @pytest.mark.parametrize("kind", ["nf4", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_a_run_leaves_a_model_like_any_other(values, tmp_path, monkeypatch, kind):
-    kept, save = [], running._save
-    monkeypatch.setattr(running, "_save", lambda model, *rest: (kept.append(model), save(model, *rest)))
+    kept, save = [], running.save_model
+    monkeypatch.setattr(running, "save_model", lambda model, *rest: (kept.append(model), save(model, *rest)))
     said = train(values | {"model": values["model"] | {"quantization_config": KINDS[kind]}})
     assert f"quantized: 28 of 28 linear layers of the language model in {8 if kind == '8bit' else 4} bits" in said
     assert "as the float32 numbers" in said

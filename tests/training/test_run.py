@@ -176,8 +176,8 @@ def test_the_saved_model_equals_the_one_in_memory_and_its_adapter(values, parts,
 
     from vlm.build import build
 
-    kept, save = [], running._save
-    monkeypatch.setattr(running, "_save", lambda model, *rest: (kept.append(model), save(model, *rest)))
+    kept, save = [], running.save_model
+    monkeypatch.setattr(running, "save_model", lambda model, *rest: (kept.append(model), save(model, *rest)))
     train(values | {"evaluation": {}})
     loaded, processor = generation.load(str(tmp_path / "run"), device="cpu")
     inputs = generation.encode_requests(loaded, processor, REQUESTS)
