@@ -333,6 +333,7 @@ def test_the_sigmoid_loss_needs_a_bias(pair_values, tmp_path):
         train(pair_values)
 
 
+@pytest.mark.slow
 def test_stages_go_on_from_one_another(pair_values, tmp_path):
     first = {"name": "lock", "trainable": pair_values.pop("trainable"), "train": pair_values.pop("train")}
     second = {

@@ -200,6 +200,7 @@ def test_a_stock_model_with_positions_of_its_own_trains(values, tmp_path):
     assert (tmp_path / "run/adapter").is_dir()
 
 
+@pytest.mark.slow
 def test_plain_rows_resume_to_the_same_weights(values, tmp_path, monkeypatch):
     values |= {"evaluation": {}, "train": TRAIN | {"eval_strategy": "no"}}
     train(values | {"output_dir": str(tmp_path / "undisturbed")})

@@ -63,7 +63,11 @@ def test_an_interrupted_run_resumes_to_the_same_weights(two_stages, values, tmp_
     assert logs[0] == logs[1], "the log is that of the undisturbed run too"
 
 
-@pytest.mark.parametrize("augmentation", [None, {"random_resized_crop": {"scale": [0.3, 0.6]}}], ids=str)
+@pytest.mark.parametrize(
+    "augmentation",
+    [pytest.param(None, marks=pytest.mark.slow), {"random_resized_crop": {"scale": [0.3, 0.6]}}],
+    ids=str,
+)
 def test_a_run_resumed_in_a_later_epoch_equals_one_that_was_not_stopped(values, tmp_path, monkeypatch, augmentation):
     """Each epoch has rows of its own and changes images in its own way, and the resumed run must do as its epoch."""
     rows = [{"file_name": f"{n}.png", "captions": ["a cat", "no cat"]} for n in range(10)]  # alike: they change places

@@ -172,6 +172,7 @@ def test_what_would_lose_the_place_is_refused(streamed):
             train(streamed | {"train": ARGUMENTS | {key: value}}, dry_run=True)
 
 
+@pytest.mark.slow
 def test_broken_images_are_left_out_named_and_bounded(streamed, tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()

@@ -120,6 +120,7 @@ def test_pushed_in_one_commit_and_loaded_back_by_name(hub, run_dir, tmp_path, ma
     assert torch.equal(load_by_name(hub, tmp_path, inputs), tiny.logits(made[0], **inputs))
 
 
+@pytest.mark.slow
 def test_a_model_without_a_chat_template_is_loaded_by_the_code_of_its_card(hub, run_dir, tmp_path):
     shutil.rmtree(run_dir / "model")
     model, processor = stock("paligemma")
@@ -132,7 +133,7 @@ def test_a_model_without_a_chat_template_is_loaded_by_the_code_of_its_card(hub, 
     assert torch.equal(load_by_name(hub, tmp_path, inputs), tiny.logits(model, **inputs))
 
 
-@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("ours", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_dual_encoder_is_compared_by_the_code_of_its_card(hub, run_dir, tmp_path, ours):
     shutil.rmtree(run_dir / "model")
     save_dual(run_dir / "model")

@@ -24,7 +24,7 @@ def run(code: str) -> None:
     "imports",
     [
         f"import vlm\n{CLASSES}",
-        f"{CLASSES}import vlm\n",
+        pytest.param(f"{CLASSES}import vlm\n", marks=pytest.mark.slow),
         # which imports the Auto classes from the middle of modules that they need themselves
         f"import vlm\nfrom transformers import CLIPImageProcessor\n{CLASSES}",
         *(
