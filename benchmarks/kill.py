@@ -40,6 +40,7 @@ MOMENTS = {
     "_run_epoch": "between steps",
     "kept_features": "encoding images",
     "save_model": "writing the model",
+    "save_stage": "writing the model",
     "_score": "answering",
     "run_stage": "before the first step, or after the last",
     "train": "loading",

@@ -243,7 +243,8 @@ def own_projection(name: str, vision_model: PreTrainedModel) -> Tensor | None:
         return None
     name = checkpoint_of(name)
     config = copy.deepcopy(vision_model.config)
-    config.projection_dim = AutoConfig.from_pretrained(name).projection_dim  # CLIP's own goes before its vision half's
+    # CLIP's own goes before its vision half's; a model that writes, whose eye is a CLIP, has none.
+    config.projection_dim = getattr(AutoConfig.from_pretrained(name), "projection_dim", config.projection_dim)
     try:
         whole = load_quietly(CLIPVisionModelWithProjection, name, config=config)
     except ValueError:  # one that is no dual encoder's
@@ -274,6 +275,11 @@ def longest_text(tokenizer: Any, config: Any) -> int:
     """How many tokens the text half of the dual encoder of `config` reads; 512 where it does not say."""
     places = getattr(config.text_config, "max_position_embeddings", None) or 512
     return int(min(tokenizer.model_max_length, places))
+
+
+def text_lengths(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """How many tokens each text has, before it is cut."""
+    return [len(ids) for ids in tokenizer(list(texts), split_special_tokens=True, verbose=False)["input_ids"]]
 
 
 def reads_padding(config: Any) -> bool:

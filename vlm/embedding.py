@@ -8,6 +8,7 @@ embedder.embed_texts(["a photo of a cat"])       # [1, D]
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 import vlm  # noqa: F401 - registers our classes with the Auto classes
 from vlm.build import load_vision
-from vlm.data.encoding import EncodedBatch, encode_images
+from vlm.data.encoding import BATCH_IMAGES, EncodedBatch, encode_images
 from vlm.data.example import ImageSource
 from vlm.data.images import ImageError
 from vlm.dual_encoder import is_dual_encoder, tokenize
@@ -72,11 +73,14 @@ class Embedder:
         return unit(pooled), (1, 1)
 
     def embed_images(
-        self, images: Mapping[str, ImageSource], *, broken: dict[str, ImageError], num_workers: int = 0
+        self, images: Mapping[str, ImageSource], *, broken: dict[str, ImageError]
     ) -> Iterator[EncodedBatch]:
         """`images` by their names as batches of unit vectors `[B, D]`, in order; those that do not open go to
-        `broken`. `num_workers` processes open and prepare them (0: this one)."""
-        return encode_images(images, self, self.embed_pixels, broken=broken, num_workers=num_workers)
+        `broken`."""
+        # A CPU that encodes has nothing to spare for processes that open and prepare images.
+        batches = len(images) // BATCH_IMAGES
+        workers = 0 if self.model.device.type == "cpu" else min(8, os.cpu_count() or 1, batches)
+        return encode_images(images, self, self.embed_pixels, broken=broken, num_workers=workers)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:

@@ -31,10 +31,8 @@ def run(patterns: Sequence[str], *, encoder: str | None, output: Path, console: 
         embedder = load_encoder(index, encoder)
     if index is None:
         index = ImageIndex(output, embedder.name, key_of(embedder))
-    # A CPU that encodes has nothing to spare.
-    workers = 0 if embedder.model.device.type == "cpu" else min(8, os.cpu_count() or 1)
     try:
-        changes = update(index, images, embedder, num_workers=workers, console=console)
+        changes = update(index, images, embedder, console=console)
     except KeyboardInterrupt:
         kept = f"{len(index):,} images are in {output}; run it again to go on"
         console.print(kept, markup=False, highlight=False, soft_wrap=True)

@@ -16,7 +16,8 @@ from rich.progress import track
 from vlm.data.encoding import BATCH_IMAGES, EncodedBatch
 from vlm.data.example import Example
 from vlm.data.images import ImageError, open_image
-from vlm.data.pairs import positives, text_number
+from vlm.data.pairs import CutTexts, positives, text_number
+from vlm.dual_encoder import longest_text, text_lengths
 from vlm.embedding import Embedder
 from vlm.errors import UserError
 from vlm.eval.retrieval import nearest_texts, show, summarize
@@ -87,6 +88,10 @@ def evaluate_pairs(
     # Last: a run whose summary is there is scored.
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
     show(summary, console)
+    cut = CutTexts(longest_text(embedder.tokenizer, embedder.model.config))
+    cut.saw(text_lengths(embedder.tokenizer, texts))
+    if cut.count:
+        console.print(str(cut), highlight=False, soft_wrap=True)
     for where, why in left_out.items():
         console.print(f"left out: {where}: {why}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"nearest texts: {output_dir / 'samples.html'}", markup=False, highlight=False, soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,9 +101,7 @@ def _embed(
     embedder: Embedder, images: Mapping[str, ImageSource], broken: dict[str, ImageError], console: Console
 ) -> dict[str, Tensor]:
     """The unit vector of each image that opens, by its name."""
-    # A CPU that encodes has nothing to spare.
-    workers = 0 if embedder.model.device.type == "cpu" else min(8, os.cpu_count() or 1)
-    batches = embedder.embed_images(images, broken=broken, num_workers=workers)
+    batches = embedder.embed_images(images, broken=broken)
     total = -(-len(images) // BATCH_IMAGES)
     found: dict[str, Tensor] = {}
     for batch in track(

@@ -316,6 +316,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(pair_values, tmp_path, monkeypat
     assert (tmp_path / "run" / "adapter").is_dir() == bool(lora)
 
 
+def test_lora_is_kept_beside_the_model_that_it_is_merged_into(pair_values, text_encoder, tmp_path):
+    """What the adapter says, taken from the merged weights, leaves the text encoder as it was before training."""
+    lora = {"r": 4, "lora_alpha": 8, "learning_rate": 1e-2}
+    train(pair_values | {"lora": lora, "trainable": {"projector": 1e-2}})
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    merged = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    before = load_file(text_encoder / "model.safetensors")
+    prefix, ends = "base_model.model.", ".lora_A.weight"
+    layers = [name.removeprefix(prefix).removesuffix(ends) for name in adapter if name.endswith(ends)]
+    assert len(layers) == 2 * 6  # two layers of BERT, six linear ones in each
+    for layer in layers:
+        low, high = (adapter[f"{prefix}{layer}.lora_{side}.weight"] for side in "AB")
+        delta = 8 / 4 * high @ low
+        assert delta.abs().max() > 1e-4
+        start = before[f"{layer.removeprefix('text_model.')}.weight"]
+        torch.testing.assert_close(merged[f"{layer}.weight"] - delta, start, rtol=1e-4, atol=1e-5)
+
+
 def test_a_pretrained_dual_encoder_with_the_sigmoid_loss(pair_values, tmp_path):
     SAVE["siglip"](tmp_path / "siglip")
     pair_values["model"] = {"pretrained": str(tmp_path / "siglip")}
@@ -344,6 +362,19 @@ def test_stages_go_on_from_one_another(pair_values, tmp_path):
     train(pair_values | {"stages": [first, second]})
     assert (tmp_path / "run" / "stages" / "lock" / "evaluation" / "summary.json").is_file()
     assert (tmp_path / "run" / "evaluation" / "summary.json").is_file()
+
+
+def test_texts_that_are_cut_are_counted(pair_values, images, tmp_path):
+    for name, rows in (("train", 10), ("test", 3)):
+        lines = [json.loads(line) for line in (images / f"{name}.jsonl").read_text().splitlines()]
+        assert len(lines) == rows
+        lines[0]["captions"] = ["a cat and a dog " * 9, "no"]
+        (images / f"long-{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        part = "train" if name == "train" else "validation"
+        pair_values["data"][part] = pair_values["data"][part] | {"metadata": f"long-{name}.jsonl"}
+    said = train(pair_values)
+    assert "training: 1 texts are cut to the 24 tokens" in said
+    assert said.count("1 texts are cut to the 24 tokens") == 3  # of training, held out, and as they are scored
 
 
 def test_its_eye_is_that_of_a_caption_recipe_and_of_vlm_encode(pair_values, parts, images, tmp_path):

@@ -11,7 +11,7 @@ from tests.tiny import FUSIONS, encode, image, text_config, tiny, user
 from tests.training.helpers import LORA, Killed, kill_in, save_parts, staged, train, weights
 from vlm import generation, recipe
 from vlm.errors import UserError
-from vlm.training import run as running
+from vlm.training import folder
 from vlm.training.parts import add_lora, part_of, set_trainable
 from vlm.training.quantization import is_quantized, merged, quantize
 
@@ -156,8 +156,8 @@ def test_a_language_model_without_linear_layers_is_refused():
 
 @pytest.mark.parametrize("kind", ["nf4", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_a_run_leaves_a_model_like_any_other(values, tmp_path, monkeypatch, kind):
-    kept, save = [], running.save_model
-    monkeypatch.setattr(running, "save_model", lambda model, *rest: (kept.append(model), save(model, *rest)))
+    kept, save = [], folder.save_model
+    monkeypatch.setattr(folder, "save_model", lambda model, *rest: (kept.append(model), save(model, *rest)))
     said = train(values | {"model": values["model"] | {"quantization_config": KINDS[kind]}})
     assert f"quantized: 28 of 28 linear layers of the language model in {8 if kind == '8bit' else 4} bits" in said
     assert "as the float32 numbers" in said

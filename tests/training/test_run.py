@@ -21,6 +21,7 @@ from vlm.cli import app
 from vlm.data.augmentation import Augmentation
 from vlm.data.check import TooManyProblems
 from vlm.errors import UserError
+from vlm.training import folder as folder_of_run
 from vlm.training import run as running
 from vlm.training.throughput import in_words
 from vlm.training.trainer import VLMTrainer
@@ -176,8 +177,8 @@ def test_the_saved_model_equals_the_one_in_memory_and_its_adapter(values, parts,
 
     from vlm.build import build
 
-    kept, save = [], running.save_model
-    monkeypatch.setattr(running, "save_model", lambda model, *rest: (kept.append(model), save(model, *rest)))
+    kept, save = [], folder_of_run.save_model
+    monkeypatch.setattr(folder_of_run, "save_model", lambda model, *rest: (kept.append(model), save(model, *rest)))
     train(values | {"evaluation": {}})
     loaded, processor = generation.load(str(tmp_path / "run"), device="cpu")
     inputs = generation.encode_requests(loaded, processor, REQUESTS)

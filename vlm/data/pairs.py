@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from vlm.data.dataset import Progress, opened_images
 from vlm.data.example import Example, Problem
 from vlm.data.features import FeatureCache
 from vlm.data.images import ImageError, open_image
-from vlm.dual_encoder import longest_text, tokenize
+from vlm.dual_encoder import longest_text, text_lengths, tokenize
 
 
 @dataclass
@@ -49,10 +49,23 @@ class PairItem:
 
 @dataclass
 class CutTexts:
-    """Texts that are longer than the text encoder reads, counted."""
+    """Texts that are longer than the `limit` of tokens that the text encoder reads, counted."""
 
+    limit: int
     count: int = 0
     longest: int = 0
+
+    def saw(self, lengths: Iterable[int]) -> None:
+        """Count texts of these lengths in tokens."""
+        for length in lengths:
+            self.count += length > self.limit
+            self.longest = max(self.longest, length)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.count:,} texts are cut to the {self.limit} tokens that the text encoder reads; the longest has "
+            f"{self.longest:,}"
+        )
 
 
 def make_pairs(
@@ -72,7 +85,7 @@ def make_pairs(
     now and does not stop the training later.
     """
     items = []
-    cut, limit = CutTexts(), longest_text(processor.tokenizer, config)
+    cut = CutTexts(longest_text(processor.tokenizer, config))
     for index in progress(range(len(examples)), len(examples)):
         example = examples[index]
         if features is not None and index not in features:
@@ -88,10 +101,9 @@ def make_pairs(
             except ImageError as error:
                 report(image_problem(error, example))
                 continue
-        lengths = [len(ids) for ids in processor.tokenizer(list(texts), split_special_tokens=True)["input_ids"]]
-        cut.count += sum(length > limit for length in lengths)
-        cut.longest = max(cut.longest, *lengths)
-        tokens = sum(min(length, limit) for length in lengths)
+        lengths = text_lengths(processor.tokenizer, texts)
+        cut.saw(lengths)
+        tokens = sum(min(length, cut.limit) for length in lengths)
         items.append(PairItem(example, texts, tokens, features[index] if features is not None else ()))
     return items, cut
 

@@ -41,9 +41,7 @@ class Changes:
         return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
 
 
-def update(
-    index: ImageIndex, paths: Sequence[str], embedder: Embedder, *, num_workers: int = 0, console: Console
-) -> Changes:
+def update(index: ImageIndex, paths: Sequence[str], embedder: Embedder, *, console: Console) -> Changes:
     """Bring `index` up to date with the files `paths`, and forget files that are no longer there, named or not.
 
     A file is the same if its size and time are, or else its content. One that does not open is not in the index
@@ -52,7 +50,7 @@ def update(
     changes = Changes()
     try:
         missing = _compare(index, [os.path.abspath(path) for path in paths], changes, console)
-        _encode(index, missing, embedder, num_workers, changes, console)
+        _encode(index, missing, embedder, changes, console)
     finally:
         index.save()
     return changes
@@ -112,12 +110,11 @@ def _encode(
     index: ImageIndex,
     missing: Mapping[str, tuple[IndexedFile, bool]],
     embedder: Embedder,
-    num_workers: int,
     changes: Changes,
     console: Console,
 ) -> None:
     broken: dict[str, ImageError] = {}
-    batches = embedder.embed_images({path: path for path in missing}, broken=broken, num_workers=num_workers)
+    batches = embedder.embed_images({path: path for path in missing}, broken=broken)
     total = -(-len(missing) // BATCH_IMAGES)
     saved, pause = time.monotonic(), SAVE_EVERY
     for batch in track(

@@ -22,7 +22,7 @@ from vlm.data.check import ProblemLog
 from vlm.data.example import Example
 from vlm.data.features import FeatureCache
 from vlm.data.pairs import PairCollator, PairDataset, PairItem, make_pairs
-from vlm.dual_encoder import build_dual_encoder, is_dual_encoder, longest_text
+from vlm.dual_encoder import build_dual_encoder, is_dual_encoder
 from vlm.embedding import Embedder, load_dual_encoder
 from vlm.errors import UserError
 from vlm.generation import load_config
@@ -31,10 +31,10 @@ from vlm.pair_evaluation import evaluate_pairs
 from vlm.recipe import Recipe, Stage
 from vlm.recipe_contrastive import Contrastive
 from vlm.training.callbacks import StopOnSignal
-from vlm.training.checkpoints import fingerprint, saving
+from vlm.training.checkpoints import fingerprint
 from vlm.training.contrastive_trainer import ContrastiveTrainer
 from vlm.training.features import kept_features
-from vlm.training.folder import save_model, stage_home
+from vlm.training.folder import save_stage, stage_home
 from vlm.training.history import draw_losses, duration
 from vlm.training.memory import estimate
 from vlm.training.pair_embeddings import can_keep, embedding_pairs, pooled_features
@@ -122,19 +122,14 @@ def run_stages(
             recipe, stage, model, train, validation, PairCollator(processor, model.config, cache), folder,
             dry_run=dry_run, resume=resume, stop=stop, console=console,
         )  # fmt: skip
-        model = merged(trained)
-        if dry_run:
-            continue
-        home = stage_home(folder, recipe.stage_names, number)
-        if processes.is_main_process:
-            with saving(f"the model in {home}", "Make room, and go on with --resume from the last checkpoint"):
-                if adapter is not None:
-                    adapter.save_pretrained(str(home / "adapter"))
-                save_model(model, processor, home / "model")
+        if processes.is_main_process and not dry_run:
+            model = save_stage(stage_home(folder, recipe.stage_names, number), trained, adapter, processor)
             draw_losses({recipe.name: folder / "metrics.jsonl"}, folder / "loss.png", "contrastive loss")
+        else:
+            model = merged(trained)
         processes.wait_for_everyone()
         model.requires_grad_(False)
-        if validation_examples:
+        if validation_examples and not dry_run:
             score(recipe, number, model, processor, validation_examples, stop, console)
 
 
@@ -182,7 +177,7 @@ def _kept(
         why = "not kept on disk, since data.augmentation shows the encoder other images in each epoch"
         console.print(f"features: {why}", highlight=False, soft_wrap=True)
         return None, [None, None]
-    images = _Images(processor)
+    images = Embedder(recipe.name, model, processor.image_processor, processor.tokenizer)
     pixel_values = images.prepare_images([Image.new("RGB", (64, 64), "teal")])["pixel_values"]
     if not can_keep(model.to(args.device).eval(), pixel_values.to(args.device)):
         kind = type(model).__name__
@@ -204,18 +199,6 @@ class _Pooling:
 
     def get_vision_features(self, pixel_values: Tensor) -> tuple[Tensor | None, tuple[int, int]]:
         return pooled_features(self.model, pixel_values), (1, 1)
-
-
-class _Images:
-    """A dual encoder's processor in the words of a vision-language model's."""
-
-    tiler = None
-
-    def __init__(self, processor: Any) -> None:
-        self.image_processor = processor.image_processor
-
-    def prepare_images(self, images: Sequence[Any]) -> Any:
-        return self.image_processor(images=list(images), return_tensors="pt")
 
 
 def _pairs(
@@ -243,13 +226,7 @@ def _pairs(
     )
     stop.check_all("reading the data")
     if cut.count:
-        limit = longest_text(processor.tokenizer, model.config)
-        console.print(
-            f"{name}: {cut.count:,} texts are cut to the {limit} tokens that the text encoder reads; the longest has "
-            f"{cut.longest:,}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(f"{name}: {cut}", highlight=False, soft_wrap=True)
     if not items:
         raise UserError(f"no example is left ({name}): every one is broken, or has no text, or not one image")
     return items

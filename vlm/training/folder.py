@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.training.checkpoints import sync
+from vlm.training.checkpoints import saving, sync
+from vlm.training.quantization import merged
 
 
 def stage_home(folder: Path, names: Sequence[str], number: int) -> Path:
@@ -40,6 +41,17 @@ def has_model(home: Path) -> bool:
 
 def has_checkpoints(folder: Path, name: str) -> bool:
     return any((folder / "checkpoints" / name).glob("checkpoint-*"))
+
+
+def save_stage(home: Path, trained: Any, adapter: Any, processor: Any) -> Any:
+    """Leave in `home` what a stage has `trained`: its `adapter`, if it has LoRA, unmerged, and the model with LoRA
+    merged in, which is given back. Raises DiskError if that cannot be written."""
+    with saving(f"the model in {home}", "Make room, and go on with --resume from the last checkpoint"):
+        if adapter is not None:
+            adapter.save_pretrained(str(home / "adapter"))  # before it is merged: then there is none any more
+        model = merged(trained)
+        save_model(model, processor, home / "model")
+    return model
 
 
 def save_model(model: Any, processor: Any, folder: Path) -> None:

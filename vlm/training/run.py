@@ -44,9 +44,9 @@ from vlm.recipe_model import Quantization
 from vlm.training import contrastive
 from vlm.training.callbacks import StopOnSignal
 from vlm.training.changes import changes, in_words, recipe_changes
-from vlm.training.checkpoints import saving, write_text
+from vlm.training.checkpoints import write_text
 from vlm.training.features import Keys, kept_features
-from vlm.training.folder import finished_stages, has_model, save_model, stage_home, unscored_stages
+from vlm.training.folder import finished_stages, has_model, save_stage, stage_home, unscored_stages
 from vlm.training.history import draw_losses
 from vlm.training.parts import trains_vision
 from vlm.training.processes import join_processes, sharded
@@ -178,12 +178,7 @@ def _run_stages(
             continue
         home_of_stage = stage_home(folder, recipe.stage_names, number)
         if processes.is_main_process:
-            advice = "Make room, and go on with --resume from the last checkpoint"
-            with saving(f"the model in {home_of_stage}", advice):
-                if adapter is not None:
-                    adapter.save_pretrained(str(home_of_stage / "adapter"))
-                model = merged(trained)
-                save_model(model, processor, home_of_stage / "model")
+            model = save_stage(home_of_stage, trained, adapter, processor)
             draw_losses({recipe.name: folder / "metrics.jsonl"}, folder / "loss.png")
         processes.wait_for_everyone()
         if not processes.is_main_process:  # of a model that was sharded the first process alone has the whole
