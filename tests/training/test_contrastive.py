@@ -194,6 +194,22 @@ def test_texts_in_groups_of_a_length_are_the_texts_in_their_order(tmp_path):
     torch.testing.assert_close(found["text_embeds"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_padding_is_what_is_computed(tmp_path):
+    """Of 15 short texts and a long one the long one pads its group alone."""
+    model, processor = loaded(tmp_path / "clip", "clip")
+    items = pairs(processor, model.config, [("a",)] * 15 + [("a cat and a dog on the street",)])
+    trainer = trainer_of(tmp_path, model, processor, items)
+    batch = trainer.data_collator(items)
+    short, long = sorted({int(length) for length in batch["attention_mask"].sum(dim=1)})
+    assert batch["input_ids"].numel() == 16 * long
+    assert trainer.token_places(batch) == 12 * short + 4 * long
+    SAVE["siglip"](tmp_path / "siglip")
+    model = AutoModel.from_pretrained(tmp_path / "siglip")
+    siglip = trainer_of(tmp_path, model, processor, items)
+    batch = siglip.data_collator(items)
+    assert siglip.token_places(batch) == batch["input_ids"].numel()
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip", "dual"])
 def test_kept_features_are_all_that_a_locked_encoder_says(tmp_path, name):
     model, processor = loaded(tmp_path / name, name)

@@ -13,7 +13,7 @@ from vlm.adapters.contrastive_loss import infonce, sigmoid
 from vlm.data.pairs import PairCollator, PairDataset, PairItem, positives
 from vlm.dual_encoder import MAX_LOGIT_SCALE
 from vlm.eval.retrieval import recall
-from vlm.training.pair_embeddings import MODEL_INPUTS, gather_pairs, gather_rows, logits_of
+from vlm.training.pair_embeddings import MODEL_INPUTS, gather_pairs, gather_rows, length_groups, logits_of
 from vlm.training.part_trainer import PartTrainer
 from vlm.training.parts import freeze_state
 
@@ -45,6 +45,12 @@ class ContrastiveTrainer(PartTrainer):
         together = 1 if self.args.dataloader_drop_last else self._train_batch_size * self.args.world_size
         count = len(self.train_dataset)
         return [*range(count), *(~(place % count) for place in range(-count % together))]
+
+    def token_places(self, inputs: dict[str, Any]) -> int:
+        groups = length_groups(self.accelerator.unwrap_model(self.model).config, inputs.get("attention_mask"))
+        if groups is None:
+            return super().token_places(inputs)
+        return sum(len(group) * longest for group, longest in groups)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of the batches of all processes together."""

@@ -58,8 +58,13 @@ def embed_pairs(model: Any, chunk_size: int | None, /, **inputs: Tensor) -> dict
     else:
         image_embeds = _in_chunks(of_images, chunk_size, inputs["pixel_values"])
     texts = [inputs[name] for name in ("input_ids", "attention_mask") if name in inputs]
-    in_groups = len(texts) == 2 and not reads_padding(model.config)
-    text_embeds = (_by_length if in_groups else _in_chunks)(of_texts, chunk_size, *texts)
+    groups = length_groups(model.config, inputs.get("attention_mask"))
+    if groups is None:
+        text_embeds = _in_chunks(of_texts, chunk_size, *texts)
+    else:
+        cut = ([tensor[group, :longest] for tensor in texts] for group, longest in groups)
+        order = torch.cat([group for group, _ in groups]).argsort()
+        text_embeds = torch.cat([_in_chunks(of_texts, chunk_size, *each) for each in cut])[order]
     found = {
         "image_embeds": F.normalize(image_embeds.float(), dim=-1),
         "text_embeds": F.normalize(text_embeds.float(), dim=-1),
@@ -77,18 +82,16 @@ def _in_chunks(function: Any, chunk_size: int | None, *tensors: Tensor) -> Tenso
     return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def _by_length(function: Any, chunk_size: int | None, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Texts in groups of about the same length, without the padding that is beyond the longest of each: one long text
-    would make all others as long."""
+def length_groups(config: Any, attention_mask: Tensor | None) -> list[tuple[Tensor, int]] | None:
+    """Texts of about the same length, by their places, with the longest's: encoded together, without the padding beyond
+    it, since one long text would make all others as long. None for a dual encoder that reads padding, and for texts
+    that are padded on the left, where places are counted from."""
+    if attention_mask is None or reads_padding(config) or not bool(attention_mask[:, 0].all()):
+        return None
     lengths = attention_mask.sum(dim=1)
-    if not bool(attention_mask[:, 0].all()):  # padded on the left, where places are counted from
-        return _in_chunks(function, chunk_size, input_ids, attention_mask)
     order = lengths.argsort(stable=True)
-    found = []
-    for group in order.split(-(-len(order) // LENGTH_GROUPS)):
-        longest = int(lengths[group].max())
-        found.append(_in_chunks(function, chunk_size, input_ids[group, :longest], attention_mask[group, :longest]))
-    return torch.cat(found)[order.argsort()]
+    groups = order.split(-(-len(order) // LENGTH_GROUPS))
+    return [(group, int(lengths[group].max())) for group in groups]
 
 
 def logits_of(embeds: Mapping[str, Tensor]) -> Tensor:

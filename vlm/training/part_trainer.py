@@ -95,9 +95,13 @@ class PartTrainer(Trainer):
         self._grad_norms: dict[str, float] = {}
         self.add_callback(LeftEvaluation(self))
 
+    def token_places(self, inputs: dict[str, Any]) -> int:
+        """How many tokens a batch is computed for, padding included."""
+        return int(inputs["input_ids"].numel())
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         examples = inputs.pop("examples")
-        self.throughput.count(inputs.pop("counts"), inputs["input_ids"].numel())
+        self.throughput.count(inputs.pop("counts"), self.token_places(inputs))
         self.batch_shape = inputs["input_ids"].shape
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.skipped.saw(loss, examples)
