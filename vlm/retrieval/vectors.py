@@ -19,7 +19,7 @@ try:
     import faiss
     from faiss.contrib.inspect_tools import get_invlist
 except ImportError:
-    raise UserError("an index of images needs faiss: pip install 'vlm-bridge[search]'") from None
+    raise UserError("an index of images needs faiss: pip install faiss-cpu") from None
 
 EXACT = 50_000
 """Vectors that are all compared: 512 wide and in float32 they are 0.1 GB."""
