@@ -3,18 +3,18 @@
 `vlm.retrieval.index.ImageIndex`, as `vlm index` fills it and `vlm search` opens it, against exact search with numpy
 and with faiss (IndexFlatIP) in the same run. A million images there are not, so their vectors are drawn:
 
-made      CLIP ViT-B/16 with its projection to 512 numbers encodes the quickstart's 949 stamps and 2,000 images of
+CLIP      CLIP ViT-B/16 with its projection to 512 numbers encodes the quickstart's 949 stamps and 2,000 images of
           easy-VQA, in bfloat16. Four fifths of these vectors are fitted with a mixture: k-means with 64 clusters, each
           with a scale of its own, and one covariance for what remains. Vectors are drawn from it and brought to length
-          1. Queries are the vectors of the last fifth, of which the mixture knows nothing.
-random    Directions drawn uniformly, queries too: no vector is near to any other, and no index can do well.
-words     The made vectors, with queries that lie apart from them, as those of words do in CLIP (Liang et al.,
+          1. Photos are the vectors of the last fifth, of which the mixture knows nothing. Words, since the quickstart
+          has no text half of it, are made up: they lie apart from all images, as CLIP's do (Liang et al.,
           https://arxiv.org/abs/2203.02053): 0.25 of an image's vector, 0.7 of one direction for all, the rest random.
-          `vlm search` reads all lists for words; the recall with as many as for a photo says why.
+trained   The same with the encoder of `vlm train contrastive`; words are captions of stamps, by its text half.
+random    Directions drawn uniformly, queries too: no vector is near to any other.
 
-Writes the tables of docs/retrieval.md. Takes 10 to 15 minutes on two idle cores, and 9 GB of memory. What was made is
-kept in runs/benchmarks/search, so that the times can be measured again in a minute or two. Needs the extra `test` and
-what `vlm quickstart` fetches.
+Writes the tables of docs/retrieval.md. Takes about 20 minutes on two idle cores, and 9 GB of memory. What was made is
+kept in runs/benchmarks/search, so that the times can be measured again in a few minutes. Needs the extra `test`, what
+`vlm quickstart` and `vlm fetch all-MiniLM-L6-v2` fetch, and `vlm train contrastive`.
 """
 
 import json
@@ -34,16 +34,15 @@ from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
 
 from benchmarks.noted import ROOT, replace_table
 from vlm.data.disk import gigabytes, size_on_disk
-from vlm.data.encoding import encode_images
 from vlm.data.images import find_images
-from vlm.embedding import Embedder, unit
+from vlm.embedding import Embedder, load_embedder, unit
 from vlm.recipe_paths import home
 from vlm.retrieval.index import ImageIndex, IndexedFile
-from vlm.retrieval.vectors import PROBES
 
 DOCUMENT = ROOT / "docs" / "retrieval.md"
 KEPT = ROOT / "runs" / "benchmarks" / "search"
-FEATURES = KEPT / "features.safetensors"
+CLIP, TRAINED, RANDOM = "clip-vit-base-patch16", "runs/contrastive", ""
+ENCODERS = {"CLIP": CLIP, "trained": TRAINED, "random": RANDOM}
 COUNT = 1_000_000
 CHUNK = 100_000  # images that are added at a time: the index grows as a user's would
 CLUSTERS = 64
@@ -56,23 +55,36 @@ REPEATS = 5
 Search = Callable[[np.ndarray], object]
 
 
-def real_features() -> np.ndarray:
-    """Unit vectors `[2949, 512]` of real images; encoded once, and kept."""
-    if not FEATURES.exists():
-        folder = home() / "clip-vit-base-patch16"
-        tower = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        files = find_images([str(home() / "tuxpaint-stamps" / "images")])
+def real_vectors(encoder: str) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors `[2949, 512]` of real images, and `[N, 512]` of captions, none if the encoder reads no text; encoded
+    once, images in bfloat16, which is several times as fast."""
+    kept = KEPT / f"{Path(encoder).name}.safetensors"
+    if not kept.exists():
+        stamps, texts = home() / "tuxpaint-stamps", torch.zeros(0, 512)
+        if encoder == CLIP:
+            folder = home() / encoder
+            tower = CLIPVisionModelWithProjection.from_pretrained(folder).eval()
+            embedder: Embedder = Projected(encoder, tower, AutoImageProcessor.from_pretrained(folder))
+        else:
+            embedder = load_embedder(encoder)
+            rows = [json.loads(line) for name in ("train", "test") for line in (stamps / f"{name}.jsonl").open()]
+            texts = embedder.embed_texts(list(dict.fromkeys(row["captions"][0] for row in rows)))
+        embedder.model.to(torch.bfloat16)
+        files = find_images([str(stamps / "images")])
         files += find_images([str(home() / "easy-vqa" / "train")])[:EASY_VQA_IMAGES]
+        images = torch.cat([each.features for each in embedder.embed_images({f: f for f in files}, broken={})])
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"images": images.numpy(), "texts": texts.numpy()}, kept)
+    vectors = load_file(kept)
+    return vectors["images"], vectors["texts"]
 
-        @torch.no_grad()
-        def project(pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-            return unit(tower(pixels.to(tower.dtype)).image_embeds), (1, 1)
 
-        embedder = Embedder(str(folder), tower, AutoImageProcessor.from_pretrained(folder))
-        batches = encode_images({file: file for file in files}, embedder, project, broken={})
-        FEATURES.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": torch.cat([batch.features for batch in batches]).numpy()}, FEATURES)
-    return load_file(FEATURES)["features"]
+class Projected(Embedder):
+    """CLIP's vision half alone with its projection, which `vlm encode` leaves out."""
+
+    @torch.no_grad()
+    def embed_pixels(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        return unit(self.model(pixel_values.to(self.model.dtype)).image_embeds), (1, 1)
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:
@@ -165,7 +177,7 @@ def what_it_takes(folder: Path, queries: np.ndarray) -> str:
     """A row of the second table, which is the same for all vectors."""
     took = json.loads(folder.with_suffix(".json").read_text(encoding="utf-8"))
     held, start = psutil.Process().memory_info().rss, time.monotonic()
-    index = ImageIndex.open(folder, to_search=True)
+    index = ImageIndex.open(folder)
     opened = time.monotonic() - start
     for query in queries:
         index.search(query, K)
@@ -176,15 +188,14 @@ def what_it_takes(folder: Path, queries: np.ndarray) -> str:
     )
 
 
-def measure(name: str, folder: Path, vectors: np.ndarray, queries: np.ndarray) -> str:
+def measure(name: str, kind: str, folder: Path, vectors: np.ndarray, queries: np.ndarray) -> str:
     """A row of the first table."""
-    index = ImageIndex.open(folder, to_search=True)
-    exact = name == "words"
+    index = ImageIndex.open(folder)
     found = recall(index, queries, nearest(vectors, queries))
     flat = faiss.IndexFlatIP(vectors.shape[1])
     flat.add(vectors)
     ways: dict[str, tuple[Search, int]] = {
-        "index": (lambda query: index.search(query, K, exact=exact), EXACT_QUERIES if exact else len(queries)),
+        "index": (lambda query: index.search(query, K), len(queries)),
         "numpy": (numpy_search(vectors), EXACT_QUERIES),
         "faiss": (lambda query: flat.search(query[None], K), EXACT_QUERIES),
     }
@@ -196,9 +207,8 @@ def measure(name: str, folder: Path, vectors: np.ndarray, queries: np.ndarray) -
         loads.append(os.getloadavg()[0])
     elapsed = {way: [wall for wall, _ in pairs] for way, pairs in times.items()}
     faster = min(statistics.median(elapsed[way]) for way in ("numpy", "faiss")) / statistics.median(elapsed["index"])
-    shown = f"exact ({PROBES} lists: {found:.3f})" if exact else f"{found:.3f}"
     row = (
-        f"| {name} | {shown} | {spread(elapsed['index'])} | "
+        f"| {name} | {kind} | {found:.3f} | {spread(elapsed['index'])} | "
         f"{statistics.median(busy for _, busy in times['index']):.1f} | {spread(elapsed['numpy'])} | "
         f"{spread(elapsed['faiss'])} | {faster:.1f} | {statistics.median(loads):.1f} |"
     )
@@ -206,43 +216,47 @@ def measure(name: str, folder: Path, vectors: np.ndarray, queries: np.ndarray) -
     return row
 
 
+def drawn(encoder: str, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """`count` vectors like those that the encoder makes of images, and queries by their kinds."""
+    generator = np.random.default_rng(0)
+    if encoder == RANDOM:
+        vectors = np.empty((count, 512), dtype=np.float32)
+        for start in range(0, count, CHUNK):
+            part = vectors[start : start + CHUNK]
+            part[:] = normalized(generator.standard_normal(part.shape, dtype=np.float32))
+        return vectors, {"random": normalized(generator.standard_normal((QUERIES, 512))).astype(np.float32)}
+    images, texts = (generator.permutation(each) for each in real_vectors(encoder))
+    held_out, known = np.split(images, [len(images) // 5])
+    mixture = Mixture(known)
+    dimensions = intrinsic_dimension(known), intrinsic_dimension(mixture.draw(len(known), generator))
+    print(f"{encoder}: intrinsic dimension: real {dimensions[0]:.1f}, made {dimensions[1]:.1f}", flush=True)
+    vectors = np.concatenate([mixture.draw(min(CHUNK, count - n), generator) for n in range(0, count, CHUNK)])
+    photos, words = held_out[:QUERIES], texts[:QUERIES]
+    if len(texts):
+        return vectors, {"photos": photos, "words": words}
+    apart, noise = (normalized(generator.standard_normal((n, vectors.shape[1]))) for n in (1, len(photos)))
+    made_up = normalized(0.25 * photos + 0.7 * apart + 0.67 * noise).astype(np.float32)
+    return vectors, {"photos": photos, "words, made up": made_up}
+
+
 def main(arguments: list[str]) -> None:
     count = int(arguments[0]) if arguments else COUNT
-    generator = np.random.default_rng(0)
-    features = generator.permutation(real_features())
-    held_out, known = np.split(features, [len(features) // 5])
-    mixture = Mixture(known)
-    sample = mixture.draw(len(known), generator)
-    print(
-        f"intrinsic dimension: real {intrinsic_dimension(known):.1f}, made {intrinsic_dimension(sample):.1f}",
-        flush=True,
-    )
     searched = [
-        f"| queries | recall@{K} | a query, ms | CPU, ms | numpy, ms | faiss flat, ms | times as fast | load |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| vectors | queries | recall@{K} | a query, ms | CPU, ms | numpy, ms | faiss, ms | times as fast | load |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     built = [
         "| images | built in, s | CPU, s | on disk | opened in, s | memory of 200 searches |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    folders = {name: KEPT / f"{name}-{count}" for name in ("made", "random")}
-    vectors = np.concatenate([mixture.draw(min(CHUNK, count - n), generator) for n in range(0, count, CHUNK)])
-    photos = held_out[:QUERIES]
-    apart = normalized(generator.standard_normal((1, vectors.shape[1])))
-    noise = normalized(generator.standard_normal(photos.shape))
-    words = normalized(0.25 * photos + 0.7 * apart + 0.67 * noise).astype(np.float32)
-    if not folders["made"].exists():
-        build(folders["made"], vectors)
-    searched.append(measure("made", folders["made"], vectors, photos))
-    searched.append(measure("words", folders["made"], vectors, words))
-    for start in range(0, count, CHUNK):
-        part = vectors[start : start + CHUNK]
-        part[:] = normalized(generator.standard_normal(part.shape, dtype=np.float32))
-    random = normalized(generator.standard_normal(photos.shape)).astype(np.float32)
-    if not folders["random"].exists():
-        build(folders["random"], vectors)
-    built.append(what_it_takes(folders["random"], random))
-    searched.append(measure("random", folders["random"], vectors, random))
+    for name, encoder in ENCODERS.items():
+        folder = KEPT / f"{name}-{count}"
+        vectors, queries = drawn(encoder, count)
+        if not folder.exists():
+            build(folder, vectors)
+        if encoder == TRAINED:
+            built.append(what_it_takes(folder, queries["photos"]))
+        searched += [measure(name, kind, folder, vectors, each) for kind, each in queries.items()]
     print("\n".join(built))
     if count == COUNT:
         replace_table(DOCUMENT, "\n".join(searched) + "\n", "## How fast")

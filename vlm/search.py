@@ -26,12 +26,11 @@ def run(query: str, *, index: Path, k: int, html: Path | None, console: Console)
     is_photo = path.is_file()
     if not is_photo and path.suffix.lower() in SUFFIXES:
         raise UserError(f"{query}: the file does not exist")
-    opened = ImageIndex.open(index, to_search=True)
+    opened = ImageIndex.open(index)
     with console.status("loading the encoder"):
         embedder = load_encoder(opened)
     vector = _vector_of_photo(embedder, str(path)) if is_photo else embedder.embed_texts([query])[0].cpu().numpy()
-    # Vectors of words lie apart from those of images, and lists near to them need not hold the nearest images.
-    hits = opened.search(vector, k, exact=not is_photo)
+    hits = opened.search(vector, k)
     console.print(f"{'photo' if is_photo else 'words'}: {query}", markup=False, highlight=False, soft_wrap=True)
     gone = 0
     for hit in hits:

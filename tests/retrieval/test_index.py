@@ -34,7 +34,7 @@ def saved(tmp_path):
 
 def found(folder):
     """What each vector finds first, itself, by name."""
-    index = ImageIndex.open(folder, to_search=True)
+    index = ImageIndex.open(folder)
     return [index.search(vector, 1)[0].path for vector in vectors(5)]
 
 
@@ -129,15 +129,15 @@ def test_of_two_that_write_at_once_the_second_is_told(saved):
     [
         (lambda folder: (folder / "index.json").unlink(), "is no index: .*index.json is missing"),
         (lambda folder: (folder / "index.json").write_text("{"), "is no index, or damaged"),
-        (lambda folder: (folder / "index.json").write_text('{"format": 9}'), "has format 9, and 1 is read"),
+        (lambda folder: (folder / "index.json").write_text('{"format": 9}'), "has format 9, and 2 is read"),
         (lambda folder: next(folder.glob("*/files.jsonl")).write_bytes(b"{}\n"), "files and vectors are not as many"),
-        (lambda folder: next(folder.glob("*/vectors.faiss")).write_bytes(b"IwFl"), "vectors.faiss is damaged"),
+        (lambda folder: next(folder.glob("*/vectors.npy")).write_bytes(b"IwFl"), "content-.* is damaged"),
     ],
 )
 def test_what_is_no_index_or_damaged_is_refused(saved, spoil, message):
     spoil(saved)
     with pytest.raises(UserError, match=message):
-        ImageIndex.open(saved, to_search=True)
+        ImageIndex.open(saved)
 
 
 def test_it_is_plain_files(saved):

@@ -2,7 +2,7 @@
 
 <index>/index.json            format, encoder, encoder_key, and the name of the folder with the rest
 <index>/content-.../          files.jsonl: line n is the file of vector n, or empty where there is none any more
-                              vectors.faiss: the vectors, by those numbers
+                              what vlm.retrieval.vectors writes: the vectors, by those numbers
 
 Content is written into a folder of a new name, and counts once `index.json`, which is replaced in one step, names it:
 files and vectors are always of one moment, and whoever is killed while writing leaves the index as it was.
@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import numpy as np
 from vlm.errors import UserError
 from vlm.retrieval.vectors import VectorIndex
 
-FORMAT = 1
+FORMAT = 2
 REMOVED = b""
 
 
@@ -63,8 +63,8 @@ class ImageIndex:
         self._changed = False
 
     @classmethod
-    def open(cls, folder: Path, *, to_search: bool = False) -> ImageIndex:
-        """The index in `folder`; `to_search` leaves its vectors on disk, and it cannot be changed.
+    def open(cls, folder: Path) -> ImageIndex:
+        """The index in `folder`.
 
         Raises UserError if there is none, or if it is damaged or of another version.
         """
@@ -81,10 +81,8 @@ class ImageIndex:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{folder} is no index, or damaged ({error}); make the index anew") from None
-        index._vectors = VectorIndex.read(content / "vectors.faiss", mapped=to_search)
+        index._vectors = VectorIndex.read(content, np.array([*index._numbers()], dtype=np.int64))
         index._content = about["content"]
-        if not index._is_whole():
-            raise UserError(f"{folder} is damaged: files and vectors are not as many; make the index anew")
         return index
 
     def __len__(self) -> int:
@@ -92,7 +90,7 @@ class ImageIndex:
 
     def files(self) -> dict[int, IndexedFile]:
         """All files by their numbers."""
-        return {n: IndexedFile(**json.loads(line)) for n, line in enumerate(self._lines) if line != REMOVED}
+        return {number: IndexedFile(**json.loads(self._lines[number])) for number in self._numbers()}
 
     def add(self, files: Sequence[IndexedFile], vectors: np.ndarray) -> None:
         """Add `files` with their unit `vectors [len(files), D]` float32."""
@@ -115,12 +113,11 @@ class ImageIndex:
         self._changed |= self._lines[number] != _line(file)
         self._lines[number] = _line(file)
 
-    def search(self, vector: np.ndarray, k: int, *, exact: bool = False) -> list[Hit]:
-        """The up to `k` images whose vectors have the largest inner product with the unit `vector [D]`, best first;
-        `exact` as in `VectorIndex.search`."""
+    def search(self, vector: np.ndarray, k: int) -> list[Hit]:
+        """The up to `k` images whose vectors have the largest inner product with the unit `vector [D]`, best first."""
         if self._vectors is None:
             return []
-        scores, numbers = self._vectors.search(vector, k, exact=exact)
+        scores, numbers = self._vectors.search(vector, k)
         found = [json.loads(self._lines[number])["path"] for number in numbers]
         return [Hit(path, float(score)) for path, score in zip(found, scores, strict=True)]
 
@@ -129,11 +126,12 @@ class ImageIndex:
 
         Raises UserError if another process has replaced it since.
         """
-        if self._vectors is None or not self._changed or not self._is_whole():
+        whole = len(self) == len(self._lines) - self._lines.count(REMOVED)
+        if self._vectors is None or not self._changed or not whole:
             return
         content = self.folder / f"content-{uuid.uuid4().hex[:12]}"
         content.mkdir(parents=True)
-        self._vectors.write(content / "vectors.faiss")
+        self._vectors.write(content)
         with (content / "files.jsonl").open("wb") as file:
             file.writelines(line + b"\n" for line in self._lines)
         for written in content.iterdir():
@@ -160,8 +158,8 @@ class ImageIndex:
         except FileNotFoundError:
             return None
 
-    def _is_whole(self) -> bool:
-        return len(self) == len(self._lines) - self._lines.count(REMOVED)
+    def _numbers(self) -> Iterator[int]:
+        return (number for number, line in enumerate(self._lines) if line != REMOVED)
 
 
 def holds_content_only(folder: Path) -> bool:

@@ -1,9 +1,13 @@
-"""Unit vectors by number: added, removed, and searched by inner product, in faiss' inverted file.
+"""Unit vectors by number: added, removed, and searched by inner product.
 
-Up to `EXACT` vectors there is one list, and a search reads all of it: exact. More are dealt to about sqrt(N) lists by
-k-means, and a search reads the `PROBES` whose centres are nearest (IVF: Sivic and Zisserman, ICCV 2003; Jégou et al.,
-https://doi.org/10.1109/TPAMI.2010.57), or all if it has to be exact. Vectors stay in float32: those of images are so
-much alike that float16 would exchange neighbours.
+Up to `EXACT` vectors are all compared. Of more each has a code of 2 bits a number (RaBitQ: Gao and Long, SIGMOD 2024,
+https://arxiv.org/abs/2405.12497; Gao et al., 2024, https://arxiv.org/abs/2409.09913), in about sqrt(N) lists by
+k-means. A search reads the codes of a quarter of the lists, those whose centres are nearest, and compares the
+`CANDIDATES` that look best with the vectors themselves. So many lists, since the nearest images of words are not in
+the few lists that are nearest to them.
+
+<folder>/vectors.npy    [N, dimension] float32, in the order of their numbers
+<folder>/codes.faiss    of more than `EXACT`
 """
 
 from __future__ import annotations
@@ -17,85 +21,120 @@ from vlm.errors import UserError
 
 try:
     import faiss
-    from faiss.contrib.inspect_tools import get_invlist
 except ImportError:
     raise UserError("an index of images needs faiss: pip install faiss-cpu") from None
 
 EXACT = 50_000
-"""Vectors that are all compared: 512 wide and in float32 they are 0.1 GB."""
-PROBES = 32
-"""Lists that a search reads. benchmarks/search.py measures what it finds in them."""
+"""Vectors that are all compared: 512 wide they are 0.1 GB."""
+READ = 0.25
+"""The share of the lists that a search reads. benchmarks/search.py measures what it finds in them."""
+CANDIDATES = 1_000
 TOLERATED = 1.5
 """By how much the number of lists may be off: they are made anew whenever the index has grown 2.25 times."""
 SAMPLE = 64
 """Vectors a list that k-means learns from."""
+CHUNK = 50_000
+"""Vectors that are copied at a time."""
 
 
 class VectorIndex:
     """Vectors `[N, dimension]` float32, each with a number of the caller's own."""
 
     def __init__(self, dimension: int) -> None:
-        self._index = _with_lists(1, np.zeros((1, dimension), dtype=np.float32))
+        self._parts = [np.zeros((0, dimension), dtype=np.float32)]
+        self._numbers = np.zeros(0, dtype=np.int64)
+        self._removed = np.zeros(0, dtype=bool)
+        self._codes: Any = None
 
     def __len__(self) -> int:
-        return int(self._index.ntotal)
+        return len(self._numbers) - int(self._removed.sum())
 
     @property
     def lists(self) -> int:
-        return int(self._index.nlist)
+        """Lists of codes; 0 without codes."""
+        return 0 if self._codes is None else int(self._codes.nlist)
 
-    def add(self, ids: np.ndarray, vectors: np.ndarray) -> None:
-        """Add `vectors [n, dimension]` float32 under `ids [n]` int64, none of which is there yet.
+    def add(self, numbers: np.ndarray, vectors: np.ndarray) -> None:
+        """Add `vectors [n, dimension]` float32 under `numbers [n]` int64, which ascend, beyond all that there are.
 
         The lists are made anew when their number is `TOLERATED` times, or a part, of what it should be.
         """
-        wanted = _lists_for(len(self) + len(ids))
-        if not self.lists / TOLERATED <= wanted <= self.lists * TOLERATED:
-            old = [get_invlist(self._index.invlists, number) for number in range(self.lists)]
-            kept = [(found, codes.view(np.float32)) for found, codes in old if len(found)]
-            self._index = _with_lists(wanted, np.concatenate([*(v for _, v in kept), vectors]) if kept else vectors)
-            for kept_ids, kept_vectors in kept:
-                self._index.add_with_ids(kept_vectors, kept_ids)
-        self._index.add_with_ids(vectors, ids)
+        self._parts.append(np.array(vectors, dtype=np.float32))
+        self._numbers = np.concatenate([self._numbers, numbers])
+        self._removed = np.concatenate([self._removed, np.zeros(len(numbers), dtype=bool)])
+        wanted = round(len(self) ** 0.5)
+        if self._codes is not None and self.lists / TOLERATED <= wanted <= self.lists * TOLERATED:
+            self._codes.add_with_ids(vectors, numbers)
+        else:
+            self._codes = self._coded(wanted) if len(self) > EXACT else None
 
-    def remove(self, ids: np.ndarray) -> None:
-        """Remove the vectors of `ids [n]` int64."""
-        self._index.remove_ids(ids)
+    def remove(self, numbers: np.ndarray) -> None:
+        """Remove the vectors of `numbers [n]` int64."""
+        self._removed[np.searchsorted(self._numbers, numbers)] = True
+        if self._codes is not None:
+            self._codes.remove_ids(numbers)
 
-    def search(self, query: np.ndarray, k: int, *, exact: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """The inner products of `query [dimension]` with the up to `k` nearest vectors, best first, and their ids.
+    def search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The inner products of `query [dimension]` with the up to `k` nearest vectors, best first, and their
+        numbers."""
+        query = query.astype(np.float32)
+        if self._codes is None:
+            places = np.flatnonzero(~self._removed)
+            scores = (self._vectors @ query)[places]
+        else:
+            self._codes.nprobe = max(1, round(READ * self.lists))
+            found = self._codes.search(query[None], max(4 * k, CANDIDATES))[1][0]
+            # In the order of the file; faiss fills up with -1.
+            places = np.searchsorted(self._numbers, np.sort(found[found >= 0]))
+            scores = self._vectors[places] @ query
+        best = np.argsort(-scores, kind="stable")[:k]
+        return scores[best], self._numbers[places[best]]
 
-        `exact` reads all lists. A query that is not one of a kind with the vectors needs that.
-        """
-        self._index.nprobe = self.lists if exact else min(PROBES, self.lists)
-        scores, ids = self._index.search(query[None].astype(np.float32), k)
-        found = ids[0] >= 0  # faiss fills up with -1
-        return scores[0][found], ids[0][found]
+    @property
+    def _vectors(self) -> np.ndarray:
+        if len(self._parts) > 1:
+            self._parts = [np.concatenate(self._parts)]
+        return self._parts[0]
 
-    def write(self, path: Path) -> None:
-        faiss.write_index(self._index, str(path))
+    def write(self, folder: Path) -> None:
+        """Write what is not removed into the files of `folder`."""
+        with (folder / "vectors.npy").open("wb") as file:
+            shape = (len(self), self._parts[0].shape[1])
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
+            np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
+            start = 0
+            for part in self._parts:
+                for first in range(0, len(part), CHUNK):
+                    some = part[first : first + CHUNK]
+                    file.write(some[~self._removed[start : start + len(some)]].tobytes())
+                    start += len(some)
+        if self._codes is not None:
+            faiss.write_index(self._codes, str(folder / "codes.faiss"))
 
     @classmethod
-    def read(cls, path: Path, *, mapped: bool) -> VectorIndex:
-        """What `write` wrote; `mapped` leaves the vectors on the disk until a search reads them, and nothing can be
-        added. Raises UserError for a file that is damaged."""
-        read = cls.__new__(cls)
+    def read(cls, folder: Path, numbers: np.ndarray) -> VectorIndex:
+        """What `write` wrote of vectors that have `numbers [N]`, ascending. The vectors stay on disk until they are
+        needed. Raises UserError if files are damaged, or not of as many vectors."""
+        read = cls(0)
         try:
-            read._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
-        except RuntimeError as error:
-            raise UserError(f"{path} is damaged ({str(error).splitlines()[-1]}); make the index anew") from None
+            read._parts = [np.load(folder / "vectors.npy", mmap_mode="r")]
+            codes = folder / "codes.faiss"
+            read._codes = faiss.read_index(str(codes)) if codes.exists() else None
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{folder} is damaged ({str(error).splitlines()[-1]}); make the index anew") from None
+        found = [len(read._parts[0])] + ([] if read._codes is None else [read._codes.ntotal])
+        if any(count != len(numbers) for count in found):
+            raise UserError(f"{folder} is damaged: files and vectors are not as many; make the index anew")
+        read._numbers, read._removed = numbers, np.zeros(len(numbers), dtype=bool)
         return read
 
-
-def _lists_for(count: int) -> int:
-    return 1 if count <= EXACT else round(count**0.5)
-
-
-def _with_lists(lists: int, vectors: np.ndarray) -> Any:
-    """An empty inverted file whose lists are k-means clusters of `vectors [N, D]`."""
-    dimension = vectors.shape[1]
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimension), dimension, lists, faiss.METRIC_INNER_PRODUCT)
-    index.cp.min_points_per_centroid = 1  # no warning for a list that has a single vector to learn from
-    index.cp.max_points_per_centroid = SAMPLE
-    index.train(vectors)
-    return index
+    def _coded(self, lists: int) -> Any:
+        """The codes of all vectors in `lists` lists, which are k-means clusters."""
+        kept, vectors = np.flatnonzero(~self._removed), self._vectors
+        codes: Any = faiss.index_factory(vectors.shape[1], f"IVF{lists},RaBitQ2", faiss.METRIC_INNER_PRODUCT)
+        codes.cp.min_points_per_centroid = 1  # no warning for a list that has a single vector to learn from
+        codes.train(vectors[kept[:: max(1, len(kept) // (SAMPLE * lists))]])
+        for start in range(0, len(kept), CHUNK):
+            some = kept[start : start + CHUNK]
+            codes.add_with_ids(vectors[some], self._numbers[some])
+        return codes
