@@ -189,6 +189,7 @@ def evaluate(
     bootstrap: int = 1000,
     num_samples: int = 48,
     processes: Processes = Processes(),
+    more: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Predict, score, and write `predictions.jsonl`, `summary.json` and `samples.html` into `output_dir`.
 
@@ -205,6 +206,7 @@ def evaluate(
         bootstrap: resamples for the 95 % intervals, over images; 0 for none.
         num_samples: items on the page.
         processes: those that evaluate together; by default this one alone.
+        more: what was measured otherwise, in the form of `metrics` of the summary, where it comes last.
 
     Returns:
         The summary: `n_items`, `n_images`, `n_broken`, `broken_images` (image_id, where, why), `blind_missing` (the
@@ -265,6 +267,7 @@ def evaluate(
             "n_images": len(set(groups)),
             "sees": None if seen is None or unseen is None else seen[0] > unseen[1],
         }
+    summary["metrics"] |= more or {}
     if processes.index > 0:
         return summary
 

@@ -14,7 +14,7 @@ import pytest
 import typer
 from PIL import Image, ImageChops, ImageStat
 
-from vlm import recipe, recipe_data, recipe_model
+from vlm import recipe, recipe_data, recipe_evaluation, recipe_model
 from vlm.cli import app
 from vlm.data import augmentation
 from vlm.recipe_source import read_yaml
@@ -26,7 +26,7 @@ TEXTS = {name: path.read_text(encoding="utf-8") for name, path in GUIDES.items()
 
 SECTIONS = (
     recipe_model.Model, recipe_model.Adapter, recipe_model.Quantization, recipe_data.Data,
-    recipe.Lora, recipe.Evaluation,
+    recipe.Lora, recipe.Evaluation, recipe_evaluation.Classification,
     augmentation.Augmentation, augmentation.RandomResizedCrop, augmentation.ColorJitter,
 )  # fmt: skip
 

@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from vlm import generation
 from vlm.batches import MAX_BATCH_TOKENS
-from vlm.data.encoding import BATCH_IMAGES
-from vlm.data.example import ImageSource
-from vlm.data.images import ImageError, find_images, open_image
+from vlm.data.images import find_images
 from vlm.dual_encoder import is_dual_encoder
 from vlm.embedding import load_embedder
 from vlm.errors import UserError
-from vlm.eval.top_k import first_right, top_k
-from vlm.recognition.labelled_images import LabelledImages, read_labelled_images
+from vlm.recognition.labelled_images import read_labelled_images
 from vlm.recognition.labels import PHOTO, read_labels, read_templates
 from vlm.recognition.likelihood import ANSWER, PROMPT, LabelLikelihood
+from vlm.recognition.tasks import Classifier, accuracy, classify, in_words
 from vlm.recognition.zero_shot import ZeroShot
 
 SHOWN = 3
 """Labels an image in the terminal."""
-TOP = 5
-
-
-class Classifier(Protocol):
-    def scores(self, images: Sequence[Image.Image]) -> Tensor: ...
-
-    def probabilities(self, scores: Tensor) -> Tensor: ...
 
 
 def run(
@@ -72,26 +59,19 @@ def run(
     images = labelled.images if labelled else {path: path for path in find_images(patterns)}
     with console.status("loading the model"):
         classifier = load(model, names, texts, prompt, max_batch_tokens)
-    broken: list[ImageError] = []
-    opened: list[str] = []
-    scores: list[Tensor] = []
-    total = -(-len(images) // BATCH_IMAGES)
-    batches = track(_opened(images, broken), "classifying", total, console=console, disable=not console.is_terminal)
-    for batch in batches:
-        opened += batch
-        scores.append(classifier.scores(list(batch.values())))
+    scores, broken = classify(classifier, images, console=console)
     for problem in [*(labelled.problems if labelled else ()), *broken]:
         console.print(f"left out: {problem}", markup=False, highlight=False, soft_wrap=True)
-    if not opened:
+    if not scores:
         raise UserError(f"no image could be opened, of {len(images)}")
-    everything = torch.cat(scores)
-    probabilities = classifier.probabilities(everything)
+    probabilities = classifier.probabilities(torch.stack([*scores.values()]))
     if output is not None:
-        _write(output, opened, names, probabilities)
+        _write(output, [*scores], names, probabilities)
     if labelled:
-        _score(labelled, opened, everything, console)
+        for k, share in accuracy(labelled, scores).items():
+            console.print(in_words(share, k, labelled, scores), highlight=False, soft_wrap=True)
     else:
-        _show(opened, names, probabilities, console)
+        _show([*scores], names, probabilities, console)
 
 
 def load(
@@ -101,35 +81,17 @@ def load(
 
     Raises UserError for options of the other kind, and a model that is neither.
     """
-    config = generation.load_config(model)
-    if is_dual_encoder(config):
+    if is_dual_encoder(generation.load_config(model)):
         if prompt is not None:
             raise UserError("--prompt is what a vision-language model is asked; a dual encoder takes --template")
         return ZeroShot(load_embedder(model), labels, templates or PHOTO)
     if len(templates) > 1:
         raise UserError("a vision-language model takes one --template, the answer as it would write it: 'A {}.'")
     network, processor = generation.load(model)
+    answer = templates[0] if templates else ANSWER
     return LabelLikelihood(
-        network,
-        processor,
-        labels,
-        prompt=prompt or PROMPT,
-        answer=templates[0] if templates else ANSWER,
-        max_batch_tokens=max_batch_tokens,
+        network, processor, labels, prompt=prompt or PROMPT, answer=answer, max_batch_tokens=max_batch_tokens
     )
-
-
-def _opened(images: Mapping[str, ImageSource], broken: list[ImageError]) -> Iterator[dict[str, Image.Image]]:
-    rest = iter(images.items())
-    while batch := list(islice(rest, BATCH_IMAGES)):
-        opened = {}
-        for name, source in batch:
-            try:
-                opened[name] = open_image(source)
-            except ImageError as error:
-                broken.append(error)
-        if opened:
-            yield opened
 
 
 def _write(output: Path, opened: Sequence[str], names: Sequence[str], probabilities: Tensor) -> None:
@@ -139,17 +101,6 @@ def _write(output: Path, opened: Sequence[str], names: Sequence[str], probabilit
             best = names[max(range(len(names)), key=row.__getitem__)]
             line: dict[str, Any] = {"image": image, "label": best, "probabilities": dict(zip(names, row, strict=True))}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _score(labelled: LabelledImages, opened: Sequence[str], scores: Tensor, console: Console) -> None:
-    target = dict(zip(labelled.images, labelled.targets, strict=True))
-    right = np.eye(len(labelled.labels), dtype=bool)[[target[name] for name in opened]]
-    for k, share in top_k(first_right(scores.numpy(), right), (1, TOP) if right.shape[1] > TOP else (1,)).items():
-        console.print(
-            f"top-{k} accuracy {share}, {len(opened):,} images, {len(labelled.labels)} labels",
-            highlight=False,
-            soft_wrap=True,
-        )
 
 
 def _show(opened: Sequence[str], names: Sequence[str], probabilities: Tensor, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from vlm import recipe
 from vlm.batches import MAX_BATCH_TOKENS
 from vlm.errors import UserError, nearest
 from vlm.eval.summary import show
+from vlm.recipe_evaluation import Classification
 
 
 def run(
@@ -39,13 +41,15 @@ def run(
     from vlm.eval import METRICS
     from vlm.eval import evaluate as score
     from vlm.generation import load_config
+    from vlm.recognition.tasks import measure
 
     asked = metrics
     words = shlex.split(data)
+    tasks: dict[str, Classification] = {}
     if len(words) == 1 and "=" not in words[0]:
         loaded = recipe.load(words[0])
         section, label, metrics = loaded.data, loaded.name, metrics or loaded.evaluation.metrics
-        max_new_tokens = loaded.evaluation.max_new_tokens
+        max_new_tokens, tasks = loaded.evaluation.max_new_tokens, loaded.evaluation.classification
     else:
         section = recipe.parse_data(words)
         label = section.sources[0]["format"]
@@ -70,13 +74,16 @@ def run(
     if pairs:
         from vlm.embedding import load_embedder
         from vlm.pair_evaluation import evaluate_pairs
+        from vlm.recognition.zero_shot import zero_shot
 
         with console.status("loading the model"):
             embedder = load_embedder(model)
-        return evaluate_pairs(embedder, examples, output_dir=folder, console=console)
+        more = measure(tasks, partial(zero_shot, embedder), console=console)
+        return evaluate_pairs(embedder, examples, output_dir=folder, console=console, more=more)
 
     from vlm import generation
     from vlm.precision import generation_in_bfloat16
+    from vlm.recognition.likelihood import label_likelihood
 
     with console.status("loading the model"):
         network, processor = generation.load(model)
@@ -87,7 +94,8 @@ def run(
         )
 
     with generation_in_bfloat16(network):  # as at the end of training, so that the scores are the same
-        summary = score(examples, predict, list(metrics or ()), output_dir=folder)
+        more = measure(tasks, partial(label_likelihood, network, processor, max_batch_tokens), console=console)
+        summary = score(examples, predict, list(metrics or ()), output_dir=folder, more=more)
     show(summary, console)
     console.print(f"every answer: {folder / 'samples.html'}", markup=False, highlight=False, soft_wrap=True)
     return summary

@@ -130,8 +130,8 @@ def model_card(run_dir: str | Path, repo_id: str, *, merge_lora: bool = True) ->
         eval_results=[
             EvalResult(
                 task_type=task,
-                dataset_type=dataset if _is_hub_dataset(test or sources[0]) else "custom",
-                dataset_name=dataset,
+                dataset_type=dataset if _is_hub_dataset(test or sources[0]) and "data" not in found else "custom",
+                dataset_name=found.get("data", dataset),
                 metric_type=metric,
                 metric_name=metric,
                 metric_value=found["score"],
@@ -231,6 +231,10 @@ def _score_table(metrics: Mapping[str, Any], dataset: str, dual: bool) -> str:
         "| metric | score | interval | blind | blind interval |",
         "| --- | --- | --- | --- | --- |",
     ]
+    others = {name: found["data"] for name, found in metrics.items() if "data" in found}
+    if others:
+        told = ", ".join(f"`{name}` of {data}" for name, data in others.items())
+        lines[:1] = [f"{lines[0]} Images told apart by labels that were not trained on: {told}; blind is chance."]
     for name, found in metrics.items():
         blind = found.get("blind_score", found.get("blind"))
         cells = (found.get("score"), found.get("interval"), blind, found.get("blind_interval"))

@@ -2,9 +2,9 @@
 
     recipe = load("quickstart", ["train.max_steps=50"])      # a packaged recipe, or the path of a file
 
-The classes below, and those of `vlm.recipe_model`, `vlm.recipe_data` and `vlm.recipe_contrastive`, are the reference of
-every key. A recipe is checked whole before any weight is loaded: an unknown key, a wrong type or a contradiction is
-reported with its file and line, all at once (RecipeError).
+The classes below, and those of `vlm.recipe_model`, `vlm.recipe_data`, `vlm.recipe_evaluation` and
+`vlm.recipe_contrastive`, are the reference of every key. A recipe is checked whole before any weight is loaded: an
+unknown key, a wrong type or a contradiction is reported with its file and line, all at once (RecipeError).
 
 Relative paths in a recipe are looked for beside the recipe file first, then in the current folder. `~` and
 `${VLM_HOME}` (the cache folder, ~/.cache/vlm unless the environment says otherwise) are expanded.
@@ -19,11 +19,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from vlm import recipe_contrastive, recipe_train
-from vlm.batches import MAX_BATCH_TOKENS
 from vlm.errors import nearest
 from vlm.recipe_contrastive import Contrastive
 from vlm.recipe_data import Data, is_number
 from vlm.recipe_errors import FoundError, to_recipe_error
+from vlm.recipe_evaluation import Evaluation
 from vlm.recipe_model import Model, Section
 from vlm.recipe_paths import expand, expand_source, home
 from vlm.recipe_source import COMMAND_LINE, KeyPath, Places, RecipeError, apply_overrides, read_yaml
@@ -157,33 +157,6 @@ class Stage(Section):
         }
 
 
-class Evaluation(Section):
-    """What is measured on `data.validation` when training is done."""
-
-    metrics: list[str] = Field(default=[])
-    """Names from vlm.eval.metrics.METRICS; empty: only the loss."""
-    max_new_tokens: int = Field(default=32, ge=1)
-    limit: int | None = Field(default=None, ge=1)
-    """Use only so many examples."""
-    samples: int = Field(default=0, ge=0)
-    """So many held-out examples are answered in each evaluation during training (`train.eval_strategy`), and scored."""
-    max_batch_tokens: int = Field(default=MAX_BATCH_TOKENS, ge=1)
-    """The most tokens of a batch, prompts and answers with their padding; lower it if memory runs out."""
-
-    @field_validator("metrics")
-    @classmethod
-    def _known(cls, value: list[str]) -> list[str]:
-        if value:
-            from vlm.eval.metrics import METRICS
-
-            wrong = [(i, name) for i, name in enumerate(value) if name not in METRICS]
-            if wrong:
-                raise FoundError(
-                    [((i,), f"there is no metric '{name}'; {nearest(name, METRICS)}") for i, name in wrong]
-                )
-        return value
-
-
 class Recipe(Section):
     """The whole recipe. A recipe with one stage may write `trainable`, `lora` and `train` at the top level instead."""
 
@@ -235,12 +208,28 @@ class Recipe(Section):
                 found.append((("evaluation", "samples"), "are answered to be scored; name `metrics`"))
             if all(stage.train.get("eval_strategy", "no") == "no" for stage in self.stages):
                 found.append((("evaluation", "samples"), "are answered in evaluations; set `eval_strategy` in `train`"))
+        found += self._about_classification()
         if self.evaluation.metrics and self.data.validation is None:
             found.append((("evaluation", "metrics"), "there is nothing to measure on; add `data.validation`"))
         if found:
             raise FoundError(found)
         self.output_dir = str(Path(self.output_dir or f"runs/{self.name}").expanduser())
         return self
+
+    def _about_classification(self) -> list[tuple[KeyPath, str]]:
+        found: list[tuple[KeyPath, str]] = []
+        for name, task in self.evaluation.classification.items():
+            at = ("evaluation", "classification", name)
+            if self.contrastive and task.prompt is not None:
+                found.append(
+                    ((*at, "prompt"), "is what a model that writes is asked; a dual encoder takes `templates`")
+                )
+            if not self.contrastive and len(task.templates) > 1:
+                found.append(((*at, "templates"), "a model that writes takes one, its answer: ['A {}.']"))
+        if self.evaluation.classification and not self.is_scored:
+            what = "`data.validation`" if self.contrastive else "`metrics`, and `data.validation`"
+            found.append((("evaluation", "classification"), f"is measured beside {what}; add it"))
+        return found
 
     def _about_evaluation(self, train: dict[str, Any]) -> list[tuple[str, str]]:
         """What is wrong with how a stage evaluates as it trains."""

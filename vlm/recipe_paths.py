@@ -15,7 +15,7 @@ def home() -> Path:
 
 def expand(values: dict[str, Any], base_dir: Path | None) -> None:
     """Make the paths of a raw recipe whole, in place. Names that are no path here (Hub names) stay as they are."""
-    model, data = values.get("model"), values.get("data")
+    model, data, evaluation = values.get("model"), values.get("data"), values.get("evaluation")
     if isinstance(model, dict):
         for key in ("pretrained", "vision", "language"):
             if key in model:
@@ -26,6 +26,10 @@ def expand(values: dict[str, Any], base_dir: Path | None) -> None:
         for source in (*(train if isinstance(train, list) else [train]), data.get("validation")):
             expand_source(source, Path(start) if isinstance(start, str) else None)
         data["base_dir"] = start
+    if isinstance(evaluation, dict) and isinstance(tasks := evaluation.get("classification"), dict):
+        for task in tasks.values():
+            if isinstance(task, dict):
+                task |= {key: _whole(task[key], base_dir) for key in ("data", "templates") if key in task}
 
 
 def expand_source(source: Any, base_dir: Path | None) -> None:

@@ -29,6 +29,7 @@ from vlm.data.example import Example, question_and_answer
 from vlm.data.tree_masks import TreeMasks
 from vlm.errors import UserError
 from vlm.generation import encode_images, fixed_image_tokens
+from vlm.recipe_evaluation import Classification
 from vlm.recognition.labels import fill
 from vlm.tiling import size_of
 from vlm.training.checks import why_not_trees
@@ -151,6 +152,14 @@ class LabelLikelihood:
             for of_image, tiles in zip(keys[start : start + BATCH_IMAGES], encoded, strict=True):
                 kept |= zip(of_image, tiles, strict=True)
         return _Features(keys, kept, grid)
+
+
+def label_likelihood(
+    model: Any, processor: Any, max_batch_tokens: int, labels: Sequence[str], task: Classification
+) -> LabelLikelihood:
+    """The classifier of a recipe's task."""
+    answer, prompt = task.templates[0] if task.templates else ANSWER, task.prompt or PROMPT
+    return LabelLikelihood(model, processor, labels, prompt=prompt, answer=answer, max_batch_tokens=max_batch_tokens)
 
 
 @dataclass

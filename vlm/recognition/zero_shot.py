@@ -8,7 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from vlm.embedding import Embedder, unit
-from vlm.recognition.labels import fill
+from vlm.recipe_evaluation import Classification
+from vlm.recognition.labels import PHOTO, fill
 
 
 class ZeroShot:
@@ -32,3 +33,8 @@ class ZeroShot:
         """`[images, labels]`: with a softmax over the labels; by a model with a bias, which was trained to judge each
         pair by itself (SigLIP, arXiv 2303.15343), with a sigmoid."""
         return scores.softmax(dim=-1) if self.embedder.logit_bias is None else scores.sigmoid()
+
+
+def zero_shot(embedder: Embedder, labels: Sequence[str], task: Classification) -> ZeroShot:
+    """The classifier of a recipe's task."""
+    return ZeroShot(embedder, labels, task.templates or PHOTO)

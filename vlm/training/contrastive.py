@@ -30,6 +30,8 @@ from vlm.loading import checkpoint_of
 from vlm.pair_evaluation import evaluate_pairs
 from vlm.recipe import Recipe, Stage
 from vlm.recipe_contrastive import Contrastive
+from vlm.recognition.tasks import measure
+from vlm.recognition.zero_shot import zero_shot
 from vlm.training.callbacks import StopOnSignal
 from vlm.training.checkpoints import fingerprint
 from vlm.training.contrastive_trainer import ContrastiveTrainer
@@ -149,7 +151,9 @@ def score(
         some = examples[: recipe.evaluation.limit]
         network = model.to(processes.device).eval()
         embedder = Embedder(recipe.name, network, processor.image_processor, processor.tokenizer)
-        evaluate_pairs(embedder, some, output_dir=folder, console=console, watch=partial(_until_told, stop))
+        watch: Any = partial(_until_told, stop)
+        more = measure(recipe.evaluation.classification, partial(zero_shot, embedder), console=console, watch=watch)
+        evaluate_pairs(embedder, some, output_dir=folder, console=console, watch=watch, more=more)
     processes.wait_for_everyone()
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from vlm.loading import checkpoint_of, no_loading_bar
 from vlm.precision import generation_in_bfloat16
 from vlm.recipe import Recipe, Stage, require_models
 from vlm.recipe_model import Quantization
+from vlm.recognition.likelihood import label_likelihood
+from vlm.recognition.tasks import measure, read_tasks
 from vlm.training import contrastive
 from vlm.training.callbacks import StopOnSignal
 from vlm.training.changes import changes, in_words, recipe_changes
@@ -98,6 +101,7 @@ def train(
     else:
         train_examples = [example for source in recipe.data.sources for example in _read(recipe, source, log)]
     validation_examples = _read(recipe, recipe.data.validation, log) if recipe.data.validation else []
+    read_tasks(recipe.evaluation.classification)  # what is wrong with them is said now
     done = finished_stages(folder, recipe.stage_names) if resume else 0
     model, processor = _start_model(recipe, folder, done)
     processes.wait_for_everyone()  # so that none looks for a run in the folder when there is one
@@ -357,13 +361,23 @@ def _score(
             progress=lambda answers: stop.check(doing),
         )
 
+    def watch(batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            stop.check(doing)
+            yield batch
+
+    processes = Processes(args.process_index, args.world_size, gather_object)
     with generation_in_bfloat16(network, args.bf16):
+        tasks = recipe.evaluation.classification
+        classifier = partial(label_likelihood, network, processor, recipe.evaluation.max_batch_tokens)
+        more = measure(tasks, classifier, console=console, processes=processes, watch=watch)
         summary = evaluate(
             examples[: recipe.evaluation.limit],
             predict,
             recipe.evaluation.metrics,
             output_dir=stage_home(folder, recipe.stage_names, number) / "evaluation",
             seed=recipe.seed,
-            processes=Processes(args.process_index, args.world_size, gather_object),
+            processes=processes,
+            more=more,
         )
     show(summary, console)

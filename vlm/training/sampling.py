@@ -14,7 +14,7 @@ from peft import PeftModel
 from vlm import generation
 from vlm.data.example import Example
 from vlm.eval import evaluate
-from vlm.recipe import Evaluation
+from vlm.recipe_evaluation import Evaluation
 
 
 class Samples:
