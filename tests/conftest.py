@@ -1,8 +1,23 @@
-"""What several tests are given."""
+"""What several tests are given, and which of their cases are slow ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Of a test that is marked `few(n)`, n cases, spread over all, are in the fast suite; the others are slow ones."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for of_test in cases.values():
+        (count,) = of_test[0].get_closest_marker("few").args  # type: ignore[union-attr]
+        fast = {n * len(of_test) // count for n in range(count)}
+        for number, item in enumerate(of_test):
+            if number not in fast:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ FLOORS: list[set[str]] = [
         "recipe",
         "recipe_contrastive",
         "recipe_data",
+        "recipe_evaluation",
         "recipe_model",
         "presets",
         "recipe_source",
@@ -51,8 +52,9 @@ FLOORS: list[set[str]] = [
         "recipe_train",
         "recipes",
         "training",
+        "recognition",
     },
-    {"recognition", "retrieval"},
+    {"retrieval"},
     {
         "cache",
         "chat",

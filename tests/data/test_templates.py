@@ -107,6 +107,7 @@ def check(name, made):
         assert all(label in (X, token) for label, token in zip(path.labels, path.input_ids, strict=True))
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "system last"])
 def test_trees_are_the_conversations_as_the_template_writes_them(name):
     @settings(deadline=None, derandomize=True, max_examples=30, database=None)

@@ -61,6 +61,7 @@ def loss_and_gradients(model, batch):
     return float(loss.detach()), gradients(model)
 
 
+@pytest.mark.few(4)
 def test_trees_equal_one_row_an_answer(made):
     """Loss and gradients of packed rows of trees, and of rows with one answer each, one at a time."""
     model, processor = made

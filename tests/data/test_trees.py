@@ -189,6 +189,7 @@ def assert_close(found, wanted):
         assert float((found[1][name] - gradient).norm()) <= 1e-4 * scale, name
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("attention", ["masked", "tree"])
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -150,6 +150,7 @@ def test_likelihoods_are_those_of_one_forward_a_label(fusion):
     torch.testing.assert_close(found.scores(pictures), expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", PROMPTED | STOCK)
 def test_stock_models_score_labels_together_as_each_alone(name):
     """As branches of one tree or as rows of one batch."""

@@ -69,6 +69,7 @@ def kill_when(monkeypatch, where):
         monkeypatch.setattr(Path, "rename", dying(Path.rename, 2))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("where", ["weights", "optimizer", "random state", "rename"])
 def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(whole, tmp_path, monkeypatch, where):
     with monkeypatch.context() as patch:

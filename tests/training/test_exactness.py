@@ -83,6 +83,7 @@ def test_lora_and_checkpointing_of_stock_models(tmp_path, name, lora):
     assert_close(found, expected)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("decoder", ["llama", "gemma3", "gpt2"])
 @pytest.mark.parametrize("fusion", ["prefix", "cross_attention", "cross_attention_layers"])
 def test_gradient_checkpointing(tmp_path, decoder, fusion):

@@ -85,6 +85,7 @@ def test_activations_are_tried_out(tmp_path, checkpointing):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["ours", "llava"])
+@pytest.mark.few(2)
 def test_a_frozen_encoder_is_not_gone_back_through(tmp_path, name, reentrant):
     """Reentrant checkpointing cannot do without: its layers want an input that requires a gradient."""
     model, processor = tiny() if name == "ours" else stock("llava")

@@ -40,6 +40,7 @@ def test_stages_chain(two_stages):
     assert list(dict.fromkeys(entry["stage"] for entry in entries)) == ["align", "tune"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("stage", "step"), [("align", 3), ("tune", 1), ("tune", 3)])
 def test_an_interrupted_run_resumes_to_the_same_weights(two_stages, values, tmp_path, monkeypatch, stage, step):
     with monkeypatch.context() as patch:
@@ -65,9 +66,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights(two_stages, values, tmp_
 
 @pytest.mark.parametrize(
     "augmentation",
-    [pytest.param(None, marks=pytest.mark.slow), {"random_resized_crop": {"scale": [0.3, 0.6]}}],
+    [None, {"random_resized_crop": {"scale": [0.3, 0.6]}}],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_run_resumed_in_a_later_epoch_equals_one_that_was_not_stopped(values, tmp_path, monkeypatch, augmentation):
     """Each epoch has rows of its own and changes images in its own way, and the resumed run must do as its epoch."""
     rows = [{"file_name": f"{n}.png", "captions": ["a cat", "no cat"]} for n in range(10)]  # alike: they change places

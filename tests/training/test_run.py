@@ -361,6 +361,7 @@ def test_the_projector_can_start_at_random(values, tmp_path):
     assert not model.multi_modal_projector.standardize.mean.any()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("projector", "options"),
     [("c_abstractor", {}), ("resampler", {}), ("qformer", {}), ("qformer", {"use_qformer_text_input": True})],

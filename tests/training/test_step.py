@@ -59,6 +59,7 @@ def decoder(tree, *, trained, by_trees):
     return LAYERS * layer + linear(WIDTH, WORDS, supervised, passes=passes)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("by_trees", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -102,6 +102,7 @@ def test_a_row_an_answer_has_the_models_own_loss(name, parity):
     parity(table()[model.config.model_type]["family"], "loss in training, `pretrained`", abs(found[0] - wanted[0]))
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_accumulating_equals_a_large_batch(tmp_path, name):
     """8 rows at once, or 4 times 2 with unequal numbers of supervised tokens: the same weights."""

@@ -57,6 +57,7 @@ def test_labels(llava):
     assert all(item.tree.input_ids.count(processor.image_token_id) == 16 for item in items)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("lora", [False, True])
 def test_it_trains(llava, tmp_path, monkeypatch, lora):
     monkeypatch.setenv("VLM_HOME", str(tmp_path / "home"))

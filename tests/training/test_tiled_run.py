@@ -52,6 +52,7 @@ def values(parts, pictures, tmp_path):
     return made
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "adapter", "kept"),
     [

@@ -60,6 +60,7 @@ def uneven_examples():
     return [replace(made, branches=made.branches[: 1 + n % 4]) for n, made in enumerate(examples(8, 4))]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("weighting", ["equal_tokens", "root_answers"])
 @pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
 def test_accumulating_equals_a_large_batch(tmp_path, fusion, weighting):
@@ -271,6 +272,7 @@ def _some_logits(model, processor):
         return model(**batch).logits
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("decoder", ["llama", "gpt2"])
 @pytest.mark.parametrize("fusion", ["prefix", "cross_attention_layers", "prefix+cross_attention"])
 def test_lora_merged_equals_adapted_and_its_folder_loads_again(tmp_path, decoder, fusion):

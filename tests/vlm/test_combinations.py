@@ -78,6 +78,7 @@ CONVERSATIONS = [
     ("encoder", "bridge", "decoder"),
     [pytest.param(*each, marks=() if each in some() else pytest.mark.slow) for each in EVERY],
 )
+@pytest.mark.few(16)
 def test_any_encoder_any_bridge_any_decoder(encoder, bridge, decoder, tmp_path, record_property):
     """A padded batch says what its rows say alone, and with a cache what it says without; images matter; gradients
     reach every part; saved and loaded it is the same."""

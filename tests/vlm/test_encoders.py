@@ -13,6 +13,7 @@ from vlm.encoder import encode
 from vlm.encoders import TIMM, measure
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("name", "same"),
     [

@@ -36,6 +36,7 @@ def complete():
     server.kill_server()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("target", sorted(EXPRESSIBLE.keys() - PROMPTED))
 def test_served_on_loopback_it_answers_as_ours_does(complete, tmp_path, target):
     model, processor = EXPRESSIBLE[target]()

@@ -56,6 +56,7 @@ def test_a_shared_image_equals_separate_ones_and_is_encoded_once(made):
     assert together == separate
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("decoder", [*DECODERS, "gemma3 with a wide window"])
 def test_questions_about_shared_images_equal_one_by_one(decoder, fusion):

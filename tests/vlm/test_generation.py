@@ -23,6 +23,7 @@ def calls_of(model, suffix):
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.few(10)
 def test_with_a_cache_equals_without(decoder, fusion):
     model, processor = tiny(decoder, fusion)
     inputs = encode(processor, CONVERSATIONS)
@@ -46,6 +47,7 @@ def test_prefix_and_mllamas_layers_at_once(decoder):
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.few(10)
 def test_a_left_padded_batch_equals_one_by_one(decoder, fusion):
     model, processor = tiny(decoder, fusion)
     together = continuation(model, encode(processor, CONVERSATIONS))

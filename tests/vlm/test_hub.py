@@ -217,6 +217,7 @@ def test_lora_is_merged(hub, lora_run, made, inputs):
     assert not torch.allclose(tiny.logits(model_of(lora_run), **inputs), tiny.logits(made[0], **inputs), atol=0.1)
 
 
+@pytest.mark.slow
 def test_lora_is_kept_apart_when_asked(hub, lora_run, tmp_path, made, inputs):
     """At the root the model that training started from, with the bridge as trained; with the adapter, the whole."""
     push(lora_run, REPO, token=TOKEN, merge_lora=False)

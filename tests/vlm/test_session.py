@@ -72,6 +72,7 @@ def both(model, processor, session, request, reads, tokens=6):
     return found, read, reads.prompt, images
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_conversation_equals_reading_everything_again(decoder, fusion):
