@@ -157,7 +157,9 @@ class LabelLikelihood:
 def label_likelihood(
     model: Any, processor: Any, max_batch_tokens: int, labels: Sequence[str], task: Classification
 ) -> LabelLikelihood:
-    """The classifier of a recipe's task."""
+    """The classifier of a recipe's task. Raises UserError for several templates, of which an answer has one."""
+    if len(task.templates) > 1:
+        raise UserError("evaluation.classification: a model that writes takes one of `templates`: ['A {}.']")
     answer, prompt = task.templates[0] if task.templates else ANSWER, task.prompt or PROMPT
     return LabelLikelihood(model, processor, labels, prompt=prompt, answer=answer, max_batch_tokens=max_batch_tokens)
 
