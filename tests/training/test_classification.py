@@ -21,6 +21,7 @@ from vlm.errors import UserError
 from vlm.eval.runner import Processes
 from vlm.hub import model_card
 from vlm.recipe_evaluation import Classification
+from vlm.recognition.likelihood import label_likelihood
 from vlm.recognition.tasks import measure
 from vlm.recognition.zero_shot import zero_shot
 
@@ -203,3 +204,9 @@ def test_paths_are_those_beside_the_recipe(pair_values, photos, tmp_path):
 
     loaded = recipe.from_dict(pair_values, base_dir=photos.parent)
     assert loaded.evaluation.classification["things"].data == str(photos)
+
+
+def test_a_model_that_writes_takes_one_template(tmp_path):
+    task = Classification(data=str(tmp_path), templates=["A {}.", "The {}."])
+    with pytest.raises(UserError, match="takes one of `templates`"):
+        label_likelihood(None, None, 1, LABELS, task)
