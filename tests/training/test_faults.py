@@ -91,6 +91,7 @@ def test_other_versions_are_said(copy, tmp_path, monkeypatch):
 # --- while training
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_end_keeps_the_checkpoint(copy, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         (tmp_path / "run/model.saving").mkdir()
@@ -189,6 +190,7 @@ def test_what_happens_to_a_process_that_reads_data_is_told(copy, tmp_path, monke
 # --- steps that are skipped
 
 
+@pytest.mark.slow
 def test_the_examples_of_skipped_steps_are_named(tmp_path):
     """Two batches a step; the second example of step 2 gives a loss that is not a number."""
     skipped = SkippedSteps(tmp_path / "skipped_steps.jsonl", "align")

@@ -312,6 +312,7 @@ def test_what_is_kept_is_described(tmp_path, vlm_home):
 # --- whole runs
 
 
+@pytest.mark.slow
 def test_a_run_without_kept_features_is_that_on_pixels(parts, tmp_path, monkeypatch):
     images = save_images(tmp_path / "images")
     losses = []

@@ -214,6 +214,7 @@ def test_plain_rows_resume_to_the_same_weights(values, tmp_path, monkeypatch):
         assert torch.equal(p, q), name
 
 
+@pytest.mark.slow
 def test_kept_features_serve_plain_rows(tmp_path, monkeypatch):
     """A recurrent decoder under our own model: the encoder runs once an image, the rows repeat what it said."""
     from transformers import AutoModelForCausalLM

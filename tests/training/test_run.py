@@ -154,6 +154,7 @@ def test_exported_as_a_model_of_transformers_it_answers_as_it_was_evaluated(fini
     assert answers == [row["prediction"] for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_of_the_preset_of_paligemma_becomes_one(tmp_path):
     """Trained in trees, two captions to one image and prompt; and asked as the stock processor asks."""
     model, processor = own_paligemma()
@@ -329,6 +330,7 @@ def test_the_cache_changes_nothing(values, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.few(1)
 def test_the_projector_starts_from_the_training_images(values, images, tmp_path, kept):
     train(values | {"data": values["data"] | {"cache_features": kept}, "evaluation": {}})
     model, processor = generation.load(str(tmp_path / "run"), device="cpu")

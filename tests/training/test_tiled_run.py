@@ -84,6 +84,7 @@ def test_a_run(values, tmp_path, kind, adapter, kept):
     assert "".join(Session(model, processor).stream(asked, max_new_tokens=4)).strip() == row["prediction"]
 
 
+@pytest.mark.slow
 def test_text_alone_teaches_a_frozen_language_model_nothing(values, pictures, tmp_path):
     """One row of nothing but text would end the run: no gradient comes from it."""
     rows = (pictures / "train.jsonl").read_text().splitlines()[:2]

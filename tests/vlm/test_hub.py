@@ -134,6 +134,7 @@ def test_a_model_without_a_chat_template_is_loaded_by_the_code_of_its_card(hub, 
 
 
 @pytest.mark.parametrize("ours", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_dual_encoder_is_compared_by_the_code_of_its_card(hub, run_dir, tmp_path, ours):
     shutil.rmtree(run_dir / "model")
     save_dual(run_dir / "model")

@@ -81,6 +81,7 @@ def test_it_trains_scores_and_asks(home: Path, capsys: pytest.CaptureFixture[str
     assert (folder / "model" / "model.safetensors").stat() == model
 
 
+@pytest.mark.slow
 def test_without_the_stamps_easy_vqa_takes_their_place(home: Path) -> None:
     easy_vqa(home)
     folder, said = run()
