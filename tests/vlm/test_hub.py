@@ -133,8 +133,8 @@ def test_a_model_without_a_chat_template_is_loaded_by_the_code_of_its_card(hub, 
     assert torch.equal(load_by_name(hub, tmp_path, inputs), tiny.logits(model, **inputs))
 
 
-@pytest.mark.parametrize("ours", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.slow
+@pytest.mark.parametrize("ours", [True, False])
 def test_a_dual_encoder_is_compared_by_the_code_of_its_card(hub, run_dir, tmp_path, ours):
     shutil.rmtree(run_dir / "model")
     save_dual(run_dir / "model")
