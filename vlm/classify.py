@@ -18,8 +18,8 @@ from vlm.dual_encoder import is_dual_encoder
 from vlm.embedding import load_embedder
 from vlm.errors import UserError
 from vlm.recognition.labelled_images import read_labelled_images
-from vlm.recognition.labels import PHOTO, read_labels, read_templates
-from vlm.recognition.likelihood import ANSWER, PROMPT, LabelLikelihood
+from vlm.recognition.labels import read_labels, read_templates
+from vlm.recognition.likelihood import LabelLikelihood
 from vlm.recognition.tasks import Classifier, accuracy, classify, in_words
 from vlm.recognition.zero_shot import ZeroShot
 
@@ -84,14 +84,12 @@ def load(
     if is_dual_encoder(generation.load_config(model)):
         if prompt is not None:
             raise UserError("--prompt is what a vision-language model is asked; a dual encoder takes --template")
-        return ZeroShot(load_embedder(model), labels, templates or PHOTO)
+        return ZeroShot(load_embedder(model), labels, templates)
     if len(templates) > 1:
         raise UserError("a vision-language model takes one --template, the answer as it would write it: 'A {}.'")
     network, processor = generation.load(model)
-    answer = templates[0] if templates else ANSWER
-    return LabelLikelihood(
-        network, processor, labels, prompt=prompt or PROMPT, answer=answer, max_batch_tokens=max_batch_tokens
-    )
+    answer = templates[0] if templates else None
+    return LabelLikelihood(network, processor, labels, prompt=prompt, answer=answer, max_batch_tokens=max_batch_tokens)
 
 
 def _write(output: Path, opened: Sequence[str], names: Sequence[str], probabilities: Tensor) -> None:

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vlm.recognition.labels import TEMPLATES
+
 PATH_KEYS = ("path", "images", "annotations", "questions", "data_files")
 """The keys of a data source that name a file or folder of their own."""
 
@@ -29,7 +31,7 @@ def expand(values: dict[str, Any], base_dir: Path | None) -> None:
     if isinstance(evaluation, dict) and isinstance(tasks := evaluation.get("classification"), dict):
         for task in tasks.values():
             if isinstance(task, dict):
-                task |= {key: _whole(task[key], base_dir) for key in ("data", "templates") if key in task}
+                task |= {key: _whole(task[key], base_dir) for key in ("data", "templates") if _is_path(task.get(key))}
 
 
 def expand_source(source: Any, base_dir: Path | None) -> None:
@@ -41,6 +43,11 @@ def expand_source(source: Any, base_dir: Path | None) -> None:
         builder = key == "path" and "data_files" in source and "/" not in str(source.get(key))
         if key in source and not builder:
             source[key] = _whole(source[key], base_dir)
+
+
+def _is_path(value: Any) -> bool:
+    """Not the name of templates, whatever folders are called so: ImageNet's is."""
+    return isinstance(value, str) and value not in TEMPLATES
 
 
 def _whole(value: Any, base_dir: Path | None) -> Any:

@@ -10,17 +10,18 @@ import torch
 from PIL import Image
 from rich.console import Console
 from sklearn.metrics import top_k_accuracy_score
-from transformers import BertConfig, BertModel, CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor
 
-from tests.dual_encoders import save_clip, text_sizes, tokenizer
+from tests.dual_encoders import save_clip
 from tests.tiny import image
-from tests.training.helpers import TRAIN, recipe_values, train
-from vlm import classify, evaluate
+from tests.training.helpers import recipe_values, train
+from vlm import classify, evaluate, recipe
 from vlm.embedding import load_embedder
 from vlm.errors import UserError
 from vlm.eval.runner import Processes
 from vlm.hub import model_card
 from vlm.recipe_evaluation import Classification
+from vlm.recognition.labels import TEMPLATES
 from vlm.recognition.likelihood import label_likelihood
 from vlm.recognition.tasks import measure
 from vlm.recognition.zero_shot import zero_shot
@@ -114,20 +115,6 @@ def test_several_processes_share_the_images(clip, photos):
     assert sum(seen) == 20, "no image twice"
 
 
-@pytest.fixture
-def pair_values(parts, images, tmp_path):
-    torch.manual_seed(2)
-    BertModel(BertConfig(**text_sizes())).save_pretrained(tmp_path / "text")
-    tokenizer().save_pretrained(tmp_path / "text")
-    values = recipe_values(parts, images, tmp_path / "run")
-    values["model"]["language"] = str(tmp_path / "text")
-    del values["data"]["max_tokens_per_row"], values["evaluation"], values["lora"]
-    values["contrastive"] = {"projection_dim": 16}
-    values["trainable"] = {"projector": 1e-2}
-    values["train"] = TRAIN | {"per_device_train_batch_size": 5}
-    return values
-
-
 def said_by_classify(run, photos, **options):
     console = quiet()
     classify.run(str(run), [], data=str(photos), console=console, **options)
@@ -200,13 +187,25 @@ def test_contradictions_are_found_in_the_recipe(pair_values, parts, images, phot
 
 def test_paths_are_those_beside_the_recipe(pair_values, photos, tmp_path):
     pair_values["evaluation"] = {"classification": {"things": {"data": "photos"}}}
-    from vlm import recipe
-
-    loaded = recipe.from_dict(pair_values, base_dir=photos.parent)
+    (tmp_path / "mine.txt").write_text("my {}\nour {}\n")
+    loaded = recipe.from_dict(pair_values, ["evaluation.classification.things.templates=mine.txt"], base_dir=tmp_path)
     assert loaded.evaluation.classification["things"].data == str(photos)
+    assert loaded.evaluation.classification["things"].templates == ["my {}", "our {}"]
+
+
+def test_a_folder_does_not_stand_in_for_templates_of_its_name(pair_values, photos, tmp_path):
+    (tmp_path / "imagenet").mkdir()
+    pair_values["evaluation"] = {"classification": {"things": {"data": "photos", "templates": "imagenet"}}}
+    loaded = recipe.from_dict(pair_values, base_dir=tmp_path)
+    assert loaded.evaluation.classification["things"].templates == [*TEMPLATES["imagenet"]]
 
 
 def test_a_model_that_writes_takes_one_template(tmp_path):
     task = Classification(data=str(tmp_path), templates=["A {}.", "The {}."])
     with pytest.raises(UserError, match="takes one of `templates`"):
         label_likelihood(None, None, 1, LABELS, task)
+
+
+def test_a_dual_encoder_is_asked_nothing(clip):
+    with pytest.raises(UserError, match="remove `prompt`"):
+        zero_shot(load_embedder(str(clip)), LABELS, Classification(data="", prompt="What?"))

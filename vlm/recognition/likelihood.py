@@ -44,7 +44,7 @@ BLANK_SIDE = 224  # px
 
 
 class LabelLikelihood:
-    """Scores `labels`, written into the template `answer`, as answers to `prompt`.
+    """Scores `labels`, written into the template `answer` (default: `ANSWER`), as answers to `prompt` (`PROMPT`).
 
     All labels of an image are the branches of one tree, which has image and question once, where that is
     [exact][`why_not_trees`]; elsewhere each label has a row of its own. Our own models encode an image once.
@@ -57,12 +57,12 @@ class LabelLikelihood:
         processor: Any,
         labels: Sequence[str],
         *,
-        prompt: str = PROMPT,
-        answer: str = ANSWER,
+        prompt: str | None = None,
+        answer: str | None = None,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> None:
         self.model, self.processor, self.max_batch_tokens = model, processor, max_batch_tokens
-        self.prompt, self.answers = prompt, [fill(answer, label) for label in labels]
+        self.prompt, self.answers = prompt or PROMPT, [fill(answer or ANSWER, label) for label in labels]
         blank = blank_image(processor)
         trees = TreeCollator(processor, masks=TreeMasks(model))
         self.why_plain = why_not_trees(model, trees, self._items([blank, blank], None), model.device)
@@ -160,8 +160,10 @@ def label_likelihood(
     """The classifier of a recipe's task. Raises UserError for several templates, of which an answer has one."""
     if len(task.templates) > 1:
         raise UserError("evaluation.classification: a model that writes takes one of `templates`: ['A {}.']")
-    answer, prompt = task.templates[0] if task.templates else ANSWER, task.prompt or PROMPT
-    return LabelLikelihood(model, processor, labels, prompt=prompt, answer=answer, max_batch_tokens=max_batch_tokens)
+    answer = task.templates[0] if task.templates else None
+    return LabelLikelihood(
+        model, processor, labels, prompt=task.prompt, answer=answer, max_batch_tokens=max_batch_tokens
+    )
 
 
 @dataclass

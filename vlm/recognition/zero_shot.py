@@ -8,19 +8,21 @@ from PIL import Image
 from torch import Tensor
 
 from vlm.embedding import Embedder, unit
+from vlm.errors import UserError
 from vlm.recipe_evaluation import Classification
 from vlm.recognition.labels import PHOTO, fill
 
 
 class ZeroShot:
-    """Compares images with the texts of `labels`, encoded once. `templates` are ensembled as CLIP does it: the vector
-    of a label is the mean of the unit vectors of its texts, as a unit vector.
+    """Compares images with the texts of `labels`, encoded once. `templates` (default: `PHOTO`) are ensembled as CLIP
+    does it: the vector of a label is the mean of the unit vectors of its texts, as a unit vector.
 
     Raises UserError for an embedder that reads no text.
     """
 
     def __init__(self, embedder: Embedder, labels: Sequence[str], templates: Sequence[str]) -> None:
         self.embedder = embedder
+        templates = templates or PHOTO
         texts = embedder.embed_texts([fill(template, label) for label in labels for template in templates])
         self.vectors = unit(texts.unflatten(0, (len(labels), len(templates))).mean(dim=1))
 
@@ -36,5 +38,7 @@ class ZeroShot:
 
 
 def zero_shot(embedder: Embedder, labels: Sequence[str], task: Classification) -> ZeroShot:
-    """The classifier of a recipe's task."""
-    return ZeroShot(embedder, labels, task.templates or PHOTO)
+    """The classifier of a recipe's task. Raises UserError for a prompt, which only a model that writes is given."""
+    if task.prompt is not None:
+        raise UserError("evaluation.classification: a dual encoder is asked nothing; remove `prompt`")
+    return ZeroShot(embedder, labels, task.templates)

@@ -100,6 +100,12 @@ class StopOnSignal(TrainerCallback):
                 return
             yield step
 
+    def checked(self, doing: str, steps: Iterable[T]) -> Iterator[T]:
+        """The steps of some work, with a `check` before each."""
+        for step in steps:
+            self.check(doing)
+            yield step
+
     def check_all(self, doing: str) -> None:
         """As `check`, if any process was told; all call it together."""
         self.told = max((number for number in gather_object([self.told]) if number is not None), default=None)

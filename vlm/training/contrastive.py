@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,16 +151,10 @@ def score(
         some = examples[: recipe.evaluation.limit]
         network = model.to(processes.device).eval()
         embedder = Embedder(recipe.name, network, processor.image_processor, processor.tokenizer)
-        watch: Any = partial(_until_told, stop)
+        watch: Any = partial(stop.checked, "scoring what is held out; the model is saved")
         more = measure(recipe.evaluation.classification, partial(zero_shot, embedder), console=console, watch=watch)
         evaluate_pairs(embedder, some, output_dir=folder, console=console, watch=watch, more=more)
     processes.wait_for_everyone()
-
-
-def _until_told(stop: StopOnSignal, batches: Iterable[Any]) -> Iterator[Any]:
-    for batch in batches:
-        stop.check("scoring what is held out; the model is saved")
-        yield batch
 
 
 def _kept(

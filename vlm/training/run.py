@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -361,15 +361,11 @@ def _score(
             progress=lambda answers: stop.check(doing),
         )
 
-    def watch(batches: Iterable[Any]) -> Iterator[Any]:
-        for batch in batches:
-            stop.check(doing)
-            yield batch
-
     processes = Processes(args.process_index, args.world_size, gather_object)
     with generation_in_bfloat16(network, args.bf16):
         tasks = recipe.evaluation.classification
         classifier = partial(label_likelihood, network, processor, recipe.evaluation.max_batch_tokens)
+        watch: Any = partial(stop.checked, doing)
         more = measure(tasks, classifier, console=console, processes=processes, watch=watch)
         summary = evaluate(
             examples[: recipe.evaluation.limit],
