@@ -64,11 +64,11 @@ def read_templates(templates: Sequence[str], named: str | None) -> tuple[str, ..
         return TEMPLATES[named]
     if named and not Path(named).expanduser().is_file():
         raise UserError(
-            f"--templates {named}: no such file, and no templates of that name; {nearest(named, TEMPLATES)}"
+            f"templates {named}: no such file, and no templates of that name; {nearest(named, TEMPLATES)}"
         )
-    found = _lines(Path(named).expanduser(), "--templates") if named else list(templates)
+    found = _lines(Path(named).expanduser(), "templates") if named else list(templates)
     if named and not found:
-        raise UserError(f"--templates {named}: there is no template in it")
+        raise UserError(f"templates {named}: there is no template in it")
     for template in found:
         if PLACE not in template:
             raise UserError(f"template {template!r} has no {PLACE} where the label goes")
