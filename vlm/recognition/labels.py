@@ -63,9 +63,7 @@ def read_templates(templates: Sequence[str], named: str | None) -> tuple[str, ..
     if named in TEMPLATES:
         return TEMPLATES[named]
     if named and not Path(named).expanduser().is_file():
-        raise UserError(
-            f"templates {named}: no such file, and no templates of that name; {nearest(named, TEMPLATES)}"
-        )
+        raise UserError(f"templates {named}: no such file, and no templates of that name; {nearest(named, TEMPLATES)}")
     found = _lines(Path(named).expanduser(), "templates") if named else list(templates)
     if named and not found:
         raise UserError(f"templates {named}: there is no template in it")
