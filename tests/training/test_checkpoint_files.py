@@ -12,7 +12,8 @@ from tests.tiny import image, tiny
 from tests.training.helpers import examples, rows_of
 from vlm.data.example import question_and_answer
 from vlm.errors import UserError
-from vlm.training.checkpoints import fingerprint, newest, require_same_data, seal, why_broken, write_text
+from vlm.files import write_text
+from vlm.training.checkpoints import fingerprint, newest, require_same_data, seal, why_broken
 
 DATA = {"examples": 1, "answers": 2, "sha256": "0"}
 
@@ -92,7 +93,7 @@ def test_a_text_is_whole_or_as_it_was(tmp_path, monkeypatch):
     write_text(tmp_path / "a.json", "before")
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match="the disk is full"):
             write_text(tmp_path / "a.json", "after")
     assert (tmp_path / "a.json").read_text() == "before"
 

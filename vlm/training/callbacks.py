@@ -22,7 +22,7 @@ from vlm.data.dataset import TreeDataset
 from vlm.data.pairs import PairDataset
 from vlm.data.stream import StreamDataset
 from vlm.errors import UserError
-from vlm.training.checkpoints import write_text
+from vlm.files import write_text
 from vlm.training.history import read_metrics
 from vlm.training.parts import named_parts, part_of
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,13 @@ from transformers.trainer_utils import sort_checkpoints
 from vlm.data.dataset import TreeItem
 from vlm.data.pairs import PairItem
 from vlm.errors import UserError
+from vlm.files import DiskError, sync, write_text
 
 MANIFEST = "manifest.json"
 """What a checkpoint holds: its step, the batch of a step, the data it was trained on, names and sizes of files."""
 
 PICKLED = (".pt", ".pth", ".bin")
 """What torch.save writes, as zip archives, whose index stands at their end."""
-
-
-class DiskError(UserError):
-    """Something could not be written."""
 
 
 def seal(folder: Path, about: dict[str, Any]) -> None:
@@ -45,25 +40,6 @@ def seal(folder: Path, about: dict[str, Any]) -> None:
             sync(directory)
     if why := why_broken(folder):
         raise DiskError(f"it was written, but {why}")
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, through to the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or as it was before, whenever the process ends."""
-    beside = path.with_name(f"{path.name}.writing")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -154,30 +130,3 @@ def require_same_data(checkpoint: Path, now: dict[str, Any]) -> None:
         f"the training data have changed since {checkpoint} was saved: {counts[0]} then, {how}. The place in the data "
         "would be another. Put back the data as they were, or begin anew with --overwrite or another output_dir"
     )
-
-
-def is_disk_fault(error: BaseException) -> bool:
-    """Whether it is a file that could not be written or read: an OSError, or what torch and safetensors make of one."""
-    written_by_torch = isinstance(error, RuntimeError) and (
-        "PytorchStreamWriter" in str(error) or "inline_container" in str(error) or "unexpected pos" in str(error)
-    )
-    return isinstance(error, OSError | SafetensorError | DiskError) or written_by_torch
-
-
-@contextmanager
-def saving(what: str, advice: str) -> Iterator[None]:
-    """Raise DiskError for a file that cannot be written: `what` could not be saved, why, and the `advice`."""
-    try:
-        yield
-    except Exception as error:
-        if not is_disk_fault(error):
-            raise
-        raise DiskError(f"{what} could not be saved: {reason(error)}. {advice}") from error
-
-
-def reason(error: BaseException) -> str:
-    """A disk fault in words."""
-    if isinstance(error, RuntimeError):
-        return "torch could not write a file; is the disk full?"
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    return "the disk is full" if full else str(error)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.training.checkpoints import saving, sync
+from vlm.files import atomic_folder, saving
 from vlm.training.quantization import merged
 
 
@@ -56,14 +55,6 @@ def save_stage(home: Path, trained: Any, adapter: Any, processor: Any) -> Any:
 
 def save_model(model: Any, processor: Any, folder: Path) -> None:
     """Write a model and its processor to `folder`, which is there whole or not at all."""
-    beside = folder.with_name(folder.name + ".saving")  # a folder called `model` is a whole model
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        model.save_pretrained(beside)
-        processor.save_pretrained(beside)
-        for file in beside.rglob("*"):
-            sync(file)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)  # on a full disk all else needs the room
-        raise
-    beside.rename(folder)
+    with atomic_folder(folder) as unfinished:  # a folder called `model` is a whole model
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)

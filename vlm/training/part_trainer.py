@@ -21,9 +21,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from vlm.errors import UserError
+from vlm.files import DiskError, is_disk_fault, reason, sync
 from vlm.precision import frozen_layers_in
 from vlm.training.callbacks import EvaluationStopped
-from vlm.training.checkpoints import DiskError, is_disk_fault, reason, seal, sync
+from vlm.training.checkpoints import seal
 from vlm.training.norms import gradient_norms, parameter_norms
 from vlm.training.parts import loose_parameters, named_parts
 from vlm.training.processes import GlobalBatch, sharded

@@ -38,6 +38,7 @@ from vlm.data.tree_masks import TreeMasks
 from vlm.errors import UserError
 from vlm.eval import Processes, evaluate
 from vlm.eval.summary import show
+from vlm.files import write_text
 from vlm.loading import checkpoint_of, no_loading_bar
 from vlm.precision import generation_in_bfloat16
 from vlm.recipe import Recipe, Stage, require_models
@@ -47,7 +48,6 @@ from vlm.recognition.tasks import measure, read_tasks
 from vlm.training import contrastive
 from vlm.training.callbacks import StopOnSignal
 from vlm.training.changes import changes, in_words, recipe_changes
-from vlm.training.checkpoints import write_text
 from vlm.training.features import Keys, kept_features
 from vlm.training.folder import finished_stages, has_model, save_stage, stage_home, unscored_stages
 from vlm.training.history import draw_losses

@@ -1,0 +1,192 @@
+"""Atomic files and folders, and locks: with killed processes and full file systems."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from vlm.errors import UserError
+from vlm.files import InUse, atomic_folder, atomic_write, locked, remove_leftovers, write_text
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def process(code, *words):
+    """Run Python code in another process, after it has said that it is ready."""
+    source = f"import sys, time, pathlib\nfrom vlm import files\n{code}"
+    started = subprocess.Popen(
+        [sys.executable, "-c", source, *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert started.stdout.readline() == "ready\n"
+    return started
+
+
+WRITES = """
+with files.atomic_write(pathlib.Path(sys.argv[1])) as file, files.atomic_folder(pathlib.Path(sys.argv[2])) as folder:
+    file.write("half"); file.flush(); (folder / "a").write_text("half")
+    print("ready", flush=True); sys.stdin.read()
+"""
+
+HOLDS = """
+import os
+with files.locked(pathlib.Path(sys.argv[1])):
+    if os.fork() == 0:  # like a worker that loads data
+        sys.stdin.read(); os._exit(0)
+    print("ready", flush=True); sys.stdin.read()
+"""
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    write_text(tmp_path / "deep/a", "before")
+    with pytest.raises(TypeError), atomic_write(tmp_path / "deep/a", "wb") as file:
+        file.writelines([b"half", None])
+    assert (tmp_path / "deep/a").read_text() == "before"
+    assert names(tmp_path / "deep") == ["a"]
+    with atomic_write(tmp_path / "deep/a") as file:
+        file.write("après")
+        assert (tmp_path / "deep/a").read_text() == "before"
+    assert (tmp_path / "deep/a").read_bytes() == "après".encode()
+    assert names(tmp_path / "deep") == ["a"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(TypeError), atomic_folder(tmp_path / "a") as folder:
+        [(folder / "x").write_text(text) for text in ("half", None)]
+    assert names(tmp_path) == []
+    (tmp_path / "a").mkdir()  # an empty one is as good as none
+    with atomic_folder(tmp_path / "a") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub/x").write_text("whole")
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a/sub/x").read_text() == "whole"
+    with pytest.raises(UserError, match="a exists already; choose another name"), atomic_folder(tmp_path / "a"):
+        pytest.fail("what is there would be lost")
+
+
+def test_links_devices_and_long_names(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_text(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "text"
+    write_text(tmp_path / ("ü" * 127), "a name of 254 bytes")
+    with locked(tmp_path / ("ü" * 127)):
+        pass
+    assert names(tmp_path) == ["link", "real", "ü" * 127]
+    with atomic_write(tmp_path.__class__(os.devnull)) as file:
+        file.write("nothing is put in its place")
+    assert not os.path.isfile(os.devnull)
+    with pytest.raises(UserError, match="is a folder"), atomic_write(tmp_path):
+        pass
+    with pytest.raises(UserError, match=r"cannot write in .*real"), atomic_write(tmp_path / "real/a"):
+        pass
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_what_is_being_written_is_not(tmp_path):
+    file, folder = tmp_path / "a", tmp_path / "b"
+    write_text(file, "before")
+    (tmp_path / ".a.12345678.writing").mkdir()  # left by a killed process
+    (tmp_path / ".a.mine.writing").write_text("a file of the user's")
+    writer = process(WRITES, file, folder)
+    left = [name for name in names(tmp_path) if name.startswith(".")]
+    assert len(left) == 5, "two that are written, each with its lock, and one of the user's"
+    write_text(file, "written meanwhile")
+    remove_leftovers(tmp_path)
+    assert [name for name in names(tmp_path) if name.startswith(".")] == left
+    writer.kill()
+    writer.wait()
+    assert file.read_text() == "written meanwhile"
+    assert not folder.exists()
+    write_text(file, "after")
+    with atomic_folder(folder):
+        pass
+    assert names(tmp_path) == [".a.mine.writing", "a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_second_process_is_refused_until_the_first_ends_even_if_it_is_killed(tmp_path, kind):
+    path = tmp_path / "run"
+    if kind == "folder":
+        path.mkdir()
+    here = rf"run is in use by process {os.getpid()} on .*, since .*\. Write elsewhere"
+    with locked(path), pytest.raises(InUse, match=here), locked(path, "Write elsewhere"):
+        pass
+    assert names(path if kind == "folder" else tmp_path) == []
+    holder = process(HOLDS, path)
+    (tmp_path / "link").symlink_to(path)
+    for name in (path, tmp_path / "link", tmp_path / "." / "run"):
+        with pytest.raises(InUse, match=f"process {holder.pid} "), locked(name):
+            pass
+    holder.send_signal(signal.SIGKILL)  # its child lives on
+    holder.wait()
+    with locked(path):
+        pass
+    holder.stdin.close()
+
+
+def test_a_lock_that_is_removed_as_another_process_opens_it_is_taken_by_one_only(tmp_path, monkeypatch):
+    from vlm import files
+
+    lock, opened = tmp_path / ".lock", os.open
+
+    def open_as_it_goes(path, *rest):
+        number = opened(path, *rest)
+        monkeypatch.setattr(os, "open", opened)
+        os.unlink(path)  # the holder ends here
+        return number
+
+    monkeypatch.setattr(os, "open", open_as_it_goes)
+    number = files._take(lock)
+    assert os.path.samestat(os.fstat(number), os.stat(lock))
+    assert files._take(lock) is None
+    files._release(lock, number)
+
+
+FULL = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+print("ready", flush=True)
+for path in map(pathlib.Path, sys.argv[1:]):
+    try:
+        with files.locked(path):
+            files.write_text(path, "x" * 9000)
+    except files.DiskError as error:
+        print(error, flush=True)
+try:
+    with files.atomic_folder(pathlib.Path(sys.argv[1] + "-folder")) as folder:
+        import numpy; from safetensors.numpy import save_file
+        save_file({"a": numpy.zeros(9000)}, folder / "a.safetensors")
+except files.DiskError as error:
+    print(error, flush=True)
+"""
+
+
+def test_a_disk_without_room_leaves_what_was_there(tmp_path):
+    write_text(tmp_path / "a", "before")
+    said, _ = process(FULL, tmp_path / "a", tmp_path / "b").communicate()
+    assert [f"{tmp_path / name} could not be saved" in said for name in ("a", "b", "a-folder")] == [True] * 3
+    assert "Make room, and run the command again" in said
+    assert (tmp_path / "a").read_text() == "before"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / ".b.12345678.writing").write_text("of another process, perhaps")
+
+    def no_locks(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match="no locks on this file system"), locked(tmp_path / "a"):
+        write_text(tmp_path / "b", "text")
+    assert names(tmp_path) == [".b.12345678.writing", "b"]
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a") as file:
+        file.write((tmp_path / "missing").read_text())
+    assert names(tmp_path) == []
