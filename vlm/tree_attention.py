@@ -58,7 +58,7 @@ def tree_attention_forward(
     scaling = width**-0.5 if scaling is None else scaling
     attention = _products if device == "cpu" and not dropout else _sdpa
     token, place = tree_layout["token"], tree_layout["place"]
-    shapes = [tree_layout[name].shape[:2] for name in ("trunk_mask", "branch_mask")]
+    shapes = _shapes(tree_layout)
 
     def segments(states: Tensor) -> list[Tensor]:
         """`[B, K, L, D]` to `[T, K, Lt, D]` and `[N, K, Lb, D]`."""
@@ -77,6 +77,14 @@ def tree_attention_forward(
         found.append(attention(query, key, value, tree_layout["branch_mask"], dropout, scaling))
     output = torch.cat([states.transpose(1, 2).flatten(0, 1) for states in found])
     return _Rearrange.apply(output, place, token).view(batch, length, heads, width), None
+
+
+def _shapes(tree_layout: Mapping[str, Tensor]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """`(T, Lt)` and `(N, Lb)`, from shapes alone: a number in device memory would have to be waited for."""
+    branches, tokens_per_branch = tree_layout["branch_mask"].shape[:2]
+    tokens_per_trunk = tree_layout["trunk_mask"].shape[1]
+    trunks = (len(tree_layout["token"]) - branches * tokens_per_branch) // tokens_per_trunk
+    return (trunks, tokens_per_trunk), (branches, tokens_per_branch)
 
 
 class _Rearrange(torch.autograd.Function):
@@ -100,7 +108,8 @@ class _Rearrange(torch.autograd.Function):
 
 
 class _Repeat(torch.autograd.Function):
-    """`states[index]`. The gradient is summed slice by slice, which torch's own does element by element on a CPU."""
+    """`states[index]`. The gradient is summed slice by slice, which torch's own does element by element on a CPU, and
+    always in the same order."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, index: Tensor) -> Tensor:
@@ -112,11 +121,22 @@ class _Repeat(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (index,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_add_(0, index, gradient), None
+        return sum_by_index(gradient, index, ctx.rows), None
+
+
+def sum_by_index(values: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Return `[rows, ...]`, the sums of those `values [N, ...]` that have the same `index [N]`.
+
+    The sums are deterministic. On a GPU `index_add_` adds in any order; `index_put_` sorts the index first.
+    """
+    sums = values.new_zeros(rows, *values.shape[1:])
+    if values.device.type == "cpu":
+        return sums.index_add_(0, index, values)
+    return sums.index_put_((index,), values, accumulate=True)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float) -> Tensor:
-    """`query [N, H, Q, D]` over `key`, `value [N, K, M, D]` with the boolean `mask [N, Q, M]`."""
+    """`query [N, H, Q, D]` over `key`, `value [N, K, M, D]` with the boolean `mask [N or 1, Q, M]`."""
     return F.scaled_dot_product_attention(query, key, value, mask[:, None], dropout, scale=scaling, enable_gqa=True)
 
 
@@ -159,8 +179,8 @@ def tree_layout(rows: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
     the trunks.
 
     `token [S]` is the number, in the flattened `[B * L]`, of the token at each place of trunks and branches, and
-    `place [B * L]` the place of each token; -1 is padding. `trunk_mask [T, Lt, Lt]`, `branch_mask [N, Lb, Lt + Lb]`,
-    and `trunk_of_branch [N]`.
+    `place [B * L]` the place of each token; -1 is padding. `trunk_mask [1, Lt, Lt]` is the same for all trunks,
+    `branch_mask` is `[N, Lb, Lt + Lb]`, and `trunk_of_branch [N]`. No tensor overlaps itself: it could not be pinned.
     """
     length = max(sum(map(len, row)) for row in rows)
     trunks: list[Tensor] = []
@@ -191,7 +211,7 @@ def tree_layout(rows: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
     return {
         "token": token,
         "place": place,
-        "trunk_mask": trunk_mask.expand(len(trunks), -1, -1),
+        "trunk_mask": trunk_mask[None],
         "branch_mask": torch.cat([of_trunk, own.expand(len(branches), -1, -1)], dim=2),
         "trunk_of_branch": of_branch,
     }

@@ -25,7 +25,7 @@ def test_the_layout_by_hand():
     assert layout["token"].tolist() == trunks + branches
     assert layout["place"].tolist() == [0, 8, 9, 10, 11, 2, 3, 4, 5, 6, 7, -1, -1, -1]
     assert layout["trunk_of_branch"].tolist() == [0, 0]
-    assert layout["trunk_mask"].tolist() == [[[True, False], [True, True]]] * 4
+    assert layout["trunk_mask"].tolist() == [[[True, False], [True, True]]], "the same for all"
     assert layout["branch_mask"].tolist() == [[[True, False, True, False], [True, False, True, True]]] * 2
 
 
