@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS: list[set[str]] = [
-    {"errors", "files"},
+    {"errors", "files", "threads"},
     {"adapters"},
     {
         "configuration",

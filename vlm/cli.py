@@ -12,6 +12,9 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from vlm.batches import MAX_BATCH_TOKENS
+from vlm.threads import share_processors
+
+share_processors()
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
 console = Console(quiet=not FIRST_PROCESS)  # of several training processes, the first one speaks
