@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -31,15 +31,12 @@ from vlm.training.processes import GlobalBatch, sharded
 from vlm.training.skipped import SkippedSteps
 from vlm.training.step import keep_gradients_out
 from vlm.training.throughput import Throughput
+from vlm.training.weights import LOOSE, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
 SAVING = ".saving"
 """The folder in which a checkpoint is written until it is whole."""
-
-
-LOOSE = "loose_parameters.safetensors"
-"""What a checkpoint holds beside an adapter: trained parameters that stand in no module that peft saves."""
 
 
 class NonFiniteGradients(RuntimeError):  # noqa: N818 - named for what happened
@@ -245,20 +242,33 @@ class PartTrainer(Trainer):
             )  # fmt: skip
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As in Trainer, and of a model with LoRA also what peft leaves out."""
-        super()._save(output_dir, state_dict)
+        """Save the weights under the names that the model has in memory. Trainer saves those that it has on the Hub,
+        and does not find them again (transformers#43701). With LoRA, also save what peft leaves out."""
+        folder = output_dir or str(self.args.output_dir)
         model: Any = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PreTrainedModel):
+            if self.args.should_save:
+                model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+            return
+        super()._save(folder, state_dict)
         whole = self.args.should_save and isinstance(model, PeftModel) and not sharded(self.args)
         if whole and (loose := loose_parameters(model)):
             kept = {name: parameter.detach().cpu().contiguous() for name, parameter in loose.items()}
-            save_file(kept, os.path.join(output_dir or str(self.args.output_dir), LOOSE))
+            save_file(kept, os.path.join(folder, LOOSE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = os.path.join(resume_from_checkpoint, LOOSE)
-        if os.path.isfile(path):
-            to: Any = model or self.model
-            to.load_state_dict(load_file(path), strict=False)
+        """Load all weights, or raise WrongWeights. Trainer goes on without those that it does not find."""
+        if sharded(self.args):  # by torch, which is as strict
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_checkpoint(model or self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """As in Trainer, but all weights, also those that peft leaves out; raises WrongWeights."""
+        if sharded(self.args):
+            super()._load_best_model()
+        else:
+            load_checkpoint(self.model, Path(self.state.best_model_checkpoint or ""))
 
     def _write_checkpoint(self, model: nn.Module, trial: Any, beside: Path) -> None:
         if self.is_world_process_zero():
