@@ -20,6 +20,7 @@ from rich.progress import track
 
 from vlm.eval.metrics import Scores, bootstrap_interval, get_metric
 from vlm.eval.samples import write_samples
+from vlm.printing import json_text
 
 if TYPE_CHECKING:
     from vlm.data.example import Example
@@ -290,7 +291,7 @@ def evaluate(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json_text(row) + "\n" for row in rows)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:num_samples])
     write_samples(
         output_dir / "samples.html",
@@ -299,5 +300,5 @@ def evaluate(
         summary=summary,
     )
     # Last, since it says that the evaluation is done.
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output_dir / "summary.json").write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
     return summary

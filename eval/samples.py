@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from vlm.printing import html_text
 
 MAX_SIDE = 384  # pixels of the embedded JPEGs
 MAX_REFERENCES = 10
@@ -65,7 +66,7 @@ def data_uri(image: Image.Image) -> str:
 
 
 def _words(text: str) -> str:
-    return escape(text) if text.strip() else '<span class="empty">(empty)</span>'
+    return html_text(text) if text.strip() else '<span class="empty">(empty)</span>'
 
 
 def _score(score: float) -> str:
@@ -82,7 +83,7 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
     for name, found in summary["metrics"].items():
         blind = "&ndash;" if found["blind_score"] is None else f"{found['blind_score']:.3f}"
         rows.append(
-            f"<tr><td>{escape(name)}</td><td>{found['score']:.3f}{_interval(found['interval'])}</td>"
+            f"<tr><td>{html_text(name)}</td><td>{found['score']:.3f}{_interval(found['interval'])}</td>"
             f"<td>{blind}{_interval(found['blind_interval'])}</td><td>{verdicts[found['sees']]}</td></tr>"
         )
     return (
@@ -93,10 +94,14 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _card(row: Mapping[str, Any], images: Sequence[Image.Image], *, show_prompt: bool) -> str:
-    name = escape(f"{row['image_id']} ({row['where']})", quote=True)
-    pictures = "".join(f'<img src="{data_uri(image)}" alt="{name}" title="{name}" loading="lazy">' for image in images)
-    question = f'<p class="question">{escape(row["prompt"])}</p>' if show_prompt and row["prompt"] else ""
+def _card(row: Mapping[str, Any], opener: Callable[[], Sequence[Image.Image]], *, show_prompt: bool) -> str:
+    name = html_text(f"{row['image_id']} ({row['where']})")
+    try:
+        uris = [data_uri(image) for image in opener()]
+        pictures = "".join(f'<img src="{uri}" alt="{name}" title="{name}" loading="lazy">' for uri in uris)
+    except (OSError, ValueError) as error:  # a file that is gone by now must not cost the page
+        pictures = f"<p>{html_text(str(error))}</p>"
+    question = f'<p class="question">{html_text(row["prompt"])}</p>' if show_prompt and row["prompt"] else ""
     # Ten annotators mostly say the same: each text once, with how often it was said.
     counts: dict[str, int] = {}
     for reference in row["references"]:
@@ -110,7 +115,7 @@ def _card(row: Mapping[str, Any], images: Sequence[Image.Image], *, show_prompt:
     blind = ""
     if "blind_prediction" in row:
         blind = f'<p class="blind"><span class="label">blind</span>{_words(row["blind_prediction"])}</p>'
-    scores = "".join(f"<span>{escape(name)} <b>{_score(score)}</b></span>" for name, score in row["scores"].items())
+    scores = "".join(f"<span>{html_text(name)} <b>{_score(score)}</b></span>" for name, score in row["scores"].items())
     return (
         f'<article class="card"><div class="images">{pictures}</div><div class="text">{question}'
         f'<p class="prediction">{_words(row["prediction"])}</p>'
@@ -140,17 +145,17 @@ def write_samples(
         about_blind: what a blind score is of.
     """
     prompts = {row["prompt"] for row in rows}
-    common = f" Prompt: “{escape(next(iter(prompts)))}”" if len(prompts) == 1 and "" not in prompts else ""
+    common = f" Prompt: “{html_text(next(iter(prompts)))}”" if len(prompts) == 1 and "" not in prompts else ""
     left_out = f" {summary['n_broken']} left out: their images do not open." if summary["n_broken"] else ""
     missing = summary["blind_missing"]
-    blind = f"No blind score: {escape(missing)}." if missing else about_blind
-    cards = (_card(row, opener(), show_prompt=len(prompts) > 1) for row, opener in zip(rows, images, strict=True))
+    blind = f"No blind score: {html_text(missing)}." if missing else about_blind
+    cards = (_card(row, opener, show_prompt=len(prompts) > 1) for row, opener in zip(rows, images, strict=True))
     page = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1><p class='note'>{len(rows)} of {summary['n_items']} items on {summary['n_images']} "
-        f"images.{left_out} {blind}{common}</p>",
+        f"<title>{html_text(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{html_text(title)}</h1><p class='note'>{len(rows)} of {summary['n_items']} items on "
+        f"{summary['n_images']} images.{left_out} {blind}{common}</p>",
         _summary_table(summary),
         '<main class="grid">',
     ]

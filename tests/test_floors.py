@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS: list[set[str]] = [
-    {"errors", "files", "threads"},
+    {"errors", "files", "paths", "printing", "threads"},
     {"adapters"},
     {
         "configuration",
@@ -81,7 +81,7 @@ FLOORS: list[set[str]] = [
 
 STRICT: dict[str, set[str]] = {
     "adapters": {"torch", "numpy", "vlm.adapters", "vlm.errors"},
-    "eval": {"numpy", "PIL", "rich", "vlm.eval", "vlm.errors", "vlm.data"},
+    "eval": {"numpy", "PIL", "rich", "vlm.eval", "vlm.errors", "vlm.printing", "vlm.data"},
     "errors": set(),
     "files": {"safetensors", "vlm.errors"},
 }

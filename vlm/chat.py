@@ -2,9 +2,7 @@
 
 import shlex
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
@@ -13,6 +11,8 @@ from rich.text import Text
 from vlm.data.example import Message
 from vlm.data.images import ImageError, open_image
 from vlm.errors import UserError, nearest
+from vlm.paths import existing, expanded
+from vlm.printing import printable
 
 Request = tuple[list[Image.Image], list[Message]]
 Stream = Callable[[Request], Iterator[str]]
@@ -133,14 +133,14 @@ def _command(conversation: Conversation, line: str, console: Console) -> None:
 
 def _path(typed: str) -> str:
     """The file name in `typed`: as it is, or without the quotes and backslashes that a dragged file comes with."""
-    plain = Path(typed.strip()).expanduser()
-    if plain.exists():
+    plain = existing(typed.strip())
+    if plain is not None:
         return str(plain)
     try:
         words = shlex.split(typed)
     except ValueError:  # an apostrophe in a name is no quote
         words = [typed.strip()]
-    return str(Path(words[0]).expanduser()) if len(words) == 1 else str(plain)
+    return str(expanded(words[0] if len(words) == 1 else typed.strip()))
 
 
 def _answer(conversation: Conversation, question: str, stream: Stream, console: Console) -> None:
@@ -149,13 +149,9 @@ def _answer(conversation: Conversation, question: str, stream: Stream, console: 
     for piece in stream(request):
         pieces.append(piece)
         # As text: what a model writes is no markup, and its control characters must not reach the terminal.
-        console.print(Text(_printable(piece)), end="", soft_wrap=True, highlight=False)
+        console.print(Text(printable(piece)), end="", soft_wrap=True, highlight=False)
     console.print()
     conversation.answered(request, "".join(pieces))
-
-
-def _printable(text: str) -> str:
-    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
 
 
 def _say(console: Console, text: str, style: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from vlm import generation
 from vlm.batches import MAX_BATCH_TOKENS
-from vlm.data.images import find_images
+from vlm.data.image_files import ImageFiles, find_images
 from vlm.dual_encoder import is_dual_encoder
 from vlm.embedding import load_embedder
 from vlm.errors import UserError
+from vlm.printing import json_text
 from vlm.recognition.labelled_images import read_labelled_images
 from vlm.recognition.labels import read_labels, read_templates
 from vlm.recognition.likelihood import LabelLikelihood
@@ -56,7 +56,9 @@ def run(
     texts = read_templates(template, templates)
     labelled = read_labelled_images(data, label_column) if data else None
     names = labelled.labels if labelled else read_labels(labels or "")
-    images = labelled.images if labelled else {path: path for path in find_images(patterns)}
+    found = ImageFiles() if labelled else find_images(patterns)
+    found.show_left_out(console)
+    images = labelled.images if labelled else {path: path for path in found.paths}
     with console.status("loading the model"):
         classifier = load(model, names, texts, prompt, max_batch_tokens)
     scores, broken = classify(classifier, images, console=console)
@@ -98,7 +100,7 @@ def _write(output: Path, opened: Sequence[str], names: Sequence[str], probabilit
         for image, row in zip(opened, probabilities.tolist(), strict=True):
             best = names[max(range(len(names)), key=row.__getitem__)]
             line: dict[str, Any] = {"image": image, "label": best, "probabilities": dict(zip(names, row, strict=True))}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_text(line) + "\n")
 
 
 def _show(opened: Sequence[str], names: Sequence[str], probabilities: Tensor, console: Console) -> None:

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from vlm.batches import MAX_BATCH_TOKENS
+from vlm.printing import SafeConsole, printable
 from vlm.threads import share_processors
 
 share_processors()
 
 FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
-console = Console(quiet=not FIRST_PROCESS)  # of several training processes, the first one speaks
+console = SafeConsole(quiet=not FIRST_PROCESS)  # of several training processes, the first one speaks
 
 
 class _Commands(TyperGroup):
@@ -50,7 +50,7 @@ def _complain(message: object) -> None:
     met = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
     if met or os.environ.get("LOCAL_RANK", "0") == "0":
         process = "" if FIRST_PROCESS else f" (process {os.environ['RANK']})"
-        typer.echo(f"vlm{process}: {message}", err=True)
+        typer.echo(printable(f"vlm{process}: {message}"), err=True)
 
 
 class _ListsByDefault(TyperGroup):

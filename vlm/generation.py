@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from vlm.data.example import Message
 from vlm.data.prompts import encode_prompt, end_token_id, has_chat_template, require_prompt
 from vlm.errors import UserError
 from vlm.loading import checkpoint_of, no_loading_bar
+from vlm.paths import existing
 from vlm.precision import default_device
 from vlm.shared_prefix import SharedPrefixLayer, can_share_prefix, shared_prefix
 from vlm.tiling import size_of
@@ -68,7 +68,7 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PreTra
 
 
 def _cannot_load(name_or_path: str, error: Exception) -> UserError:
-    here = "" if Path(name_or_path).expanduser().exists() else " (there is no such folder here)"
+    here = "" if existing(name_or_path) else " (there is no such folder here)"
     return UserError(f"cannot load {name_or_path!r}{here} as a run, a checkpoint folder or a Hub name: {error}")
 
 

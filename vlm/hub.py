@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vlm.errors import UserError
+from vlm.paths import existing
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelCard
@@ -281,8 +282,7 @@ def _is_hub_dataset(source: Mapping[str, Any]) -> bool:
 
 def _hub_id(name: str) -> str | None:
     """The Hub name of a model: itself, or what `source.json` in the folder says it is a copy of."""
-    path = Path(name).expanduser()
-    if path.exists():
+    if path := existing(name):
         source = _read_json(path / "source.json").get("model")
         return source if isinstance(source, str) else None
     return name if HUB_ID.fullmatch(name) else None

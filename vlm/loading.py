@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from vlm.errors import UserError
+from vlm.paths import existing, existing_folder
 
 SHOWN = 4
 """So many missing weights are named: enough to know what they belong to."""
@@ -51,11 +51,13 @@ def load_quietly(auto_class: Any, name: str, *, pooled: bool = False, **kwargs: 
 def checkpoint_of(name_or_path: str) -> str:
     """The checkpoint inside a run folder; any other folder or Hub name as it is. Raises UserError for a run folder
     without one."""
-    folder = Path(name_or_path).expanduser()
+    folder = existing_folder(name_or_path)
+    if folder is None:
+        return str(existing(name_or_path) or name_or_path)
     if (folder / "model" / "config.json").is_file():
         return str(folder / "model")
     if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} is a run without a finished model: its training did not end. Resume it with --resume."
         )
-    return str(folder) if folder.exists() else name_or_path
+    return str(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from vlm.embedding import Embedder
 from vlm.errors import UserError
 from vlm.eval.retrieval import nearest_texts, show, summarize
 from vlm.eval.samples import write_samples
+from vlm.printing import json_text
 
 SHOWN = 48
 
@@ -78,7 +78,7 @@ def evaluate_pairs(
         for example, row in zip(kept, nearest_texts(scores, positive, texts), strict=True)
     ]
     output_dir.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    lines = "".join(json_text(row) + "\n" for row in predictions)
     (output_dir / "predictions.jsonl").write_text(lines, encoding="utf-8")
     write_samples(
         output_dir / "samples.html",
@@ -89,7 +89,7 @@ def evaluate_pairs(
         about_blind="Blind is a random order.",
     )
     # Last: a run whose summary is there is scored.
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
+    (output_dir / "summary.json").write_text(json_text(summary, indent=1), encoding="utf-8")
     show(summary, console)
     cut = CutTexts(longest_text(embedder.tokenizer, embedder.model.config))
     cut.saw(text_lengths(embedder.tokenizer, texts))

@@ -12,8 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlm.batches import MAX_BATCH_TOKENS
 from vlm.data.example import Message
-from vlm.data.images import ImageError, chunks, find_images, open_image
+from vlm.data.image_files import find_images
+from vlm.data.images import ImageError, chunks, open_image
 from vlm.errors import UserError
+from vlm.paths import existing
+from vlm.printing import json_text
 
 Request = tuple[list[Image.Image], list[Message]]
 Generate = Callable[[list[Request]], list[str]]
@@ -58,7 +61,7 @@ def predict(
         for chunk in chunks(_opened(todo)):
             for row in _rows(generate, chunk, prompt, model):
                 broken += "error" in row
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                file.write(json_text(row).encode() + b"\n")
             file.flush()
             advance(len(chunk))
     return Counts(done=len(todo) - broken, earlier=earlier, broken=broken)
@@ -127,7 +130,9 @@ def run(
     max_new_tokens: int = 64,
 ) -> Counts:
     """Find the images, load `model` (run folder, checkpoint or Hub name), and predict with a progress bar."""
-    images = find_images(patterns)
+    found = find_images(patterns)
+    found.show_left_out(console)
+    images = found.paths
     from vlm import generation
 
     with console.status("loading the model"):
@@ -138,7 +143,8 @@ def run(
             loaded, processor, requests, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens
         )
 
-    name = str(Path(model).resolve()) if Path(model).exists() else model
+    folder = existing(model)
+    name = str(folder.resolve()) if folder else model
     columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("images", total=len(images))

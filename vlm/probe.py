@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from vlm.data.images import ImageError
 from vlm.embedding import Embedder, load_embedder
 from vlm.errors import UserError
 from vlm.precision import default_device
+from vlm.printing import json_text
 from vlm.recognition.labelled_images import LabelledImages, read_labelled_images
 from vlm.recognition.linear_probe import ITERATIONS
 from vlm.recognition.probes import TOP, Probed, probe
@@ -180,4 +180,4 @@ def _write(output: Path, found: Mapping[str, Sequence[Probed]], parts: Parts, ab
         "results": results,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    output.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")

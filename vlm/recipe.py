@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from vlm import recipe_contrastive, recipe_train
 from vlm.errors import nearest
+from vlm.paths import existing, existing_file, expanded
 from vlm.recipe_contrastive import Contrastive
 from vlm.recipe_data import Data, is_number
 from vlm.recipe_errors import FoundError, to_recipe_error
@@ -301,8 +302,8 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError with every problem found, its file and line.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
+    path = expanded(name_or_path)
+    if existing_file(name_or_path):
         name, base_dir = str(name_or_path), path.parent.resolve()
         try:
             text = path.read_text(encoding="utf-8")
@@ -331,7 +332,7 @@ def require_models(recipe: Recipe) -> None:
             ("language", [recipe.model.language]),
         )
         for value in values
-        if value and value.startswith(("/", ".")) and not Path(value).exists()
+        if value and value.startswith(("/", ".")) and not existing(value)
     ]
     if gone:
         raise RecipeError("\n".join(gone))

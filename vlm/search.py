@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from vlm.data.images import SUFFIXES, ImageError
+from vlm.data.image_files import IMAGE_SUFFIXES
+from vlm.data.images import ImageError
 from vlm.embedding import Embedder
 from vlm.errors import UserError
 from vlm.index import load_encoder
+from vlm.paths import existing, existing_file
+from vlm.printing import printable_name
 from vlm.retrieval.index import ImageIndex
-from vlm.retrieval.page import display, write_hits
+from vlm.retrieval.page import write_hits
 
 
 def run(query: str, *, index: Path, k: int, html: Path | None, console: Console) -> None:
@@ -22,26 +25,25 @@ def run(query: str, *, index: Path, k: int, html: Path | None, console: Console)
     """
     if html is not None and html.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--html {html}: the page needs a name that ends in .html")
-    path = Path(query).expanduser()
-    is_photo = path.is_file()
-    if not is_photo and path.suffix.lower() in SUFFIXES:
+    photo = existing_file(query)
+    if photo is None and Path(query).suffix.lower() in IMAGE_SUFFIXES:
         raise UserError(f"{query}: the file does not exist")
     opened = ImageIndex.open(index)
     with console.status("loading the encoder"):
         embedder = load_encoder(opened)
-    vector = _vector_of_photo(embedder, str(path)) if is_photo else embedder.embed_texts([query])[0].cpu().numpy()
+    vector = _vector_of_photo(embedder, str(photo)) if photo else embedder.embed_texts([query])[0].cpu().numpy()
     hits = opened.search(vector, k)
-    console.print(f"{'photo' if is_photo else 'words'}: {query}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{'photo' if photo else 'words'}: {query}", markup=False, highlight=False, soft_wrap=True)
     gone = 0
     for hit in hits:
-        is_gone = not Path(hit.path).exists()
+        is_gone = existing(hit.path) is None
         gone += is_gone
-        text = f"{hit.score:.3f}  {display(hit.path)}{'  (no longer there)' if is_gone else ''}"
+        text = f"{hit.score:.3f}  {printable_name(hit.path)}{'  (no longer there)' if is_gone else ''}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     if gone:
         console.print(f"{gone} of these files are no longer there; vlm index brings the index up to date")
     if html is not None:
-        write_hits(html, hits, query=query, photo=str(path) if is_photo else None, searched=len(opened))
+        write_hits(html, hits, query=query, photo=str(photo) if photo else None, searched=len(opened))
         console.print(f"page: {html}", markup=False, highlight=False, soft_wrap=True)
 
 

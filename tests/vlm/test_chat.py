@@ -120,7 +120,7 @@ def test_piped_output_is_plain_and_not_wrapped() -> None:
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
     out, talker = talk("\x1b[2Jred\x07 \u200d fine")
-    assert out == "[2Jred \u200d fine! images=[] turns=1\n"
+    assert out == "\\x1b[2Jred\\x07 \u200d fine! images=[] turns=1\n"
     assert talker.requests[0][1][0]["content"][0]["text"].startswith("\x1b"), "the model gets what was typed"
 
 

@@ -17,6 +17,7 @@ from vlm.data.example import Branch, Example, Problem, message_text
 from vlm.data.images import ImageError, image_sha256, open_image
 from vlm.data.readers import read
 from vlm.errors import UserError
+from vlm.printing import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -325,13 +326,13 @@ def render(report: Report) -> RenderableType:
         ("Nothing is learned from:", _listing(report.unsupervised)),
     ):
         if lines:
-            parts += ["", Text(title, style="bold yellow"), *(Text(_printable(line)) for line in lines)]
+            parts += ["", Text(title, style="bold yellow"), *(Text(printable(line)) for line in lines)]
     if report.samples:
         parts += ["", Text("Examples; what is learned stands in [[ ]]:", style="bold")]
     for sample in report.samples:
-        text = Text(f"\n{_printable(sample.where)}\n", style="dim")
+        text = Text(f"\n{printable(sample.where)}\n", style="dim")
         for segment in sample.segments:
-            shown = _printable(segment.text)
+            shown = printable(segment.text)
             text.append(
                 f"[[{shown}]]" if segment.supervised else shown, "bold green" if segment.supervised else "not dim"
             )
@@ -369,8 +370,3 @@ def _pairs(pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 def _shortened(lines: list[str]) -> list[str]:
     return lines if len(lines) <= _SHOWN else [*lines[:_SHOWN], f"  ... and {len(lines) - _SHOWN:,} more"]
-
-
-def _printable(text: str) -> str:
-    """Text from data, with control characters written out: they could move the cursor or recolour the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm.errors import UserError, nearest
+from vlm.paths import existing_file, expanded
 
 PLACE = "{}"
 """Where the label goes in a template."""
@@ -33,8 +34,8 @@ def read_labels(labels: str) -> list[str]:
 
     Raises UserError for a file that is not there, fewer than two labels, and a label that comes twice.
     """
-    path = Path(labels).expanduser()
-    if path.suffix == ".txt" or path.is_file():
+    path = expanded(labels)
+    if existing_file(labels) or (path.suffix == ".txt" and "," not in labels):
         found = _lines(path, "--labels")
     else:
         found = [label for part in labels.split(",") if (label := part.strip())]
@@ -62,9 +63,9 @@ def read_templates(templates: Sequence[str], named: str | None) -> tuple[str, ..
         raise UserError("--template and --templates: give one of the two")
     if named in TEMPLATES:
         return TEMPLATES[named]
-    if named and not Path(named).expanduser().is_file():
+    if named and not existing_file(named):
         raise UserError(f"templates {named}: no such file, and no templates of that name; {nearest(named, TEMPLATES)}")
-    found = _lines(Path(named).expanduser(), "templates") if named else list(templates)
+    found = _lines(expanded(named), "templates") if named else list(templates)
     if named and not found:
         raise UserError(f"templates {named}: there is no template in it")
     for template in found:

@@ -21,6 +21,7 @@ from vlm.data.images import ImageError, open_image
 from vlm.errors import UserError
 from vlm.eval.runner import Processes
 from vlm.eval.top_k import Share, first_right, top_k
+from vlm.paths import existing
 from vlm.recipe_evaluation import Classification
 from vlm.recognition.labelled_images import LabelledImages, read_labelled_images
 
@@ -105,7 +106,7 @@ def measure(
                 "n_items": len(scores),
                 "n_images": len(scores),
                 "n_broken": len(why),
-                "data": Path(tasks[name].data).name if Path(tasks[name].data).exists() else tasks[name].data,
+                "data": Path(tasks[name].data).name if existing(tasks[name].data) else tasks[name].data,
                 "sees": share.low > chance,
             }
     return rows

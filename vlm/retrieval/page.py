@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from vlm.data.images import ImageError, open_image
 from vlm.eval.samples import STYLE, data_uri
+from vlm.printing import html_text
 from vlm.retrieval.index import Hit
 
 _STYLE = """
@@ -37,7 +37,7 @@ def write_hits(path: Path, hits: Sequence[Hit], *, query: str, photo: str | None
         photo: the file of the photo.
         searched: how many images the index has.
     """
-    title = escape(Path(display(query)).name if photo else f"“{query}”")
+    title = html_text(Path(query).name if photo else f"“{query}”")
     picture = f'<img src="{data_uri(open_image(photo))}" alt="{title}">' if photo else ""
     what = "most like this photo" if photo else "nearest to these words"
     parts = [
@@ -55,21 +55,16 @@ def write_hits(path: Path, hits: Sequence[Hit], *, query: str, photo: str | None
         file.write("</main></body></html>\n")
 
 
-def display(path: str) -> str:
-    """A file's name as text that can be printed and written, whatever bytes it has."""
-    return os.fsencode(path).decode("utf-8", errors="replace")
-
-
 def _card(hit: Hit, common: str) -> str:
     """`common` is the folder that all hits are in: only what is below it is shown, the whole path when pointed at."""
-    shown = Path(display(hit.path))
+    shown = Path(hit.path)
     below = os.path.relpath(os.path.dirname(hit.path), common)
-    name, folder = escape(shown.name), "" if below == "." else escape(display(below))
+    name, folder = html_text(shown.name), "" if below == "." else html_text(below)
     try:
         picture = f'<img src="{data_uri(open_image(hit.path))}" alt="{name}" loading="lazy">'
     except ImageError as error:
-        picture = f"<span>{escape(error.why)}</span>"
+        picture = f"<span>{html_text(error.why)}</span>"
     return (
-        f'<article class="hit" title="{escape(str(shown))}"><div class="picture">{picture}</div>'
+        f'<article class="hit" title="{html_text(str(shown))}"><div class="picture">{picture}</div>'
         f'<p><span class="score">{hit.score:.3f}</span>{name}<br><span class="folder">{folder}</span></p></article>'
     )

@@ -41,6 +41,7 @@ from vlm.eval.summary import show
 from vlm.files import write_text
 from vlm.loading import checkpoint_of, no_loading_bar
 from vlm.precision import generation_in_bfloat16
+from vlm.printing import json_text
 from vlm.recipe import Recipe, Stage, require_models
 from vlm.recipe_model import Quantization
 from vlm.recognition.likelihood import label_likelihood
@@ -120,7 +121,7 @@ def train(
     if log.problems:
         console.print(log.summary(), highlight=False, markup=False)
         if not dry_run and processes.is_main_process:
-            text = json.dumps([vars(problem) for problem in log.problems], indent=1, ensure_ascii=False)
+            text = json_text([vars(problem) for problem in log.problems], indent=1)
             (folder / "data_problems.json").write_text(text, encoding="utf-8")
     console.print("nothing was trained: this was a dry run" if dry_run else f"done: {folder}", highlight=False)
     return folder
