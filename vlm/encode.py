@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from vlm.data.images import ImageError, find_images
+from vlm.data.image_files import find_images
+from vlm.data.images import ImageError
 from vlm.errors import UserError, nearest
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,7 +44,9 @@ def run(
         raise UserError("--vision-feature-layer goes with --patches: an encoder pools its last layer alone")
     if dtype not in DTYPES:
         raise UserError(f"there is no --dtype {dtype}; {nearest(dtype, DTYPES)}")
-    images = find_images(patterns)
+    found = find_images(patterns)
+    found.show_left_out(console)
+    images = found.paths
     with console.status("loading the encoder"):  # and libraries, which takes seconds
         import torch
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from rich.console import Console
 
 from vlm.data.features import cache_key
-from vlm.data.images import find_images
+from vlm.data.image_files import find_images
 from vlm.embedding import Embedder, load_embedder
 from vlm.errors import UserError
+from vlm.paths import existing
 from vlm.retrieval.index import ImageIndex, holds_content_only
 from vlm.retrieval.update import update
 
@@ -26,7 +27,9 @@ def run(patterns: Sequence[str], *, encoder: str | None, output: Path, console: 
         raise UserError(f"{output} is no index yet; --encoder says which encoder it is to be made with")
     if index is None and output.exists() and not holds_content_only(output):
         raise UserError(f"{output} is there and is no index; choose another --output")
-    images = find_images(patterns)
+    found = find_images(patterns)
+    found.show_left_out(console)
+    images = found.paths
     with console.status("loading the encoder"):
         embedder = load_encoder(index, encoder)
     if index is None:
@@ -47,8 +50,8 @@ def run(patterns: Sequence[str], *, encoder: str | None, output: Path, console: 
 def load_encoder(index: ImageIndex | None, encoder: str | None = None) -> Embedder:
     """`encoder`, or else the one of `index`. Raises UserError if `index` has vectors of another."""
     name = encoder or (index.encoder if index is not None else "")
-    folder = Path(name).expanduser()
-    embedder = load_embedder(os.path.abspath(folder) if folder.exists() else name)
+    folder = existing(name)
+    embedder = load_embedder(os.path.abspath(folder) if folder else name)
     if index is not None and key_of(embedder) != index.encoder_key:
         other = "which has other weights now" if embedder.name == index.encoder else f"not of {embedder.name}"
         raise UserError(

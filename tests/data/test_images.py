@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 from io import BytesIO
 
@@ -13,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from vlm.data.example import StoredImage
-from vlm.data.images import ImageError, chunks, image_sha256, open_image
+from vlm.data.images import ImageError, chunks, image_sha256, image_size, open_image
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -48,7 +51,9 @@ def test_path_bytes_and_memory_give_the_same_pixels(tmp_path):
         assert np.array_equal(image, gradient())
 
 
-@pytest.mark.parametrize("format", ["BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"])
+@pytest.mark.parametrize(
+    "format", ["BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
+)
 def test_formats(format):
     image = open_image(encode(Image.new("RGB", (16, 16), (200, 100, 40)), format))
     assert image.mode == "RGB"
@@ -130,14 +135,57 @@ def test_grey_with_alpha_and_one_bit():
     assert open_image(encode(Image.new("1", (1, 1), 1))).getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_exif_rotation(orientation, format):
+def xmp(orientation: int) -> bytes:
+    return f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
+
+
+def turned(format: str, tag: str, orientation: int) -> bytes:
+    """An image that says by `tag` how it is turned. A TIFF has its EXIF tags as tags of its own."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(gradient(16, 8), format, exif=exif)
+    options = {"lossless": True} if format == "WEBP" else {"quality": 95} if format == "JPEG" else {}
+    if tag == "exif":
+        return encode(gradient(16, 8), format, exif=exif, **options)
+    if format == "PNG":
+        text = PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", xmp(orientation).decode())
+        return encode(gradient(16, 8), format, pnginfo=text)
+    if format == "TIFF":
+        return encode(gradient(16, 8), format, tiffinfo={700: xmp(orientation)})
+    return encode(gradient(16, 8), format, xmp=xmp(orientation), **options)
+
+
+def after_its_pixels(png: bytes, kind: bytes) -> bytes:
+    """The PNG with its chunk `kind` moved to its end."""
+    start = png.index(kind) - 4
+    end = start + 12 + int.from_bytes(png[start : start + 4])
+    return png[:start] + png[end:-12] + png[start:end] + png[-12:]
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("tag", ["exif", "xmp"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
+def test_an_image_is_upright_and_has_the_size_that_it_is_said_to_have(format, tag, orientation):
+    data = turned(format, tag, orientation)
+    expected = ImageOps.exif_transpose(Image.open(BytesIO(data)))
+    assert expected.size == ((8, 16) if 4 < orientation < 9 else (16, 8))
+    for source in (data, Image.open(BytesIO(data))):
+        assert image_size(source) == expected.size[::-1]
+        assert np.array_equal(open_image(source), expected.convert("RGB"))
+        assert image_size(source) == expected.size[::-1], "an image in memory is decoded by now"
+
+
+@pytest.mark.parametrize(("tag", "kind"), [("exif", b"eXIf"), ("xmp", b"iTXt")])
+def test_a_png_may_say_after_its_pixels_how_it_is_turned(tag, kind):
+    data = after_its_pixels(turned("PNG", tag, 6), kind)
     assert np.array_equal(open_image(data), ImageOps.exif_transpose(Image.open(BytesIO(data))))
-    assert open_image(data).size == ((8, 16) if orientation > 4 else (16, 8))
+    assert image_size(data) == (16, 8)
+
+
+def test_the_size_of_a_png_is_known_without_its_pixels():
+    data = turned("PNG", "exif", 6)
+    assert image_size(data[: data.index(b"IDAT") + 8]) == (16, 8)
+    assert image_size(png_header(500, 400)) == (400, 500)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -155,9 +203,81 @@ def test_first_frame_of_an_animation(format):
     assert open_image(data).getpixel((4, 4)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1)])
 def test_one_pixel_wide(size):
     assert open_image(encode(Image.new("RGB", size))).size == size
+
+
+@pytest.mark.parametrize("size", [(1, 201), (30_000_000, 1)])
+def test_what_is_thinner_is_refused_by_its_header(size):
+    for source in (png_header(*size), Image.new("L", size)):
+        for opened in (open_image, image_size):
+            with pytest.raises(ImageError, match="thinner than the 200:1 allowed; crop it"):
+                opened(source)
+
+
+def test_tiles_of_a_tiff_are_bounded_too():
+    data = encode(Image.new("L", (16, 16)), "TIFF", tiffinfo={65_000: 30_000, 65_001: 30_000})
+    for other, tag in ((65_000, 322), (65_001, 323)):  # Pillow writes no tiles
+        data = data.replace(struct.pack("<HHI", other, 3, 1), struct.pack("<HHI", tag, 3, 1))
+    for opened in (open_image, image_size):
+        with pytest.raises(ImageError, match="its tiles have 900,000,000 pixels"):
+            opened(data)
+
+
+WIDE = {"I": np.int32, "F": np.float32, "I;16": np.uint16, "I;16B": None}
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", *WIDE]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_strips_are_no_other_than_the_whole(mode, monkeypatch):
+    levels = np.random.default_rng(0).integers(0, 256, (40, 9, 4), dtype=np.uint8)
+    if mode == "I;16B":
+        image = Image.frombytes(mode, (9, 40), (levels[..., 0].astype(">u2") * 257).tobytes())
+    elif mode in WIDE:
+        values = levels[..., 0].astype(WIDE[mode])
+        image = Image.fromarray(values if mode == "F" else values * 257)
+    else:
+        rgba = Image.fromarray(levels, "RGBA")
+        image = rgba.convert("RGB").quantize(16) if mode == "P" else rgba.convert("RGB").convert(mode)
+        image = rgba.convert(mode) if mode in ("RGBA", "LA", "PA") else image
+    if mode == "P":
+        image.info["transparency"] = 3
+    whole = open_image(image.copy())
+    monkeypatch.setattr("vlm.data.rgb.STRIP_PIXELS", 30)
+    assert np.array_equal(open_image(image), whole)
+    if mode in ("1", "L", "RGB", "CMYK", "YCbCr", "HSV"):
+        assert np.array_equal(whole, image.convert("RGB")), "as Pillow converts it"
+    if mode in WIDE:
+        assert np.array_equal(whole, np.repeat(levels[..., :1], 3, axis=2))
+
+
+_PEAK = """
+import io, resource, sys
+from PIL import Image
+from vlm.data.images import open_image
+buffer = io.BytesIO()
+Image.new("L", (1, 1)).save(buffer, "PNG")
+open_image(buffer.getvalue())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert open_image(sys.argv[1]).mode == "RGB"
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "I;16", "I", "F", "CMYK", "1"])
+def test_no_mode_takes_much_more_memory_than_its_pixels(mode, tmp_path):
+    side = 6000
+    image = Image.new(mode, (side, side))
+    if mode == "P":
+        image.info["transparency"] = 0
+    path = tmp_path / ("a.tif" if mode in ("F", "CMYK", "I") else "a.png")
+    image.save(path, compression="tiff_deflate") if path.suffix == ".tif" else image.save(path)
+    done = subprocess.run([sys.executable, "-c", _PEAK, str(path)], capture_output=True, text=True, check=True)
+    decoded = {"1": 1, "P": 1, "LA": 4, "I;16": 2, "RGB": 4}.get(mode, 4)  # bytes of a pixel; Pillow pads RGB to 4
+    result = 0 if mode == "RGB" else 4
+    assert int(done.stdout) < 1.15 * (decoded + result) * side**2 + 30e6
 
 
 def test_zero_bytes(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from tests.retrieval.conftest import picture
-from vlm.data.images import find_images
+from vlm.data.image_files import find_images
 from vlm.embedding import load_embedder
 from vlm.index import key_of
 from vlm.retrieval import update as module
@@ -45,7 +45,7 @@ def bring(watched, tmp_path, console):
         folder, watched.encoded = tmp_path / name, []
         new = ImageIndex(folder, str(watched.embedder.name), key_of(watched.embedder))
         index = ImageIndex.open(folder) if (folder / "index.json").exists() else new
-        changes = update(index, find_images([str(pattern) for pattern in patterns]), watched, console=console)
+        changes = update(index, find_images([str(pattern) for pattern in patterns]).paths, watched, console=console)
         return changes, sorted(watched.encoded)
 
     return run

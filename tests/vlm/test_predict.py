@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlm.data.images import find_images
+from vlm.data.image_files import find_images
 from vlm.errors import UserError
 from vlm.predict import Counts, Request, predict
 
@@ -39,7 +39,7 @@ def photos(tmp_path: Path) -> list[str]:
     for i in range(1, 8):
         Image.new("RGB", (i, 4)).save(folder / f"{i}.png")
     (folder / "4.png").write_bytes(b"not an image")
-    return find_images([str(folder)])
+    return find_images([str(folder)]).paths
 
 
 def run(photos: list[str], output: Path, namer: Namer | None = None, **changes: Any) -> Counts:
@@ -122,10 +122,10 @@ def test_files_folders_and_globs_each_once(photos: list[str], tmp_path: Path) ->
     deep.mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(deep / "x[1].JPG")
     (folder / "notes.txt").write_text("no image")
-    assert find_images([str(folder)]) == [*photos, str(deep / "x[1].JPG")]
-    assert find_images([photos[1], str(folder / "*.png")]) == [photos[1], photos[0], *photos[2:]]
-    assert find_images([str(deep / "x[1].JPG")]) == [str(deep / "x[1].JPG")]
-    assert find_images([str(folder / "**" / "*.JPG")]) == [str(deep / "x[1].JPG")]
+    assert find_images([str(folder)]).paths == [*photos, str(deep / "x[1].JPG")]
+    assert find_images([photos[1], str(folder / "*.png")]).paths == [photos[1], photos[0], *photos[2:]]
+    assert find_images([str(deep / "x[1].JPG")]).paths == [str(deep / "x[1].JPG")]
+    assert find_images([str(folder / "**" / "*.JPG")]).paths == [str(deep / "x[1].JPG")]
 
 
 @pytest.mark.parametrize(

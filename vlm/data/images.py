@@ -1,28 +1,32 @@
-"""Finding images, and opening them from anywhere as plain RGB, within bounds, or saying what is wrong with them."""
+"""Opening images from anywhere as plain RGB, within bounds, or saying what is wrong with them."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from io import BytesIO
-from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from vlm.data.example import ImageSource, StoredImage
+from vlm.data.rgb import to_rgb
 from vlm.errors import UserError
+from vlm.printing import printable_name
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte of RGB
 MAX_BYTES = 256 * 2**20
+MAX_ASPECT_RATIO = 200
+"""The longest side over the shortest. An image processor that brings the shortest side to the encoder's size makes the
+longest that many times as long; those of Qwen refuse more. With `MAX_PIXELS` it bounds a side to 133,776 pixels."""
 
 # Only raster formats decoded by Pillow itself: opening an EPS file would start Ghostscript on the user's data.
-FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
-_EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,10 +37,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ON_ITS_SIDE = (5, 6, 7, 8)
+_PNG_TEXT = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
 
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2"}
-"""What a file in a folder is called if it is an image."""
+_LONGEST_NAME = 300  # in messages: what is given as a name may be anything
 
 CHUNK = 64
 CHUNK_PIXELS = 2**26  # 192 MB of RGB
@@ -55,27 +58,6 @@ class ImageError(UserError):
         return f"{self.where}: {self.why}; {self.fix}"
 
 
-def find_images(patterns: Sequence[str]) -> list[str]:
-    """Return the files that `patterns` name, each once: files, folders (with what is in their folders), and globs.
-
-    Raises UserError for a pattern that finds nothing.
-    """
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            files = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        elif path.exists():  # before the glob: `photo[1].jpg` may be a file of that name
-            files = [str(path)]
-        else:
-            files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
-        if not files:
-            what = "has no images in it" if path.is_dir() else "is no file or folder, and no file matches it"
-            raise UserError(f"{pattern} {what}")
-        found |= dict.fromkeys(files)
-    return list(found)
-
-
 def open_image(
     source: ImageSource, *, where: str = "", max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
 ) -> Image.Image:
@@ -88,47 +70,80 @@ def open_image(
         max_bytes: the largest file; checked before it is read.
 
     Raises:
-        ImageError: the image is missing, empty, too large, truncated, or not an image.
+        ImageError: the image is missing, empty, too large, too thin (`MAX_ASPECT_RATIO`), truncated, or not an image.
     """
     name = _name(source, where)
-    image = _undecoded(source, name, max_bytes)
-    width, height = image.size
-    if width * height > max_pixels:
-        why = f"{width} x {height} is {width * height:,} pixels, more than the {max_pixels:,} allowed"
-        raise ImageError(name, why, "resize it before training")
-    if width * height == 0:
-        raise ImageError(name, f"an image of {width} x {height} has no pixels", "remove it or save it again")
+    image = _undecoded(source, name, max_pixels, max_bytes)
+    _load(image, name)
+    _require_bounds(image, name, max_pixels)
+    orientation = _orientation(image)
     try:
-        image.load()
-    except Exception as error:  # as above: decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
-        raise ImageError(name, f"truncated or damaged ({error})", "download or save it again") from error
-    return _to_rgb(_upright(image), name)
+        rgb = to_rgb(image)
+    except ValueError as error:
+        raise ImageError(name, str(error), "re-save it with 8 bits, as PNG or JPEG") from error
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
 
-def image_size(source: ImageSource, *, where: str = "", max_bytes: int = MAX_BYTES) -> tuple[int, int]:
-    """`(height, width)` of what `open_image` would give, from the header; no pixel is decoded.
+def image_size(
+    source: ImageSource, *, where: str = "", max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> tuple[int, int]:
+    """`(height, width)` of what `open_image` would give, from the header; no pixel is decoded, unless a PNG says after
+    its pixels how it is turned.
 
     Raises:
-        ImageError: the image is missing, empty or too large, or not an image.
+        ImageError: the image is missing, empty, too large or too thin, or not an image.
     """
-    image = _undecoded(source, _name(source, where), max_bytes)
-    return (image.width, image.height) if _orientation(image) in _ON_ITS_SIDE else (image.height, image.width)
+    name = _name(source, where)
+    image = _undecoded(source, name, max_pixels, max_bytes)
+    on_its_side = _header_orientation(image) in _ON_ITS_SIDE
+    return (image.width, image.height) if on_its_side else (image.height, image.width)
 
 
-def _undecoded(source: ImageSource, name: str, max_bytes: int) -> Image.Image:
-    """An image whose header has been read."""
+def _undecoded(source: ImageSource, name: str, max_pixels: int, max_bytes: int) -> Image.Image:
+    """An image whose header has been read, and is within bounds."""
     payload = _fetch(source, name)
     if isinstance(payload, Image.Image):
+        _require_bounds(payload, name, max_pixels)
         return payload
     data = _read(payload, name, max_bytes)
     try:
         Image.init()
-        return Image.open(BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
+        image = Image.open(BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(name, f"too many pixels ({error})", "resize it before training") from error
     except Exception as error:  # Pillow's plugins raise a dozen different types on broken headers
         why = f"not an image that can be read ({len(data)} bytes, starts with {data[:8]!r})"
         raise ImageError(name, why, f"re-save it as PNG or JPEG; formats read: {', '.join(FORMATS)}") from error
+    _require_bounds(image, name, max_pixels)
+    return image
+
+
+def _require_bounds(image: Image.Image, name: str, max_pixels: int) -> None:
+    """Raise ImageError for an image that would take too much memory: decoded, or resized by its shortest side."""
+    width, height = image.size
+    # The tiles of a TIFF are decoded whole, and may be larger than it is.
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    sides = [tags.get(side, 0) for side in (TILEWIDTH, TILELENGTH)]
+    tile = math.prod(sides) if all(isinstance(side, int) for side in sides) else 0
+    if not width * height:
+        raise ImageError(name, f"an image of {width} x {height} has no pixels", "remove it or save it again")
+    if width * height > max_pixels:
+        why = f"{width} x {height} is {width * height:,} pixels, more than the {max_pixels:,} allowed"
+        raise ImageError(name, why, "resize it before training")
+    if tile > max_pixels:
+        raise ImageError(name, f"its tiles have {tile:,} pixels, more than the {max_pixels:,} allowed", "save it again")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        why = f"{width} x {height} is thinner than the {MAX_ASPECT_RATIO}:1 allowed"
+        raise ImageError(name, why, "crop it or cut it into pieces")
+
+
+def _load(image: Image.Image, name: str) -> None:
+    try:
+        image.load()
+    except MemoryError as error:
+        raise ImageError(name, f"no memory for {image.width} x {image.height} pixels", "resize it") from error
+    except Exception as error:  # as above: decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError ...
+        raise ImageError(name, f"truncated or damaged ({error})", "download or save it again") from error
 
 
 def chunks(groups: Iterable[tuple[_T, list[Image.Image]]]) -> Iterator[list[tuple[_T, list[Image.Image]]]]:
@@ -164,7 +179,7 @@ def image_sha256(source: ImageSource, *, where: str = "", max_bytes: int = MAX_B
 
 def _name(source: ImageSource, where: str) -> str:
     if isinstance(source, str):
-        own = source
+        own = printable_name(source if len(source) <= _LONGEST_NAME else f"{source[:_LONGEST_NAME]}...")
     elif isinstance(source, StoredImage):
         own = f"column {source.column!r}" if source.index is None else f"column {source.column!r}, image {source.index}"
         own = own if where else f"row {source.row}, {own}"
@@ -187,12 +202,11 @@ def _read(payload: str | bytes, name: str, max_bytes: int) -> bytes:
     if isinstance(payload, str):
         if payload.startswith(("http://", "https://")):
             raise ImageError(name, "a web address, and data is never fetched while training", "download it first")
-        path = Path(payload)
-        if not path.exists():
+        if not os.path.exists(payload):  # also what is too long for a name
             raise ImageError(name, "the file does not exist", "check the folder and the name")
-        if not path.is_file():  # a folder, or a device that never ends
+        if not os.path.isfile(payload):  # a folder, or a device that never ends
             raise ImageError(name, "not a regular file", "check the folder and the name")
-        size = path.stat().st_size
+        size = os.path.getsize(payload)
     else:
         size = len(payload)
     if size > max_bytes:
@@ -202,52 +216,39 @@ def _read(payload: str | bytes, name: str, max_bytes: int) -> bytes:
     if isinstance(payload, bytes):
         return payload
     try:
-        return path.read_bytes()
+        with open(payload, "rb") as file:
+            return file.read()
     except OSError as error:
         raise ImageError(name, f"cannot be read ({error.strerror})", "check the file and its permissions") from error
 
 
 def _orientation(image: Image.Image) -> int | None:
+    """How a decoded image is turned, by its EXIF or XMP data."""
     try:
-        return image.getexif().get(_EXIF_ORIENTATION)
+        return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # a damaged EXIF block says nothing about the pixels; viewers show such an image unrotated too
         return None
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    orientation = _orientation(image)
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+def _header_orientation(image: Image.Image) -> int | None:
+    """How an image that is not decoded yet will be turned."""
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(ExifTags.Base.Orientation) in _ON_ITS_SIDE:
+        return None  # Pillow decodes a TIFF upright, and gives the size that it has then
+    if isinstance(image, PngImageFile) and isinstance(image.fp, BytesIO) and not _tells_after_pixels(image.fp):
+        try:
+            return Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # that of a PNG decodes it first
+        except Exception:  # as in `_orientation`
+            return None
+    return _orientation(image)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _wide_to_rgb(image, name)
-    try:
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, rgba).convert("RGB")
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ImageError(name, f"mode {image.mode} has no way to RGB", "re-save it as PNG or JPEG") from error
-
-
-def _wide_to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """16-bit, 32-bit and float grey to RGB by their full range. Pillow's own `convert` clips them at 255: all white."""
-    values = np.asarray(image).astype(np.float64)
-    low, high = float(values.min()), float(values.max())
-    if image.mode == "F":
-        if not (low >= 0 and high <= 255):  # also catches NaN
-            why = f"floating-point pixels from {low:g} to {high:g}; 0 to 1 or 0 to 255 is understood"
-            raise ImageError(name, why, "scale it and re-save it with 8 bits")
-        scaled = values * 255 if high <= 1 else values
-    else:
-        if not (low >= 0 and high <= 65535):
-            why = f"integer pixels from {low:g} to {high:g}; 0 to 65535 is understood"
-            raise ImageError(name, why, "scale it and re-save it with 8 or 16 bits")
-        scaled = values / 257  # 65535 = 255 * 257
-        if isinstance(transparent := image.info.get("transparency"), int):
-            scaled[values == transparent] = 255
-    return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
+def _tells_after_pixels(file: BytesIO) -> bool:
+    """Whether a PNG has EXIF data or text after its pixels."""
+    data, at, pixels = file.getbuffer(), 8, False
+    while at + 8 <= len(data):
+        kind = bytes(data[at + 4 : at + 8])
+        if pixels and kind in _PNG_TEXT:
+            return True
+        pixels |= kind == b"IDAT"
+        at += 12 + int.from_bytes(data[at : at + 4])
+    return False

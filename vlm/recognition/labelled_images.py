@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data.example import ImageSource, Problem, StoredImage
-from vlm.data.images import find_images
+from vlm.data.image_files import find_images, is_hidden
 from vlm.data.readers_common import read_json_lines
 from vlm.data.readers_dataset import Columns, DatasetSource
 from vlm.errors import UserError, nearest
+from vlm.paths import existing, existing_folder
 from vlm.recognition.labels import require_labels
 
 METADATA = "metadata.jsonl"
@@ -46,8 +47,8 @@ def read_labelled_images(data: str, label_column: str | None = None) -> Labelled
     Raises UserError if there are no images or fewer than two labels, for a column that is not there, and for a
     `label_column` where folders are the labels.
     """
-    folder = Path(data).expanduser()
-    if folder.is_dir() and not _is_saved(folder):
+    folder = existing_folder(data)
+    if folder is not None and not _is_saved(folder):
         if (folder / METADATA).is_file():
             return _from_rows(folder, label_column or LABEL)
         if label_column:
@@ -62,13 +63,15 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _from_folders(folder: Path) -> LabelledImages:
-    labels = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    labels = sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
     require_labels(labels, f"{folder}, whose folders are the labels")
     images: dict[str, str] = {}  # file: label
-    for label in labels:
-        images |= dict.fromkeys(find_images([str(folder / label)]), label)
-    strays = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    strays = [path for path in sorted(folder.iterdir()) if path.is_file() and not is_hidden(path.name)]
     problems = [Problem(str(path), "", "in no folder, so it has no label") for path in strays]
+    for label in labels:
+        found = find_images([str(folder / label)])
+        images |= dict.fromkeys(found.paths, label)
+        problems += [Problem(str(folder / label), "", line) for line in found.left_out()]
     return _labelled(dict(zip(images, images, strict=True)), list(images.values()), labels, problems, str(folder))
 
 
@@ -96,7 +99,7 @@ def _from_rows(folder: Path, column: str) -> LabelledImages:
 def _from_dataset(data: str, column: str) -> LabelledImages:
     from datasets import ClassLabel, Image
 
-    path, _, split = (data, "", "") if Path(data).expanduser().exists() else data.partition(":")
+    path, _, split = (data, "", "") if existing(data) else data.partition(":")
     options: dict[str, Any] = {"split": split} if split else {}
     source = DatasetSource(path=path, columns=Columns(caption=column), **options)
     dataset = source.load(Path())

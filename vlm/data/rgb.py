@@ -1,0 +1,72 @@
+"""Any mode of Pillow to RGB in 8 bits, in strips: beside the image itself only the result takes memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from PIL import Image
+
+STRIP_PIXELS = 2**18
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image` in RGB: alpha composited on white, 16-bit, 32-bit and float grey scaled by their full range.
+
+    Raises ValueError, in words, for pixels out of range and for a mode that has no way to RGB.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if _is_wide(image):
+        scale = _scale(image)
+        return _in_strips(image, lambda strip: _wide_to_rgb(strip, scale))
+    try:
+        return _in_strips(image, _on_white if image.has_transparency_data else lambda strip: strip.convert("RGB"))
+    except ValueError as error:
+        raise ValueError(f"mode {image.mode} has no way to RGB") from error
+
+
+def _is_wide(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The image in strips of whole rows, each with its first row."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    rgb = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        rgb.paste(convert(strip), (0, top))
+    return rgb
+
+
+def _on_white(strip: Image.Image) -> Image.Image:
+    rgba = strip.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+
+
+def _scale(image: Image.Image) -> float:
+    """What brings the values of a wide mode to 0 to 255. Pillow's own `convert` clips them at 255: all white."""
+    strips = (np.asarray(strip) for _, strip in _strips(image))
+    ranges = [(float(values.min()), float(values.max())) for values in strips]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    if image.mode == "F":
+        # Each strip on its own, since `min` and `max` pass NaN over.
+        if not all(low >= 0 and high <= 255 for low, high in ranges):
+            raise ValueError(f"floating-point pixels from {low:g} to {high:g}; 0 to 1 or 0 to 255 is understood")
+        return 255.0 if high <= 1 else 1.0
+    if not (low >= 0 and high <= 65535):
+        raise ValueError(f"integer pixels from {low:g} to {high:g}; 0 to 65535 is understood")
+    return 1 / 257  # 65535 = 255 * 257
+
+
+def _wide_to_rgb(strip: Image.Image, scale: float) -> Image.Image:
+    values = np.asarray(strip)
+    scaled = np.rint(values.astype(np.float64) * scale).astype(np.uint8)
+    if strip.mode != "F" and isinstance(transparent := strip.info.get("transparency"), int):
+        scaled[values == transparent] = 255
+    return Image.fromarray(scaled).convert("RGB")
