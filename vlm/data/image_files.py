@@ -21,8 +21,9 @@ HIDDEN_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin")
 """Where macOS, Synology and Windows keep previews, resource forks and deleted files, in small letters. What begins with
 a dot is hidden too: `.trash`, `.ipynb_checkpoints`, and the resource forks `._photo.jpg`."""
 
-SYSTEM_FILES = ("thumbs.db", "desktop.ini")
-"""Files that Windows puts into folders, in small letters. They are not worth a message."""
+EXPECTED_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "thumbs.db", "desktop.ini")
+"""What may lie among images, in small letters, without a message: captions in the layout of `datasets`' imagefolder, and
+files that Windows puts into folders."""
 
 SHOWN = 5
 """Names in a message."""
@@ -130,7 +131,7 @@ def _scan(folder: str, found: ImageFiles) -> None:
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         _add_hidden(found, place, sum(is_hidden(name) and has_image_suffix(name) for name in files))
         for name in files:
-            if not is_hidden(name) and name.lower() not in SYSTEM_FILES:
+            if not is_hidden(name) and name.lower() not in EXPECTED_FILES:
                 (found.paths if has_image_suffix(name) else found.others).append(os.path.join(place, name))
 
 
