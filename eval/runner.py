@@ -55,6 +55,7 @@ class Item:
         where: place of the (first) branch in the data, for messages.
         messages: the prompt, ending with a user message.
         references: all acceptable answers.
+        question_id: that of the branch; None for captions.
     """
 
     example: int
@@ -62,6 +63,7 @@ class Item:
     where: str
     messages: list[Message]
     references: list[str] = field(default_factory=list)
+    question_id: str | None = None
 
 
 def _text(message: Message) -> str:
@@ -82,12 +84,14 @@ def items_of(examples: Sequence[Example]) -> list[Item]:
     """The items of examples, in order: one for each prompt about an image.
 
     The prompt of a branch is what stands before its last assistant message; earlier assistant turns are kept as given.
-    Branches of one image with the same prompt (five captions) become one item with all their references.
+    Branches of one example with the same prompt and no question id (five captions) become one item with all their
+    references. Questions are one item for each question id, also where they are of the same words.
 
     Raises:
         ValueError: a branch does not end with an assistant message, or has no answer.
     """
-    items: dict[tuple[str, str], Item] = {}
+    items: dict[tuple[int, str | None, str], Item] = {}
+    shared: set[int] = set()  # references that several branches have in common
     for position, example in enumerate(examples):
         for branch in example.branches:
             where = branch.where or example.where
@@ -96,9 +100,12 @@ def items_of(examples: Sequence[Example]) -> list[Item]:
             if len(branch.messages) == 1:
                 raise ValueError(f"{where}: the conversation has an answer but no prompt before it")
             messages: list[Message] = list(branch.messages[:-1])
-            key = (example.image_id, json.dumps(messages, sort_keys=True, default=str))
-            item = items.setdefault(key, Item(position, example.image_id, where, messages))
-            item.references += branch.all_references
+            key = (position, branch.question_id, json.dumps(messages, sort_keys=True, default=str))
+            new = Item(position, example.image_id, where, messages, question_id=branch.question_id)
+            item = items.setdefault(key, new)
+            if not branch.references or id(branch.references) not in shared:
+                item.references += branch.all_references
+            shared.add(id(branch.references))
     return list(items.values())
 
 
@@ -276,6 +283,7 @@ def evaluate(
     for i, item in enumerate(items):
         row: dict[str, Any] = {
             "image_id": item.image_id,
+            **({} if item.question_id is None else {"question_id": item.question_id}),
             "where": item.where,
             "prompt": prompt_text(item.messages),
             "prediction": predictions[i],

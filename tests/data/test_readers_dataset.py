@@ -13,6 +13,7 @@ from vlm.data.readers import SourceError, read
 
 IMAGE_ROWS = {
     "img": [{"bytes": png(n), "path": None} for n in range(3)] + [None],
+    "same": [{"bytes": png(n), "path": None} for n in (0, 1, 0, 0)],
     "imgs": [[{"bytes": png(i), "path": None} for i in range(n)] for n in (1, 0, 2)] + [None],
     "group": ["x", "y", "x", "z"],
     "text": ["t0", "t1", "t2", "t3"],
@@ -21,6 +22,7 @@ IMAGE_ROWS = {
 FEATURES = datasets.Features(
     {
         "img": datasets.Image(),
+        "same": datasets.Image(),
         "imgs": datasets.List(datasets.Image()),
         "group": datasets.Value("string"),
         "text": datasets.Value("string"),
@@ -73,9 +75,13 @@ def test_dataset_lists_of_images(stored):
 
 
 def test_dataset_rows_of_one_image_are_branches(stored):
-    columns = {"image": "img", "caption": "text", "image_id": "group"}
+    columns = {"image": "same", "caption": "text", "image_id": "group"}
     examples, _ = read({"format": "dataset", "path": "one", "columns": columns}, base_dir=stored)
-    assert [(e.image_id, [b.answer for b in e.branches]) for e in examples] == [("x", ["t0", "t2"]), ("y", ["t1"])]
+    assert [(e.image_id, [b.answer for b in e.branches]) for e in examples] == [
+        ("x", ["t0", "t2"]),
+        ("y", ["t1"]),
+        ("z", ["t3"]),
+    ]
     limited, _ = read({"format": "dataset", "path": "one", "columns": columns, "limit": 1}, base_dir=stored)
     assert [(e.image_id, len(e.branches)) for e in limited] == [("x", 2)]
 

@@ -63,8 +63,8 @@ LLAVA_FAULTS = [
     ({"image": "a.png", "conversations": turns("<image>", "A", "B")}, "conversations: the last turn must be an answer"),
     ({"image": "a.png", "conversations": turns("Q", "<image>")}, "conversations[1]: an image stands in an answer"),
     (
-        {"image": "a.png", "conversations": turns("<image>", "A")[::-1]},
-        "conversations[0]: a turn of the user is expected",
+        {"image": "a.png", "conversations": [*turns("<image>", "A"), *turns("B", "C")[::-1]]},
+        "conversations[2]: a turn of the user is expected",
     ),
     ({"image": "a.png", "conversations": []}, "conversations: expected a list of turns, found []"),
     ({"image": "a.png"}, "conversations: expected a list of turns, found None"),
@@ -93,9 +93,9 @@ def test_llava_faults(tmp_path, row, fault):
 
 def test_llava_row_that_is_no_object(tmp_path):
     _, problems = read_llava(tmp_path, [3])
-    assert lines(problems) == ["l.json:row 0: expected an object {...}, found int"]
+    assert lines(problems) == ["l.json:row 0: expected an object {...}, found 3"]
 
 
 def test_llava_file_that_is_no_list(tmp_path):
-    with pytest.raises(SourceError, match=r"l\.json: not LLaVA JSON: expected a list of rows, found dict"):
+    with pytest.raises(SourceError, match=r"l\.json: expected a list of rows, or rows on a line each .*, found {}"):
         read_llava(tmp_path, {})

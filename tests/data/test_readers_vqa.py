@@ -46,7 +46,7 @@ VQA_FAULTS = [
     (lambda q, a: a["annotations"].pop(0), "q.json:row 2 (question_id 70): question_id: no annotation in a.json"),
     (lambda q, a: q["questions"].pop(2), "a.json:row 0 (question_id 70): question_id: no question in q.json"),
     (lambda q, a: q["questions"][2].update(question=None), "q.json:row 2 (question_id 70): question: missing"),
-    (lambda q, a: q["questions"][2].update(image_id="7"), "q.json:row 2: image_id: expected an object"),
+    (lambda q, a: q["questions"][2].update(image_id=[7]), "q.json:row 2: image_id: an id is text"),
     (lambda q, a: a["annotations"][0].update(image_id=42),
      "q.json:row 2 (question_id 70): image_id: 7 here but 42 in a.json:row 0 (question_id 70)"),
     (lambda q, a: q["questions"].append(q["questions"][0]), "q.json:row 3 (question_id 420): question_id: two"),

@@ -7,7 +7,7 @@ and each caption or question as a `Branch`, so that everything downstream can en
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -56,11 +56,14 @@ class Branch:
         references: all acceptable answers to the last question, such as the ten answers of VQAv2. Empty means that the
             last assistant text is the only one.
         where: file and row this branch comes from, for messages to people.
+        question_id: what tells this question from others of the same words: the id in its data, or file and row. None
+            for captions: those about the same images with the same prompt are references of each other.
     """
 
     messages: tuple[Message, ...]
     references: tuple[str, ...] = ()
     where: str = ""
+    question_id: str | None = None
 
     def __post_init__(self) -> None:
         if not self.messages or self.messages[-1]["role"] != "assistant":
@@ -129,6 +132,30 @@ def message_text(message: Message) -> str:
 def count_image_parts(messages: Sequence[Message]) -> int:
     """How many image parts the messages hold."""
     return sum(part["type"] == "image" for message in messages for part in message["content"])
+
+
+def apart(sources: Sequence[Sequence[Example]]) -> list[Example]:
+    """Return the examples of several sources as one list, in which an id of an image is that of the same files.
+
+    Other images that have the id of one of an earlier source (photos of two folders may have the same names) get the
+    number of their source behind it.
+    """
+    known: dict[str, tuple[ImageSource, ...]] = {}
+    examples: list[Example] = []
+    for number, source in enumerate(sources):
+        of_source: dict[str, tuple[ImageSource, ...]] = {}
+        for example in source:
+            first = known.get(example.image_id, example.images)
+            if first is not example.images and not _same_files(first, example.images):
+                example = replace(example, image_id=f"{example.image_id} (source {number})")
+            of_source.setdefault(example.image_id, example.images)
+            examples.append(example)
+        known = of_source | known
+    return examples
+
+
+def _same_files(one: Sequence[ImageSource], other: Sequence[ImageSource]) -> bool:
+    return len(one) == len(other) and all(isinstance(a, str) and a == b for a, b in zip(one, other, strict=True))
 
 
 def iter_branches(examples: Sequence[Example]) -> Iterator[tuple[Example, Branch]]:

@@ -197,4 +197,4 @@ def text_number(text: str) -> int:
 
 def _number(name: str) -> int:
     """63 bits of a hash."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:8], "big") >> 1

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vlm.data.example import question_and_answer
-from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, load_json, resolve
-from vlm.data.readers_rows import DEFAULT_PROMPT, RowError, required_text
+from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, resolve
+from vlm.data.readers_conversations import asked_branch
+from vlm.data.readers_json import load_json
+from vlm.data.readers_rows import DEFAULT_PROMPT
+from vlm.data.readers_text import RowError, answer_text, required_id, show, whole
 
 
 class CocoCaptionsSource(Source):
@@ -28,46 +30,58 @@ class CocoCaptionsSource(Source):
                 )
         collector = Collector()
         captions = self._captions(content["annotations"], collector)
-        known: set[Any] = set()
+        known: dict[str, str] = {}
         for index, image in enumerate(content["images"]):
             where = f"{self.annotations}:images row {index}"
-            if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
-                collector.bad(where, "file_name", "expected an object with 'id' and 'file_name'")
+            try:
+                image_id, name = _image(image)
+            except RowError as error:
+                collector.bad(where, error.key, error.why)
                 continue
-            where = f"{where} (id {image['id']})"
-            if image["id"] in known:
-                collector.bad(where, "id", "two images have this id")
+            where = f"{where} (id {show(image['id'])})"
+            if image_id in known:
+                collector.bad(where, "id", f"two images have this id; the other one is in {known[image_id]}")
                 continue
-            known.add(image["id"])
+            known[image_id] = where
             if self.limit is not None and len(known) > self.limit:
                 continue
             branches = []
-            for caption_where, annotation in captions.get(image["id"], []):
+            for caption_where, annotation in captions.get(image_id, []):
                 try:
-                    text = required_text(annotation, "caption")
+                    text = answer_text(annotation, "caption")
+                    branches.append(asked_branch(self.prompt, text, where=caption_where, key="prompt"))
                 except RowError as error:
                     collector.bad(caption_where, error.key, error.why)
-                else:
-                    branches.append(question_and_answer(self.prompt, text, where=caption_where))
-            if image["id"] not in captions:
+            if image_id not in captions:
                 collector.bad(where, "", "no annotation has a caption for this image")
-            file = folder / image["file_name"]
+            file = folder / name
             if branches and not collector.missing_images([file], where, lost=len(branches)):
-                collector.add([str(file)], branches, image_id=str(image["id"]), where=where)
+                collector.add([str(file)], branches, image_id=image_id, where=where)
         for image_id in [i for i in captions if i not in known]:
-            for where, _ in captions[image_id]:
-                collector.bad(where, "image_id", f"no image has the id {image_id}")
+            for where, annotation in captions[image_id]:
+                collector.bad(where, "image_id", f"no image has the id {show(annotation['image_id'])}")
         return collector.result(self.annotations)
 
-    def _captions(self, annotations: list[Any], collector: Collector) -> dict[Any, list[tuple[str, dict[str, Any]]]]:
+    def _captions(self, annotations: list[Any], collector: Collector) -> dict[str, list[tuple[str, dict[str, Any]]]]:
         """The annotations by image id, each with where it stands."""
-        by_image: dict[Any, list[tuple[str, dict[str, Any]]]] = {}
+        by_image: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         for index, annotation in enumerate(annotations):
             where = f"{self.annotations}:annotations row {index}"
-            if not isinstance(annotation, dict) or not isinstance(annotation.get("image_id"), int | str):
-                collector.bad(where, "image_id", "expected an object with 'image_id' and 'caption'")
+            try:
+                if not isinstance(annotation, dict):
+                    raise RowError("", f"expected an object with 'image_id' and 'caption', found {show(annotation)}")
+                image_id = required_id(annotation, "image_id")
+            except RowError as error:
+                collector.bad(where, error.key, error.why)
                 continue
             if "id" in annotation:
-                where = f"{where} (id {annotation['id']})"
-            by_image.setdefault(annotation["image_id"], []).append((where, annotation))
+                where = f"{where} (id {show(annotation['id'])})"
+            by_image.setdefault(image_id, []).append((where, annotation))
         return by_image
+
+
+def _image(image: Any) -> tuple[str, str]:
+    """The id and the file name of an entry of `images`."""
+    if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
+        raise RowError("file_name", f"expected an object with 'id' and 'file_name', found {show(image)}")
+    return required_id(image, "id"), whole(image["file_name"], "file_name")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from vlm.data.example import Branch, Example, ImageSource, Message, Problem
+from vlm.data.example import Branch, Example, ImageSource, Message, Problem, StoredImage
 from vlm.errors import UserError, nearest
 
 
@@ -84,79 +86,46 @@ def resolve(path: str, base_dir: Path, option: str, *, folder: bool = False) -> 
     return tried
 
 
-def load_json(path: Path) -> Any:
-    """The content of a JSON file.
+@dataclass(eq=False)
+class _Images:
+    """Images that have an id, and the place of the row that was first to name them."""
 
-    Raises:
-        SourceError: it is not valid JSON; the message names file, line and column.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise SourceError(f"{path}: not valid JSON: {error.msg} at {where}") from error
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    images: tuple[ImageSource, ...]
+    where: str
 
-
-def load_json_list(path: Path, key: str) -> list[Any]:
-    """The list under a key of a JSON object.
-
-    Raises:
-        SourceError: the file holds no such list.
-    """
-    content = load_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        found = (
-            f"an object with {', '.join(map(repr, content))}" if isinstance(content, dict) else type(content).__name__
-        )
-        raise SourceError(f"{path}: expected an object with a list under {key!r}, found {found}")
-    return list(content[key])
-
-
-def read_json_lines(path: Path, label: str, problems: list[Problem]) -> list[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON Lines file, and where each stands. Bad lines go to `problems`; empty lines are fine."""
-    rows: list[tuple[str, dict[str, Any]]] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{label}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except json.JSONDecodeError as error:
-                problems.append(Problem(where, "", f"not valid JSON: {error.msg} at column {error.colno}"))
-            except UnicodeDecodeError as error:
-                problems.append(Problem(where, "", f"not UTF-8 text (byte {error.start} of the line)"))
-            else:
-                if isinstance(row, dict):
-                    rows.append((where, row))
-                else:
-                    problems.append(Problem(where, "", f"expected an object {{...}}, found {type(row).__name__}"))
-    return rows
+    @cached_property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells these images from others: the names of files, or the SHA-256 of what is stored."""
+        return tuple(map(_identity, self.images))
 
 
 class Collector:
-    """Gathers branches under their images, in order of first appearance, and the problems met on the way."""
+    """Gathers branches under their images, in order of first appearance, and the problems met on the way.
+
+    Rows with the same id belong together only where they name the same images. Other images with that id are examples
+    of their own, whose ids name the row too.
+    """
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
         self.problems: list[Problem] = []
-        self._examples: dict[tuple[str, str], Example] = {}
-        self._ids: set[str] = set()
+        self._examples: dict[tuple[_Images, str], Example] = {}
+        self._num_images = 0
+        self._first: dict[str, _Images] = {}
+        self._shared: dict[tuple[str, tuple[Any, ...]], _Images] = {}
 
     @property
     def full(self) -> bool:
         """Whether `limit` images are there already."""
-        return self.limit is not None and len(self._ids) >= self.limit
+        return self.limit is not None and self._num_images >= self.limit
 
     def bad(self, where: str, key: str, why: str, lost: int = 1) -> None:
         """Note something bad."""
         self.problems.append(Problem(where, key, why, lost))
 
     def wants(self, image_id: str) -> bool:
-        """Whether an image with this id is within the limit."""
-        return not self.full or image_id in self._ids
+        """Whether an image with this id may be within the limit."""
+        return not self.full or image_id in self._first
 
     def add(self, images: Sequence[ImageSource], branches: Sequence[Branch], *, image_id: str, where: str) -> None:
         """Add branches to the example of these images.
@@ -164,16 +133,31 @@ class Collector:
         Branches share an example only when everything up to the last image is the same in them, since an example's
         images are encoded once and seen by all its branches.
         """
-        if not self.wants(image_id):
+        found = self._images(_Images(tuple(images), where), image_id)
+        if found is None:
             return
-        self._ids.add(image_id)
+        name = image_id if found is self._first[image_id] else f"{image_id} ({found.where})"
         for branch in branches:
-            key = (image_id, _up_to_last_image(branch.messages) if images else branch.where)
+            key = (found, _up_to_last_image(branch.messages) if images else branch.where)
             if key in self._examples:
-                found = self._examples[key]
-                self._examples[key] = replace(found, branches=(*found.branches, branch))
+                example = self._examples[key]
+                self._examples[key] = replace(example, branches=(*example.branches, branch))
             else:
-                self._examples[key] = Example(tuple(images), (branch,), image_id, where)
+                self._examples[key] = Example(found.images, (branch,), name, where)
+
+    def _images(self, new: _Images, image_id: str) -> _Images | None:
+        """The images of this id that are the same as the new ones; else these, or None where there are enough."""
+        found: _Images | None = None
+        if image_id in self._first:  # else nothing is compared, for which stored images would be read
+            first = self._first[image_id]
+            self._shared[image_id, first.identity] = first
+            found = self._shared.get((image_id, new.identity))
+        if found is None and not self.full:
+            found = self._first.setdefault(image_id, new)
+            if found is not new:
+                found = self._shared[image_id, new.identity] = new
+            self._num_images += 1
+        return found
 
     def missing_images(self, paths: Sequence[Path], where: str, lost: int = 1) -> bool:
         """Note the first of these image files that is not there; whether there was one. Opens none of them."""
@@ -194,6 +178,13 @@ class Collector:
         return ReadResult([_share_references(example) for example in self._examples.values()], self.problems)
 
 
+def _identity(image: ImageSource) -> Any:
+    stored = image.fetch() if isinstance(image, StoredImage) else image
+    if isinstance(stored, Image.Image):
+        return id(stored)
+    return hashlib.sha256(stored).digest() if isinstance(stored, bytes) else stored
+
+
 def _up_to_last_image(messages: Sequence[Message]) -> str:
     parts = [(m["role"], i, part) for i, m in enumerate(messages) for part in m["content"]]
     last = max(position for position, (_, _, part) in enumerate(parts) if part["type"] == "image")
@@ -201,15 +192,17 @@ def _up_to_last_image(messages: Sequence[Message]) -> str:
 
 
 def _share_references(example: Example) -> Example:
-    """Several answers to one and the same question (five captions of an image) are references of each other."""
+    """Five captions of an image, asked for by the same prompt, are references of each other; so are the answers to one
+    question, which its id tells from others of the same words."""
     if all(branch.references for branch in example.branches):
         return example
-    groups: dict[str, list[str]] = {}
-    keys = [repr(branch.messages[:-1]) for branch in example.branches]
+    groups: dict[tuple[str, str | None], list[str]] = {}
+    keys = [(repr(branch.messages[:-1]), branch.question_id) for branch in example.branches]
     for key, branch in zip(keys, example.branches, strict=True):
         groups.setdefault(key, []).extend(branch.all_references)
+    shared = {key: tuple(references) for key, references in groups.items()}
     branches = tuple(
-        branch if branch.references or len(groups[key]) == 1 else replace(branch, references=tuple(groups[key]))
+        branch if shared[key] == branch.all_references else replace(branch, references=shared[key])
         for key, branch in zip(keys, example.branches, strict=True)
     )
     return replace(example, branches=branches)

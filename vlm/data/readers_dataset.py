@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from vlm.data.example import ImageSource, StoredImage
 from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, resolve
 from vlm.data.readers_rows import DEFAULT_PROMPT, DEFAULT_QUESTION_PROMPT, RowReader
+from vlm.data.readers_text import RowError, id_text
 from vlm.errors import nearest
 
 _BATCH = 1000
@@ -37,15 +38,20 @@ class Columns(BaseModel):
     messages: str | None = None
     conversations: str | None = None
     prompt: str | None = None
+    completion: str | None = None
+    question_id: str | None = None
 
     @model_validator(mode="after")
     def _one_image_and_something_to_answer(self) -> Columns:
         if self.image and self.images:
             raise ValueError("give either 'image' (one to a row) or 'images' (a list to a row)")
-        if not any((self.caption, self.captions, self.question, self.qa, self.messages, self.conversations)):
-            raise ValueError("give one of caption, captions, question, qa, messages, conversations")
+        content = (self.caption, self.captions, self.question, self.qa, self.messages, self.conversations)
+        if not any((*content, self.completion)):
+            raise ValueError("give one of caption, captions, question, qa, messages, conversations, completion")
         if self.question and not (self.answer or self.answers):
             raise ValueError("'question' needs 'answer' or 'answers' beside it")
+        if self.completion and not self.prompt:
+            raise ValueError("'completion' needs 'prompt' beside it")
         return self
 
     @property
@@ -108,8 +114,8 @@ class DatasetSource(Source):
             if collector.full and columns.image_id is None:
                 break
             where = f"{label}:row {index}"
-            image_id = str(index if columns.image_id is None else row[columns.image_id])
-            if collector.wants(image_id):
+            image_id = self.image_id(row, where, collector) if columns.image_id else str(index)
+            if image_id is not None and collector.wants(image_id):
                 images = _sources(dataset, index, columns.of_images, cell, folder)
                 self.collect(collector, row, images, image_id=image_id, where=where)
         return collector.result(label)
@@ -124,6 +130,15 @@ class DatasetSource(Source):
             if column not in known:
                 hint = nearest(column, known)
                 raise SourceError(f"option 'columns.{key}': no column {column!r} in {self.path}; {hint}")
+
+    def image_id(self, row: Mapping[str, Any], where: str, collector: Collector) -> str | None:
+        """What the row says, or where there is no id, `where` it is; None for one that is bad."""
+        key = self.columns.image_id
+        try:
+            return (id_text(row[key], key) if key else None) or where
+        except RowError as error:
+            collector.bad(where, error.key, error.why)
+            return None
 
     def collect(
         self,

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from vlm.data.readers_common import Collector, ReadResult, Source, read_json_lines, resolve
-from vlm.data.readers_rows import DEFAULT_PROMPT, DEFAULT_QUESTION_PROMPT, ROW_KEYS, RowReader, unknown_near_miss
+from vlm.data.readers_common import Collector, ReadResult, Source, resolve
+from vlm.data.readers_json import read_rows
+from vlm.data.readers_rows import DEFAULT_PROMPT, DEFAULT_QUESTION_PROMPT, ROW_KEYS, RowReader
+from vlm.data.readers_text import RowError, file_names, id_text, unknown_near_miss
 
-_KNOWN = ("file_name", "file_names", "image_id", *ROW_KEYS)
+_KNOWN = ("file_name", "file_names", "image_id", "question_id", *ROW_KEYS)
+_EXPECTED = "expected the name of an image (or several under 'file_names')"
 
 
 class ImageFolderSource(Source):
@@ -26,15 +29,16 @@ class ImageFolderSource(Source):
         label = str(Path(self.path) / self.metadata)
         collector = Collector(self.limit)
         rows = RowReader(self.prompt, self.question_prompt)
-        for where, row in read_json_lines(metadata, label, collector.problems):
-            names = row.get("file_names", [row["file_name"]] if "file_name" in row else None)
+        for where, row in read_rows(metadata, label, collector.problems):
             if miss := unknown_near_miss(row, _KNOWN):
                 collector.bad(where, *miss)
                 continue
-            if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-                collector.bad(where, "file_name", "expected the name of an image (or several under 'file_names')")
+            try:
+                names = file_names(row.get("file_names", row.get("file_name")), "file_name", _EXPECTED)
+                image_id = id_text(row.get("image_id"), "image_id") or "|".join(names) or where
+            except RowError as error:
+                collector.bad(where, error.key, error.why)
                 continue
-            image_id = str(row.get("image_id", "|".join(names) or where))
             if not collector.wants(image_id):
                 continue
             branches = rows.branches(row, num_images=len(names), where=where, problems=collector.problems)

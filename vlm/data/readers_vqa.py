@@ -7,9 +7,19 @@ from typing import Any, ClassVar
 
 from pydantic import field_validator
 
-from vlm.data.example import question_and_answer
-from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, load_json, load_json_list, resolve
-from vlm.data.readers_rows import DEFAULT_QUESTION_PROMPT, RowError, answer_texts, required_text
+from vlm.data.example import Branch
+from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, resolve
+from vlm.data.readers_conversations import asked_branch
+from vlm.data.readers_json import load_json, load_json_list
+from vlm.data.readers_rows import DEFAULT_QUESTION_PROMPT
+from vlm.data.readers_text import RowError, answer_text, answer_texts, id_text, required_id, required_text, show
+
+_QUESTION = "'image_id', 'question_id' and 'question'"
+_ANNOTATION = "'question_id' and 'multiple_choice_answer'"
+
+
+class _AnnotationError(RowError):
+    """The annotation of a question is bad."""
 
 
 class VQAv2Source(Source):
@@ -50,62 +60,90 @@ class VQAv2Source(Source):
             raise SourceError(f"{questions_path}: has no 'data_subtype'; set image_pattern without {{data_subtype}}")
 
         collector = Collector(self.limit)
-        asked: set[Any] = set()
+        asked: dict[str, str] = {}
         annotations = self._annotations(annotations_path, collector)
         for index, row in enumerate(content["questions"]):
             where = f"{self.questions}:row {index}"
-            if not isinstance(row, dict) or not isinstance(row.get("image_id"), int) or "question_id" not in row:
-                collector.bad(where, "image_id", "expected an object with 'image_id', 'question_id' and 'question'")
-                continue
-            where = f"{where} (question_id {row['question_id']})"
-            if row["question_id"] in asked:
-                collector.bad(where, "question_id", "two questions have this id")
-                continue
-            asked.add(row["question_id"])
-            image_id = str(row["image_id"])
-            if not collector.wants(image_id):
-                continue
-            if row["question_id"] not in annotations:
-                collector.bad(where, "question_id", f"no annotation in {self.annotations} has this id")
-                continue
-            annotation_where, annotation = annotations[row["question_id"]]
-            if annotation.get("image_id", row["image_id"]) != row["image_id"]:
-                why = f"{row['image_id']} here but {annotation['image_id']} in {annotation_where}"
-                collector.bad(where, "image_id", why)
-                continue
             try:
-                question = required_text(row, "question")
+                if not isinstance(row, dict):
+                    raise RowError("", f"expected an object with {_QUESTION}, found {show(row)}")
+                question_id, image_id = required_id(row, "question_id"), required_id(row, "image_id")
             except RowError as error:
                 collector.bad(where, error.key, error.why)
                 continue
-            try:
-                answer = required_text(annotation, "multiple_choice_answer")
-                references = answer_texts(annotation.get("answers"))
-            except RowError as error:
-                collector.bad(annotation_where, error.key, error.why)
+            where = f"{where} (question_id {show(row['question_id'])})"
+            if question_id in asked:
+                collector.bad(
+                    where, "question_id", f"two questions have this id; the other one is in {asked[question_id]}"
+                )
                 continue
-            name = self.image_pattern.format(image_id=row["image_id"], data_subtype=content.get("data_subtype"))
-            if not collector.missing_images([folder / name], where):
-                text = self.question_prompt.replace("{question}", question)
-                branch = question_and_answer(text, answer, references=references, where=where)
-                collector.add([str(folder / name)], [branch], image_id=image_id, where=where)
+            asked[question_id] = where
+            if not collector.wants(image_id):
+                continue
+            if question_id not in annotations:
+                collector.bad(where, "question_id", f"no annotation in {self.annotations} has this id")
+                continue
+            annotation_where, annotation = annotations[question_id]
+            try:
+                branch = self._branch(row, annotation, image_id, question_id, where, annotation_where)
+                name = self._file_name(image_id, content.get("data_subtype"))
+            except _AnnotationError as error:
+                collector.bad(annotation_where, error.key, error.why)
+            except RowError as error:
+                collector.bad(where, error.key, error.why)
+            else:
+                if not collector.missing_images([folder / name], where):
+                    collector.add([str(folder / name)], [branch], image_id=image_id, where=where)
         for question_id in [q for q in annotations if q not in asked]:
             collector.bad(annotations[question_id][0], "question_id", f"no question in {self.questions} has this id")
         return collector.result(self.questions)
 
-    def _annotations(self, path: Path, collector: Collector) -> dict[Any, tuple[str, dict[str, Any]]]:
+    def _branch(
+        self,
+        row: dict[str, Any],
+        annotation: dict[str, Any],
+        image_id: str,
+        question_id: str,
+        where: str,
+        annotation_where: str,
+    ) -> Branch:
+        if "image_id" in annotation and id_text(annotation["image_id"], "image_id") != image_id:
+            why = f"{show(row['image_id'])} here but {show(annotation['image_id'])} in {annotation_where}"
+            raise RowError("image_id", why)
+        question = required_text(row, "question")
+        try:
+            answer = answer_text(annotation, "multiple_choice_answer")
+            references = answer_texts(annotation.get("answers"))
+        except RowError as error:
+            raise _AnnotationError(error.key, error.why) from None
+        asked = self.question_prompt.replace("{question}", question)
+        return asked_branch(asked, answer, references=references, where=where, question_id=question_id)
+
+    def _file_name(self, image_id: str, data_subtype: Any) -> str:
+        """The file of an image whose id is a number, or any text, as `image_pattern` wants it."""
+        number = int(image_id) if image_id.isdecimal() and str(int(image_id)) == image_id else image_id
+        try:
+            return self.image_pattern.format(image_id=number, data_subtype=data_subtype)
+        except ValueError:
+            why = f"{show(image_id)} is no number, as image_pattern {self.image_pattern!r} wants it"
+            raise RowError("image_id", f"{why}; for ids of any kind set image_pattern: '{{image_id}}.jpg'") from None
+
+    def _annotations(self, path: Path, collector: Collector) -> dict[str, tuple[str, dict[str, Any]]]:
         """The annotations by question id, each with where it stands."""
-        by_question: dict[Any, tuple[str, dict[str, Any]]] = {}
+        by_question: dict[str, tuple[str, dict[str, Any]]] = {}
         for index, row in enumerate(load_json_list(path, "annotations")):
             where = f"{self.annotations}:row {index}"
-            if not isinstance(row, dict) or not isinstance(row.get("question_id"), int | str):
-                collector.bad(
-                    where, "question_id", "expected an object with 'question_id' and 'multiple_choice_answer'"
-                )
+            try:
+                if not isinstance(row, dict):
+                    raise RowError("", f"expected an object with {_ANNOTATION}, found {show(row)}")
+                question_id = required_id(row, "question_id")
+            except RowError as error:
+                collector.bad(where, error.key, error.why)
                 continue
-            where = f"{where} (question_id {row['question_id']})"
-            if row["question_id"] in by_question:
-                collector.bad(where, "question_id", "two annotations have this id")
+            where = f"{where} (question_id {show(row['question_id'])})"
+            if question_id in by_question:
+                other = by_question[question_id][0]
+                collector.bad(where, "question_id", f"two annotations have this id; the other one is in {other}")
                 continue
-            by_question[row["question_id"]] = (where, row)
+            by_question[question_id] = (where, row)
         return by_question

@@ -97,8 +97,9 @@ class _Dataset:
         for place, row in rows:
             where = self.where(place)
             images = _images(row[columns.of_images], self.folder) if columns.of_images else ()
-            image_id = where if columns.image_id is None else str(row[columns.image_id])
-            self.source.collect(collector, row, images, image_id=image_id, where=where)
+            image_id = self.source.image_id(row, where, collector)
+            if image_id is not None:
+                self.source.collect(collector, row, images, image_id=image_id, where=where)
         return collector.result(self.source.path)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from vlm.data.example import ImageSource, Problem, StoredImage
 from vlm.data.image_files import find_images, is_hidden
-from vlm.data.readers_common import read_json_lines
 from vlm.data.readers_dataset import Columns, DatasetSource
+from vlm.data.readers_json import read_json_lines
 from vlm.errors import UserError, nearest
 from vlm.paths import existing, existing_folder
 from vlm.recognition.labels import require_labels

@@ -31,7 +31,7 @@ from vlm import generation
 from vlm.build import build
 from vlm.data.check import ProblemLog
 from vlm.data.dataset import TreeCollator, TreeItem, make_items
-from vlm.data.example import Example
+from vlm.data.example import Example, apart
 from vlm.data.readers import read
 from vlm.data.stream import Mixture
 from vlm.data.tree_masks import TreeMasks
@@ -100,7 +100,7 @@ def train(
     if recipe.data.streams:
         mixture = mixture_of(recipe.data, lambda source: _read(recipe, source, log))
     else:
-        train_examples = [example for source in recipe.data.sources for example in _read(recipe, source, log)]
+        train_examples = apart([_read(recipe, source, log) for source in recipe.data.sources])
     validation_examples = _read(recipe, recipe.data.validation, log) if recipe.data.validation else []
     read_tasks(recipe.evaluation.classification)  # what is wrong with them is said now
     done = finished_stages(folder, recipe.stage_names) if resume else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
+
+from vlm.printing import json_text
 
 
 class SkippedSteps:
@@ -35,7 +36,7 @@ class SkippedSteps:
         entry = {"stage": self.stage, "step": step, "batches": gather_object(mine)}
         if PartialState().is_main_process:
             with suppress(OSError), self.path.open("a", encoding="utf-8") as file:  # a full disk is no reason to stop
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.write(json_text(entry) + "\n")
 
 
 def _number(loss: float) -> float | str:
