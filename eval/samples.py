@@ -159,7 +159,7 @@ def write_samples(
         _summary_table(summary),
         '<main class="grid">',
     ]
-    with Path(path).open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with Path(path).open("w", encoding="utf-8") as file:
         file.writelines(page)
         file.writelines(cards)
         file.write("</main></body></html>\n")

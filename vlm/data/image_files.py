@@ -22,7 +22,7 @@ HIDDEN_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin")
 a dot is hidden too: `.trash`, `.ipynb_checkpoints`, and the resource forks `._photo.jpg`."""
 
 EXPECTED_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "thumbs.db", "desktop.ini")
-"""What may lie among images, in small letters, without a message: captions in the layout of `datasets`' imagefolder, and
+"""What may lie among images, in small letters, without a message: captions in the layout of `datasets`' imagefolder and
 files that Windows puts into folders."""
 
 SHOWN = 5
