@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 # Several test processes with one thread each are faster than one with many: the models in the tests are tiny.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help quickstart test venv lint format types test-fast test-slow clean
+.PHONY: help quickstart test venv lint format types test-fast test-slow test-gpu test-gpu-slow clean
 
 help:
 	@echo "make quickstart  install, fetch two small models and some images, train, score, and ask a question"
@@ -15,12 +15,13 @@ help:
 	@echo "make lint        ruff: rules and format          make format     let ruff put both right"
 	@echo "make types       mypy                            make venv       the virtual environment alone"
 	@echo "make test-fast   the tests without the slow ones make test-slow  the slow ones: minutes, and downloads"
+	@echo "make test-gpu    the tests for an emulated GPU   make test-gpu-slow  its slow ones, and those of training"
 	@echo "make clean       remove the environment and all caches; runs/ stays"
 
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/vlm quickstart
 
-test: lint types test-fast
+test: lint types test-fast test-gpu
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -38,6 +39,17 @@ test-fast: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(PYTEST) -m slow
+
+# tests/emulated_gpu/README.md. Where no GPU can be emulated, the reason is printed and nothing runs.
+EMULATED = reason=$$($(BIN)/python -m tests.emulated_gpu --check 2>&1) || { echo "$@: skipped: $$reason"; exit 0; }; \
+  OMP_NUM_THREADS=1 $(BIN)/python -m tests.emulated_gpu $(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.installed-test
+	@$(EMULATED) -m "not slow" -n logical --maxprocesses 4 tests/emulated_gpu
+
+test-gpu-slow: $(VENV)/.installed-test
+	@$(EMULATED) -m slow tests/emulated_gpu
+	@$(EMULATED) -m "not slow" -p tests.emulated_gpu.plugin tests/training
 
 venv: $(VENV)/.made
 
