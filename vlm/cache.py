@@ -45,7 +45,7 @@ def kept() -> list[Kept]:
 
 def _look(folder: Path) -> Kept:
     file = folder / "about.json"
-    about = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    about = _about(file)
     shards = list(folder.glob("*.safetensors"))
     return Kept(
         folder,
@@ -62,9 +62,18 @@ def _images(shard: Path) -> int:
     try:
         with safe_open(shard, framework="np") as opened:
             keys = json.loads(opened.metadata()["images"])
-            return len({key.partition(":")[0] for key in keys})  # behind the colon is the number of a tile
-    except SafetensorError:  # cut off: training does not read it either
+        return len({key.partition(":")[0] for key in keys})  # after the colon is the number of a tile
+    except (SafetensorError, KeyError, TypeError, ValueError):  # training does not read it either
         return 0
+
+
+def _about(file: Path) -> dict[str, Any]:
+    """What is said of an encoder's features; nothing if the file is not there, or damaged."""
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def ls(console: Console) -> None:

@@ -1,5 +1,6 @@
 """The feature cache: what was written is read, and nothing else; never another encoder's; whole or not there."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModel, ResNetConfig
 
 from tests.tiny import clip_config, image_processor
@@ -69,10 +71,10 @@ def test_a_write_that_did_not_come_to_its_end_is_not_there(tmp_path, monkeypatch
     cache = FeatureCache(tmp_path)
     cache.write(NAMES[:1], FEATURES[:1], (2, 2))
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed)
+        patch.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             cache.write(NAMES[1:], FEATURES[1:], (2, 2))
-    assert len(list(tmp_path.iterdir())) == 2, "what was written is in the way of nothing"
+    assert len(list(tmp_path.iterdir())) == 1, "what was written is removed"
     after = FeatureCache(tmp_path)
     assert [name in after for name in NAMES] == [True, False, False]
     after.write(NAMES[1:], FEATURES[1:], (2, 2))
@@ -92,6 +94,59 @@ def test_a_file_that_is_cut_off_is_counted_and_not_read(tmp_path, left):
     assert torch.equal(after[NAMES[1]], FEATURES[1])
     after.write(NAMES[:1], FEATURES[:1], (2, 2))
     assert torch.equal(FeatureCache(tmp_path)[NAMES[0]], FEATURES[0])
+
+
+def change(path: Path, place: int) -> None:
+    """Change one bit of a byte of the features."""
+    data = bytearray(path.read_bytes())
+    data[8 + int.from_bytes(data[:8], "little") + place] ^= 0x40
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("place", [0, 7, 79])
+def test_a_changed_bit_is_found(tmp_path, place):
+    cache = FeatureCache(tmp_path)
+    bad = cache.write(NAMES[:1], FEATURES[:1], (2, 2))
+    good = cache.write(NAMES[1:], FEATURES[1:], (2, 2))
+    cache.verify(NAMES)
+    assert not cache.damaged
+    change(bad, place)
+    after = FeatureCache(tmp_path)
+    after.verify(NAMES)
+    after.verify([*NAMES, "unknown"])
+    assert after.damaged == {bad}
+    assert [name in after for name in NAMES] == [False, True, True]
+    after.remove_unusable()
+    assert shards(tmp_path) == [good]
+    assert torch.equal(after[NAMES[1]], FEATURES[1])
+
+
+def test_another_grid_is_another_checksum(tmp_path):
+    path = FeatureCache(tmp_path).write(NAMES, FEATURES, (1, 4))
+    path.write_bytes(path.read_bytes().replace(b"[1, 4]", b"[4, 1]"))
+    cache = FeatureCache(tmp_path)
+    cache.verify(NAMES)
+    assert cache.damaged == {path}
+
+
+def test_only_what_is_used_is_read(tmp_path):
+    cache = FeatureCache(tmp_path)
+    bad = cache.write(NAMES[:1], FEATURES[:1], (2, 2))
+    cache.write(NAMES[1:], FEATURES[1:], (2, 2))
+    change(bad, 0)
+    cache = FeatureCache(tmp_path)
+    cache.verify(NAMES[1:])
+    assert not cache.damaged
+
+
+def test_a_file_without_a_checksum_is_of_an_earlier_version(tmp_path):
+    old = tmp_path / "0.safetensors"
+    save_file({"features": FEATURES}, old, metadata={"grid": "[2, 2]", "images": json.dumps(NAMES)})
+    cache = FeatureCache(tmp_path)
+    assert cache.outdated == {old}
+    assert NAMES[0] not in cache
+    cache.remove_unusable()
+    assert shards(tmp_path) == []
 
 
 def test_what_is_open_stays_readable_when_the_folder_is_cleared(tmp_path):

@@ -234,8 +234,37 @@ def test_a_damaged_file_is_said_and_its_images_encoded_again(tmp_path, vlm_home)
     [shard] = vlm_home.rglob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1])
     cache, keys, said = kept(made, (examples(3),), tmp_path)
-    assert said.startswith(f"features: 1 damaged files in {shard.parent} are not read; 0 of 3 images found")
+    assert said.startswith(f"features: 1 damaged files in {shard.parent} were removed ({shard.name}); 0 of 3")
+    assert not shard.exists()
     assert keys[0][2][0] in cache
+
+
+def test_a_changed_bit_is_said_and_its_images_encoded_again(tmp_path, vlm_home):
+    made = tiny()
+    cache, keys, _ = kept(made, (examples(3),), tmp_path)
+    wanted = [cache[keys[0][n][0]].clone() for n in range(3)]
+    [shard] = vlm_home.rglob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    cache, keys, said = kept(made, (examples(3),), tmp_path)
+    assert said.startswith(
+        f"features: 1 damaged files in {shard.parent} were removed ({shard.name}); 0 of 3 images found"
+    )
+    assert all(torch.equal(cache[keys[0][n][0]], wanted[n]) for n in range(3))
+
+
+def test_files_of_an_earlier_version_are_said_and_their_images_encoded_again(tmp_path, vlm_home):
+    made = tiny()
+    kept(made, (examples(3),), tmp_path)
+    [shard] = vlm_home.rglob("*.safetensors")
+    shard.write_bytes(shard.read_bytes().replace(b'"sha256"', b'"sha000"'))
+    cache, keys, said = kept(made, (examples(3),), tmp_path)
+    assert said.startswith(
+        "features: 1 files of an earlier version, without checksums, were removed; 0 of 3 images found"
+    )
+    assert keys[0][2][0] in cache
+    assert not shard.exists()
 
 
 def test_nothing_is_kept_where_that_is_no_faster(tmp_path, monkeypatch, vlm_home):

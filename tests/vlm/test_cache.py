@@ -107,3 +107,11 @@ def test_it_does_not_wait_for_the_heavy_libraries(folder):
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
+def test_a_damaged_description_does_not_stop_the_list(folder, content):
+    (folder / "aa11" / "about.json").write_text(content)
+    code, out, _ = vlm("ls")
+    assert code == 0
+    assert "?" in next(line for line in out.splitlines() if line.startswith("aa11"))

@@ -69,6 +69,7 @@ def kept_features(
     hashes = [hash_images(group) for group in sources]
     pairs = [pair for group in zip(hashes, sources, strict=True) for pair in zip(*group, strict=True)]
     images = {sha: source for sha, source in pairs if isinstance(sha, str)}
+    unusable = _verified(cache, [first_key(processor, sha) for sha in images])
     missing = {sha: source for sha, source in images.items() if first_key(processor, sha) not in cache}
     broken: dict[str, ImageError] = {}
 
@@ -91,8 +92,7 @@ def kept_features(
             )
         ]
     broadcast_object_list(choice)  # of several processes the first one has timed it
-    said = [f"{len(cache.damaged)} damaged files in {cache.folder} are not read"] if cache.damaged else []
-    said += [f"{len(images) - len(missing):,} of {len(images):,} images found on disk", choice[0].why]
+    said = [*unusable, f"{len(images) - len(missing):,} of {len(images):,} images found on disk", choice[0].why]
     console.print(f"features: {'; '.join(said)}", highlight=False, markup=False, soft_wrap=True)
     if not choice[0].keep:
         return None, [None] * len(groups)
@@ -108,6 +108,26 @@ def kept_features(
     if images and processes.is_main_process:
         cache.describe(about(recipe, model, processor, args))
     return cache, [_keys(group, found, broken, log, processor) for group, found in zip(groups, hashes, strict=True)]
+
+
+def _verified(cache: FeatureCache, keys: Sequence[str]) -> list[str]:
+    """Have one process compare the shards of `keys` with their checksums, and remove what is damaged or of an earlier
+    version; all know of it then. Gives what was found, each kind in a line for people."""
+    processes = PartialState()
+    if processes.is_main_process:
+        cache.verify(keys)
+        cache.remove_unusable()
+    found = [(cache.damaged, cache.outdated)]
+    broadcast_object_list(found)
+    damaged, outdated = found[0]
+    cache.drop(damaged)
+    said = []
+    if damaged:
+        names = ", ".join(sorted(path.name for path in damaged))
+        said.append(f"{len(damaged)} damaged files in {cache.folder} were removed ({names})")
+    if outdated:
+        said.append(f"{len(outdated)} files of an earlier version, without checksums, were removed")
+    return said
 
 
 def _is_share_of(sha: str, processes: PartialState) -> bool:
