@@ -55,18 +55,23 @@ class VisionStates:
     def followed_by(self, later: VisionStates) -> VisionStates:
         """For the tokens of `later`, which come after these: those before their first image see what the last token
         here saw."""
+        earlier = self.to(later.states.device)
         sees_later = later.mask.any(dim=-1, keepdim=True)
-        mask = torch.cat([self.mask[:, -1:] & ~sees_later, later.mask], dim=2)
-        return VisionStates(torch.cat([self.states, later.states], dim=1), mask)
+        mask = torch.cat([earlier.mask[:, -1:] & ~sees_later, later.mask], dim=2)
+        return VisionStates(torch.cat([earlier.states, later.states], dim=1), mask)
 
     def select(self, rows: Tensor) -> VisionStates:
         """The rows with the numbers `rows [R]`, which may repeat; what is computed of their images comes along."""
-        keys_values = {index: (keys[rows], values[rows]) for index, (keys, values) in self.keys_values.items()}
-        return VisionStates(self.states[rows], self.mask[rows], keys_values)
+
+        def chosen(states: Tensor) -> Tensor:
+            return states[rows.to(states.device)]
+
+        keys_values = {index: (chosen(keys), chosen(values)) for index, (keys, values) in self.keys_values.items()}
+        return VisionStates(chosen(self.states), chosen(self.mask), keys_values)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> VisionStates:
         """On `device`, for models spread over several: accelerate moves a layer's arguments by this method."""
-        if self.states.device == torch.device(device):
+        if {self.states.device, self.mask.device} == {torch.device(device)}:
             return self
         states, mask = (t.to(device, non_blocking=non_blocking) for t in (self.states, self.mask))
         return replace(self, states=states, mask=mask)

@@ -172,7 +172,8 @@ class QFormerProjector(Projector):
                     f"a text of {ids.shape[1]} tokens, and the Q-Former has max_position_embeddings "
                     f"{self.position_embeddings.num_embeddings}: let the processor prepare it"
                 )
-            text = self.norm(self.word_embeddings(ids) + self.position_embeddings.weight[: ids.shape[1]])
+            positions = torch.arange(ids.shape[1], device=ids.device)
+            text = self.norm(self.word_embeddings(ids) + self.position_embeddings(positions))
             seen = torch.ones_like(ids) if qformer_attention_mask is None else qformer_attention_mask
             mask = F.pad(seen.bool(), (queries.shape[1], 0), value=True)[:, None, None]
         for layer in self.layers:

@@ -11,6 +11,7 @@ from rich.text import Text
 from vlm.data.example import Message
 from vlm.data.images import ImageError, open_image
 from vlm.errors import UserError, nearest
+from vlm.loading import Placement
 from vlm.paths import existing, expanded
 from vlm.printing import printable
 
@@ -56,14 +57,22 @@ class Conversation:
         self.waiting = []
 
 
-def run(model: str, *, image: str | None, question: str | None, console: Console, max_new_tokens: int = 256) -> None:
+def run(
+    model: str,
+    *,
+    image: str | None,
+    question: str | None,
+    console: Console,
+    max_new_tokens: int = 256,
+    placement: Placement = Placement(),
+) -> None:
     """Load `model` (run folder, checkpoint or Hub name) and chat on the terminal. See `chat`."""
     picture = open_image(image) if image else None  # before the model, which takes longer to load
     with console.status("loading the model"):
         from vlm import generation
         from vlm.session import Session
 
-        session = Session(*generation.load(model))
+        session = Session(*generation.load(model, **placement.options()))
 
     def stream(request: Request) -> Iterator[str]:
         return session.stream(request, max_new_tokens=max_new_tokens)

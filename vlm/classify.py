@@ -16,6 +16,7 @@ from vlm.data.image_files import ImageFiles, find_images
 from vlm.dual_encoder import is_dual_encoder
 from vlm.embedding import load_embedder
 from vlm.errors import UserError
+from vlm.loading import Placement
 from vlm.printing import json_text
 from vlm.recognition.labelled_images import read_labelled_images
 from vlm.recognition.labels import read_labels, read_templates
@@ -39,6 +40,7 @@ def run(
     prompt: str | None = None,
     output: Path | None = None,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
+    placement: Placement = Placement(),
     console: Console,
 ) -> None:
     """Classify the images in `patterns` among `labels`, or those of `data`, which say their own and are scored.
@@ -60,7 +62,7 @@ def run(
     found.show_left_out(console)
     images = labelled.images if labelled else {path: path for path in found.paths}
     with console.status("loading the model"):
-        classifier = load(model, names, texts, prompt, max_batch_tokens)
+        classifier = load(model, names, texts, prompt, max_batch_tokens, placement)
     scores, broken = classify(classifier, images, console=console)
     for problem in [*(labelled.problems if labelled else ()), *broken]:
         console.print(f"left out: {problem}", markup=False, highlight=False, soft_wrap=True)
@@ -77,7 +79,12 @@ def run(
 
 
 def load(
-    model: str, labels: Sequence[str], templates: Sequence[str], prompt: str | None, max_batch_tokens: int
+    model: str,
+    labels: Sequence[str],
+    templates: Sequence[str],
+    prompt: str | None,
+    max_batch_tokens: int,
+    placement: Placement = Placement(),
 ) -> Classifier:
     """By a dual encoder's vectors, or by likelihood under a vision-language model.
 
@@ -86,10 +93,10 @@ def load(
     if is_dual_encoder(generation.load_config(model)):
         if prompt is not None:
             raise UserError("--prompt is what a vision-language model is asked; a dual encoder takes --template")
-        return ZeroShot(load_embedder(model), labels, templates)
+        return ZeroShot(load_embedder(model, **placement.options()), labels, templates)
     if len(templates) > 1:
         raise UserError("a vision-language model takes one --template, the answer as it would write it: 'A {}.'")
-    network, processor = generation.load(model)
+    network, processor = generation.load(model, **placement.options())
     answer = templates[0] if templates else None
     return LabelLikelihood(network, processor, labels, prompt=prompt, answer=answer, max_batch_tokens=max_batch_tokens)
 

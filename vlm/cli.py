@@ -75,6 +75,10 @@ ImagesArgument = Annotated[list[str], typer.Argument(help="Files, folders, or gl
 MaxBatchTokens = Annotated[
     int, typer.Option(min=1, help="Tokens at a time, prompts and answers together; lower it if memory runs out.")
 ]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Where the weights go: auto (all GPUs, then memory and disk), cpu, cuda:1 and so on.")
+]
+Dtype = Annotated[str | None, typer.Option(help="Number format of the weights: auto, float32, bfloat16 or float16.")]
 
 
 @app.command()
@@ -233,9 +237,12 @@ def classify(
     prompt: Annotated[str | None, typer.Option(help="What a vision-language model is asked.")] = None,
     output: Annotated[Path | None, typer.Option(help="A .jsonl file with the probability of each label.")] = None,
     max_batch_tokens: MaxBatchTokens = MAX_BATCH_TOKENS,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
 ) -> None:
     """Say which of some labels is in an image, with a model that was not trained on them."""
     from vlm import classify as classifying
+    from vlm.loading import Placement
 
     classifying.run(
         model,
@@ -248,6 +255,7 @@ def classify(
         prompt=prompt,
         output=output,
         max_batch_tokens=max_batch_tokens,
+        placement=Placement(device_map, dtype),
         console=console,
     )
 
@@ -325,12 +333,15 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only so many images.")] = None,
     max_batch_tokens: MaxBatchTokens = MAX_BATCH_TOKENS,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
 ) -> None:
     """Score a model, and also blind: on wrong images.
 
     The blind score is what the answers' habits alone are worth. A model that scores no better does not look.
     """
     from vlm import evaluate as evaluation
+    from vlm.loading import Placement
 
     names = metrics.split(",") if metrics else None
     evaluation.run(
@@ -340,6 +351,7 @@ def evaluate(
         output=output,
         limit=limit,
         max_batch_tokens=max_batch_tokens,
+        placement=Placement(device_map, dtype),
         console=console,
     )
 
@@ -349,11 +361,15 @@ def chat(
     model: ModelArgument,
     question: Annotated[str | None, typer.Argument(help="Ask this one question and leave.")] = None,
     image: Annotated[str | None, typer.Option(metavar="PHOTO", help="The image to talk about.")] = None,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
 ) -> None:
     """Talk with a model about an image."""
     from vlm import chat as chatting
+    from vlm.loading import Placement
 
-    chatting.run(model, image=image, question=question, console=console)
+    placement = Placement(device_map, dtype)
+    chatting.run(model, image=image, question=question, console=console, placement=placement)
 
 
 @app.command()
@@ -364,9 +380,12 @@ def predict(
     output: Annotated[Path, typer.Option(help="A .jsonl file; one that is there already is continued.")],
     max_batch_tokens: MaxBatchTokens = MAX_BATCH_TOKENS,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    device_map: DeviceMap = None,
+    dtype: Dtype = None,
 ) -> None:
     """Ask the same about many images."""
     from vlm import predict as predicting
+    from vlm.loading import Placement
 
     predicting.run(
         model,
@@ -375,6 +394,7 @@ def predict(
         output=output,
         max_batch_tokens=max_batch_tokens,
         max_new_tokens=max_new_tokens,
+        placement=Placement(device_map, dtype),
         console=console,
     )
 

@@ -34,7 +34,7 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 
 from vlm.adapters.contrastive_loss import infonce, sigmoid
 from vlm.build import load_vision
-from vlm.encoder import encode
+from vlm.encoder import encode, unsplittable
 from vlm.loading import checkpoint_of, load_quietly
 
 TextPooling = Literal["mean", "cls", "last", "pooler"]
@@ -101,6 +101,7 @@ class DualEncoderModel(PreTrainedModel):
         self.text_model = text_model or AutoModel.from_config(config.text_config)
         self.visual_projection = nn.Linear(config.vision_pooled_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self._no_split_modules = unsplittable(self.vision_model, self.text_model)
         self.dropout = nn.Dropout(config.projection_dropout)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         if config.logit_bias_init_value is not None:
@@ -156,6 +157,7 @@ class DualEncoderModel(PreTrainedModel):
         seen: Any = self.get_image_features(pixel_values)
         read: Any = self.get_text_features(input_ids, attention_mask)
         image_embeds, text_embeds = (nn.functional.normalize(each.pooler_output, dim=-1) for each in (seen, read))
+        text_embeds = text_embeds.to(image_embeds.device)  # the encoders may be on two
         logits = image_embeds @ text_embeds.T * self.logit_scale.exp() + getattr(self, "logit_bias", 0.0)
         loss = None
         if return_loss:
@@ -179,7 +181,7 @@ def pool_text(read: Any, attention_mask: Tensor, text_pooling: TextPooling) -> T
         if getattr(read, "pooler_output", None) is None:
             raise ValueError("this text encoder has no pooler: choose text_pooling mean, cls or last")
         return read.pooler_output
-    states, mask = read.last_hidden_state, attention_mask.to(read.last_hidden_state.dtype)
+    states, mask = read.last_hidden_state, attention_mask.to(read.last_hidden_state)
     if text_pooling == "mean":
         return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     places = torch.arange(states.shape[1], device=states.device)

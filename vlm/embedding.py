@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
@@ -27,7 +28,7 @@ from vlm.dual_encoder import is_dual_encoder, tokenize
 from vlm.encoder import encode
 from vlm.errors import UserError
 from vlm.loading import checkpoint_of, load_quietly
-from vlm.precision import default_device
+from vlm.precision import default_device, input_device
 
 BATCH_TEXTS = 64
 
@@ -45,13 +46,15 @@ class Embedder:
     @property
     def logit_scale(self) -> float:
         """What a dual encoder multiplies cosines with to get logits; 1 for a vision encoder alone."""
-        return float(self.model.logit_scale.exp()) if self.tokenizer else 1.0
+        with align_module_device(self.model):  # of a split model it may be on disk
+            return float(self.model.logit_scale.exp()) if self.tokenizer else 1.0
 
     @property
     def logit_bias(self) -> float | None:
         """What SigLIP adds to its logits, and others do not."""
-        bias = getattr(self.model, "logit_bias", None)
-        return None if bias is None else float(bias)
+        with align_module_device(self.model):
+            bias = getattr(self.model, "logit_bias", None)
+            return None if bias is None else float(bias)
 
     def prepare_images(self, images: Sequence[Any]) -> Any:
         """`pixel_values [B, 3, H, W]`, in the words of `VLMProcessor`."""
@@ -63,7 +66,7 @@ class Embedder:
 
         Raises UserError for an encoder that does not pool what it sees.
         """
-        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+        pixel_values = pixel_values.to(input_device(self.model), self.model.dtype)
         if self.tokenizer:
             pooled = self.model.get_image_features(pixel_values=pixel_values).pooler_output
         else:
@@ -79,7 +82,7 @@ class Embedder:
         `broken`."""
         # A CPU that encodes has nothing to spare for processes that open and prepare images.
         batches = len(images) // BATCH_IMAGES
-        workers = 0 if self.model.device.type == "cpu" else min(8, os.cpu_count() or 1, batches)
+        workers = 0 if input_device(self.model).type == "cpu" else min(8, os.cpu_count() or 1, batches)
         return encode_images(images, self, self.embed_pixels, broken=broken, num_workers=workers)
 
     @torch.no_grad()
@@ -96,7 +99,7 @@ class Embedder:
         vectors = []
         for start in range(0, len(texts), BATCH_TEXTS):
             tokens = tokenize(self.tokenizer, self.model.config, texts[start : start + BATCH_TEXTS])
-            vectors.append(self.model.get_text_features(**tokens.to(self.model.device)).pooler_output)
+            vectors.append(self.model.get_text_features(**tokens.to(input_device(self.model))).pooler_output)
         return unit(torch.cat(vectors))
 
 
@@ -107,14 +110,25 @@ def unit(vectors: Tensor) -> Tensor:
     return F.normalize(vectors / largest.clamp(min=torch.finfo(vectors.dtype).tiny), dim=-1)
 
 
-def load_dual_encoder(source: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Model, in float32, and processor. Raises ValueError if weights are missing."""
-    model = load_quietly(AutoModel, source, pooled=True, dtype="float32", trust_remote_code=trust_remote_code)
+def load_dual_encoder(
+    source: str, *, dtype: str = "float32", device_map: Any = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Model and processor. Raises ValueError if weights are missing."""
+    options = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    model = load_quietly(AutoModel, source, pooled=True, **options)
     return model, AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
-def load_embedder(name_or_path: str, *, device: str | None = None, trust_remote_code: bool = False) -> Embedder:
-    """The dual encoder, or else vision encoder, of a run folder, a checkpoint folder or a Hub name.
+def load_embedder(
+    name_or_path: str,
+    *,
+    device: str | None = None,
+    dtype: str = "float32",
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+) -> Embedder:
+    """The dual encoder, or else vision encoder, of a run folder, a checkpoint folder or a Hub name. `dtype` and
+    `device_map`, which takes the place of `device`, are of a dual encoder.
 
     Raises UserError if it is neither.
     """
@@ -125,8 +139,11 @@ def load_embedder(name_or_path: str, *, device: str | None = None, trust_remote_
         if not is_dual_encoder(config):
             tower, image_processor = load_vision(source, pooled=True, trust_remote_code=trust_remote_code)
             return Embedder(name_or_path, tower.to(device).eval().requires_grad_(False), image_processor)  # type: ignore[arg-type]
-        model, processor = load_dual_encoder(source, trust_remote_code=trust_remote_code)
+        model, processor = load_dual_encoder(
+            source, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {name_or_path!r} as an encoder: {error}") from None
-    model = model.to(device).eval().requires_grad_(False)
-    return Embedder(name_or_path, model, processor.image_processor, processor.tokenizer)
+    if device_map is None:
+        model = model.to(device)
+    return Embedder(name_or_path, model.eval().requires_grad_(False), processor.image_processor, processor.tokenizer)

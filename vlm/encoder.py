@@ -87,6 +87,12 @@ def vision_hidden_size(vision_tower: PreTrainedModel) -> int:
     raise ValueError(f"{type(vision_tower).__name__} does not say how wide its features are: set vision_hidden_size")
 
 
+def unsplittable(*parts: PreTrainedModel) -> list[str]:
+    """The classes of those `parts` that do not say which of their modules have to be on one device (timm's encoders):
+    all of such a part has to."""
+    return [type(part).__name__ for part in parts if not part._no_split_modules]
+
+
 def encode(
     vision_tower: PreTrainedModel, pixel_values: Tensor, feature_layer: int | Sequence[int] | None = None
 ) -> VisionFeatures:
@@ -127,7 +133,8 @@ def encode(
     if len(set(grids)) > 1:
         sizes = ", ".join(f"{h} x {w}" for h, w in grids)
         raise ValueError(f"vision_feature_layer {feature_layer}: the grids of these layers differ ({sizes})")
-    tokens = torch.cat([tokens for tokens, _ in flat], dim=-1)
+    device = flat[-1][0].device  # layers may be on several
+    tokens = torch.cat([tokens.to(device) for tokens, _ in flat], dim=-1)
     num_patches = grids[0][0] * grids[0][1]
     pooled = getattr(outputs, "pooler_output", None)
     return VisionFeatures(

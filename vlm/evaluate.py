@@ -12,6 +12,7 @@ from vlm import recipe
 from vlm.batches import MAX_BATCH_TOKENS
 from vlm.errors import UserError, nearest
 from vlm.eval.summary import show
+from vlm.loading import Placement
 from vlm.recipe_evaluation import Classification
 
 
@@ -25,6 +26,7 @@ def run(
     console: Console,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     max_new_tokens: int = 32,
+    placement: Placement = Placement(),
 ) -> dict[str, Any]:
     """Evaluate `model` (run folder, checkpoint or Hub name) and return the summary of vlm.eval.runner.evaluate.
 
@@ -77,7 +79,7 @@ def run(
         from vlm.recognition.zero_shot import zero_shot
 
         with console.status("loading the model"):
-            embedder = load_embedder(model)
+            embedder = load_embedder(model, **placement.options())
         more = measure(tasks, partial(zero_shot, embedder), console=console)
         return evaluate_pairs(embedder, examples, output_dir=folder, console=console, more=more)
 
@@ -86,7 +88,7 @@ def run(
     from vlm.recognition.likelihood import label_likelihood
 
     with console.status("loading the model"):
-        network, processor = generation.load(model)
+        network, processor = generation.load(model, **placement.options())
 
     def predict(requests: list[Any]) -> list[str]:
         return generation.generate(

@@ -30,7 +30,7 @@ from vlm.data.prompts import encode_prompt, end_token_id, has_chat_template, req
 from vlm.errors import UserError
 from vlm.loading import checkpoint_of, no_loading_bar
 from vlm.paths import existing
-from vlm.precision import default_device
+from vlm.precision import default_device, input_device
 from vlm.shared_prefix import SharedPrefixLayer, can_share_prefix, shared_prefix
 from vlm.tiling import size_of
 
@@ -39,9 +39,18 @@ Request = tuple[list[Image.Image], list[Message]]
 
 
 def load(
-    name_or_path: str, *, device: str | None = None, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
+    name_or_path: str,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
-    """Model, frozen and in evaluation mode, and processor of a run folder, a checkpoint folder or a Hub name."""
+    """Model, frozen and in evaluation mode, and processor of a run folder, a checkpoint folder or a Hub name.
+
+    `dtype` and `device_map` are those of transformers' `from_pretrained`; a `device_map` takes the place of `device`.
+    Raises UserError if there is no such model.
+    """
     source = checkpoint_of(name_or_path)
     config = load_config(name_or_path, trust_remote_code=trust_remote_code)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not getattr(config, "auto_map", None):
@@ -50,13 +59,14 @@ def load(
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
         with no_loading_bar():
             model = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=dtype, trust_remote_code=trust_remote_code
+                source, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError) as error:
         raise _cannot_load(name_or_path, error) from None
     require_supported(model, processor)
-    model = model.to(device or default_device()).eval()  # type: ignore[arg-type]  # a string is a device
-    return model.requires_grad_(False), processor
+    if device_map is None:
+        model = model.to(device or default_device())  # type: ignore[arg-type]  # a string is a device
+    return model.eval().requires_grad_(False), processor
 
 
 def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -122,7 +132,7 @@ def encode_images(
     that comes twice is encoded once."""
     distinct = {id(image): image for image in images}
     pixels = processor.prepare_images(list(distinct.values()))["pixel_values"]
-    features, grid = model.get_vision_features(pixels.to(model.device))
+    features, grid = model.get_vision_features(pixels.to(input_device(model)))
     of_image = features.split([processor.num_tiles(image) for image in distinct.values()])
     by_identity = dict(zip(distinct, of_image, strict=True))
     return [by_identity[id(image)] for image in images], grid
@@ -134,7 +144,7 @@ def encode_requests(model: Any, processor: Any, requests: Sequence[Request]) -> 
     Our own model encodes an image once, however many requests of the batch show it (by identity).
     """
     fixed = fixed_image_tokens(model, processor)
-    inputs = tokenize(processor, requests, pixels=not fixed).to(model.device)
+    inputs = tokenize(processor, requests, pixels=not fixed).to(input_device(model))
     images = [image for row, _ in requests for image in row]
     if fixed and images:
         features, inputs["vision_grid"] = encode_images(model, processor, images)
@@ -241,7 +251,8 @@ def share_trunk(model: Any, inputs: Any, requests: Sequence[Request], max_new_to
     if can_share_prefix(model, cache):
         cache.layers = [SharedPrefixLayer(layer, chosen) for layer in cache.layers]
     else:
-        cache.batch_select_indices(chosen)
+        for layer in cache.layers:  # which may be on several devices
+            layer.batch_select_indices(chosen.to(layer.keys.device))
     rest = [ids[length:] for ids in rows]
     padding = model.generation_config.pad_token_id or 0
     ids = pad_sequence(rest, batch_first=True, padding_value=padding, padding_side="left")

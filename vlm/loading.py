@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils import logging
@@ -12,8 +13,46 @@ from transformers.utils import logging
 from vlm.errors import UserError
 from vlm.paths import existing, existing_folder
 
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHOWN = 4
 """So many missing weights are named: enough to know what they belong to."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the weights of a model go, and their number format: arguments of `from_pretrained`, as the command line
+    takes them. Raises UserError for values that are not valid, or a device that is not there.
+
+    Args:
+        device_map: one of `DEVICE_MAPS`, which spread the model over all GPUs, then memory and disk, or one device.
+        dtype: one of `DTYPES`.
+    """
+
+    device_map: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, *DTYPES):
+            raise UserError(f"dtype {self.dtype!r} is not valid; choose one of {', '.join(DTYPES)}")
+        if self.device_map not in (None, *DEVICE_MAPS) and self.device_map not in (valid := _devices()):
+            raise UserError(
+                f"device_map {self.device_map!r} is not valid here; choose one of {', '.join((*DEVICE_MAPS, *valid))}"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """The arguments that are given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def _devices() -> list[str]:
+    """The devices of this machine by name."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return ["cpu"]
+    return ["cpu", accelerator.type, *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()))]
 
 
 @contextmanager

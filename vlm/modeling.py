@@ -18,6 +18,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
@@ -25,9 +26,9 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from vlm.adapters import AnyresMerger, TilePositions, VisionStates, build_projector
+from vlm.adapters import PROJECTORS, AnyresMerger, TilePositions, VisionStates, build_projector
 from vlm.configuration import VLMConfig
-from vlm.encoder import encode, vision_hidden_size
+from vlm.encoder import encode, unsplittable, vision_hidden_size
 from vlm.fusion import insert_cross_attention
 from vlm.image_attention import image_attention_masks
 from vlm.tiling import Size, Tiler, tiler_of
@@ -64,7 +65,12 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")  # type: ignore[assignment]  # as every model of transformers has it
     supports_gradient_checkpointing = True
-    _no_split_modules = ["FusedDecoderLayer"]  # noqa: RUF012 - the parts add their own
+    _no_split_modules = [  # noqa: RUF012 - the parts add their own
+        "FusedDecoderLayer",
+        "TilePositions",
+        "AnyresMerger",
+        *(projector.__name__ for projector in PROJECTORS.values()),
+    ]
     _skip_keys_device_placement = ["cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -80,6 +86,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.vision_tower = vision_tower or AutoModel.from_config(config.vision_config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self._no_split_modules = [*self._no_split_modules, *unsplittable(self.vision_tower, self.language_model)]
         layers = len(config.vision_feature_layer) if isinstance(config.vision_feature_layer, list) else 1
         hidden_size = config.vision_hidden_size or vision_hidden_size(self.vision_tower) * layers
         token_size = config.text_config.hidden_size
@@ -239,6 +246,9 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        input_ids, attention_mask, position_ids, token_type_ids = send_to_device(
+            (input_ids, attention_mask, position_ids, token_type_ids), inputs_embeds.device
+        )  # of a model that is split over devices, the embeddings may be on another one than the inputs
         has_images = pixel_values is not None or vision_features is not None
         token_type_ids = self._token_types(input_ids, has_images, cache, attention_mask, token_type_ids)
         if token_type_ids is not None:
@@ -265,6 +275,8 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs["vision_states"] = vision_states
         if cache is not None and is_recurrent(cache) and attention_mask is not None:
             attention_mask = attention_mask[:, -inputs_embeds.shape[1] :]  # Mamba wants that of the new tokens alone
+        if isinstance(logits_to_keep, Tensor) and hasattr(self, "hf_device_map"):
+            logits_to_keep = logits_to_keep.cpu()  # from there it indexes what is on any device
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+CPU = torch.device("cpu")
+
 
 def fast_bfloat16(device: str) -> bool:
     """Whether `device` multiplies bfloat16 faster than float32.
@@ -36,6 +38,7 @@ def frozen_layers_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
         for parameter in module.parameters(recurse=False)
         # One that is an embedding too (tied) would change what enters the decoder.
         if not parameter.requires_grad and parameter.dtype == torch.float32 and id(parameter) not in embeddings
+        if not parameter.is_meta  # is kept in the computer's memory or on disk, and loaded as it is needed
     ]
     before = [(parameter, parameter.data) for parameter in dict.fromkeys(frozen)]
     try:
@@ -51,11 +54,24 @@ def frozen_layers_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
 def generation_in_bfloat16(model: Any, enabled: bool | None = None) -> Iterator[None]:
     """Within it `model`, whose weights are frozen, answers in bfloat16 under autocast, as it was trained; by default
     where that is fast."""
-    if fast_bfloat16(model.device.type) if enabled is None else enabled:
-        with torch.autocast(model.device.type, torch.bfloat16), frozen_layers_in(torch.bfloat16, model):
+    device = input_device(model).type
+    if fast_bfloat16(device) if enabled is None else enabled:
+        with torch.autocast(device, torch.bfloat16), frozen_layers_in(torch.bfloat16, model):
             yield
     else:
         yield
+
+
+def devices(model: Any) -> list[torch.device]:
+    """The devices that compute `model`, the one that takes its inputs first; several if a device map splits it. Parts
+    that are kept in the computer's memory or on disk are loaded to the first as they are needed."""
+    places = (getattr(model, "hf_device_map", None) or {"": model.device}).values()
+    return [*dict.fromkeys(torch.device(place) for place in places if place not in ("cpu", "disk"))] or [CPU]
+
+
+def input_device(model: Any) -> torch.device:
+    """The device that takes the inputs of `model`."""
+    return devices(model)[0]
 
 
 def default_device() -> str:

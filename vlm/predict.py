@@ -15,6 +15,7 @@ from vlm.data.example import Message
 from vlm.data.image_files import find_images
 from vlm.data.images import ImageError, chunks, open_image
 from vlm.errors import UserError
+from vlm.loading import Placement
 from vlm.paths import existing
 from vlm.printing import json_text
 
@@ -128,6 +129,7 @@ def run(
     console: Console,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     max_new_tokens: int = 64,
+    placement: Placement = Placement(),
 ) -> Counts:
     """Find the images, load `model` (run folder, checkpoint or Hub name), and predict with a progress bar."""
     found = find_images(patterns)
@@ -136,7 +138,7 @@ def run(
     from vlm import generation
 
     with console.status("loading the model"):
-        loaded, processor = generation.load(model)
+        loaded, processor = generation.load(model, **placement.options())
 
     def generate(requests: list[Request]) -> list[str]:
         return generation.generate(

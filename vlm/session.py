@@ -14,6 +14,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, T
 from vlm.adapters import VisionStates
 from vlm.data.prompts import is_prefix_lm
 from vlm.generation import Request, encode_images, fixed_image_tokens, has_plain_generate, to_generate, tokenize
+from vlm.precision import input_device
 from vlm.processing import QFORMER_INPUTS
 from vlm.tiling import size_of
 
@@ -99,7 +100,7 @@ class Session:
     def _generate(self, request: Request, options: dict[str, Any]) -> None:
         images = request[0]
         fixed = fixed_image_tokens(self.model, self.processor)
-        inputs = tokenize(self.processor, [request], pixels=not fixed).to(self.model.device)
+        inputs = tokenize(self.processor, [request], pixels=not fixed).to(input_device(self.model))
         ids = inputs["input_ids"][0].tolist()
         prompt = int((inputs["token_type_ids"] == 0).sum()) if is_prefix_lm(self.processor) else 0
         keeps = options.get("use_cache", True) and (fixed or _is_causal(self.model, inputs))
@@ -181,7 +182,7 @@ class Session:
         """The `image_sizes` that a model with tiling is given of `images`."""
         if self.processor.tiling is None:
             return {}
-        return {"image_sizes": torch.tensor([size_of(image) for image in images], device=self.model.device)}
+        return {"image_sizes": torch.tensor([size_of(image) for image in images], device=input_device(self.model))}
 
 
 def _qformer_texts(inputs: Any) -> list[list[int]]:

@@ -46,7 +46,7 @@ class SharedPrefixLayer(DynamicLayer):
         assert layer.keys is not None
         assert layer.values is not None
         self.shared_keys, self.shared_values = layer.keys, layer.values
-        self.prefix_of_row = prefix_of_row
+        self.prefix_of_row = prefix_of_row = prefix_of_row.to(layer.keys.device)
         same = prefix_of_row[:, None] == prefix_of_row
         nth = same.tril(-1).sum(dim=1)
         self.rows_of_prefix = prefix_of_row.new_zeros(len(layer.keys), int(same.sum(dim=1).max()))

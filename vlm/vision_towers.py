@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, BatchFeature, PreTrainedConfig, 
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
-from vlm.encoder import VisionFeatures, encode
+from vlm.encoder import VisionFeatures, encode, unsplittable
 from vlm.image_processors import image_size_of
 
 _CHANGES_AS_IT_IS_SAVED = ("_name_or_path", "architectures", "dtype", "transformers_version")
@@ -58,7 +58,9 @@ class VisionTowers(PreTrainedModel):
     def __init__(self, config: VisionTowersConfig, vision_towers: Sequence[PreTrainedModel] | None = None) -> None:
         super().__init__(config)
         configs = [AutoConfig.for_model(**spec) for spec in config.vision_configs]
-        self.vision_towers = nn.ModuleList(vision_towers or [AutoModel.from_config(config) for config in configs])
+        towers = vision_towers or [AutoModel.from_config(config) for config in configs]
+        self.vision_towers = nn.ModuleList(towers)
+        self._no_split_modules = unsplittable(*towers)
         self.post_init()
 
     def forward(self, pixel_values: Tensor, feature_layer: int | Sequence[int] | None = None) -> VisionFeatures:
@@ -80,10 +82,12 @@ class VisionTowers(PreTrainedModel):
         ]
         if len({features.grid for features in seen}) > 1:
             raise ValueError(_different_grids(towers, [features.grid for features in seen], sizes))
-        pooled = [features.pooled for features in seen if features.pooled is not None]
+        device = seen[0].patches.device  # encoders may be on several
+        patches = torch.cat([features.patches.to(device) for features in seen], dim=-1)
+        pooled = [features.pooled.to(device) for features in seen if features.pooled is not None]
         return VisionFeatures(
-            patches=torch.cat([features.patches for features in seen], dim=-1),
-            prefix=pixel_values.new_zeros(len(pixel_values), 0, sum(f.patches.shape[-1] for f in seen)),
+            patches=patches,
+            prefix=patches[:, :0],
             pooled=torch.cat(pooled, dim=-1) if len(pooled) == len(towers) else None,
             grid=seen[0].grid,
         )

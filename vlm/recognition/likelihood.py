@@ -29,6 +29,7 @@ from vlm.data.example import Example, question_and_answer
 from vlm.data.tree_masks import TreeMasks
 from vlm.errors import UserError
 from vlm.generation import encode_images, fixed_image_tokens
+from vlm.precision import devices, input_device
 from vlm.recipe_evaluation import Classification
 from vlm.recognition.labels import fill
 from vlm.tiling import size_of
@@ -65,7 +66,7 @@ class LabelLikelihood:
         self.prompt, self.answers = prompt or PROMPT, [fill(answer or ANSWER, label) for label in labels]
         blank = blank_image(processor)
         trees = TreeCollator(processor, masks=TreeMasks(model))
-        self.why_plain = why_not_trees(model, trees, self._items([blank, blank], None), model.device)
+        self.why_plain = why_not_trees(model, trees, self._items([blank, blank], None), input_device(model))
         """Why each label has a row of its own; None if all labels of an image have one."""
         self.collator = trees if self.why_plain is None else TreeCollator(processor, plain=True)
         self.prior = self.log_likelihoods([blank])
@@ -112,10 +113,12 @@ class LabelLikelihood:
 
     def _losses(self, collator: TreeCollator, items: Sequence[TreeItem]) -> Tensor:
         """The cross-entropy of each supervised token, row by row."""
-        batch = send_to_device(collator([[item] for item in items]), self.model.device)
+        batch = send_to_device(collator([[item] for item in items]), input_device(self.model))
         labels = batch.pop("labels")
-        outputs = self.model(**training_inputs(self.model.config, batch, labels))
-        return token_losses(outputs, labels)[0].cpu()
+        inputs = training_inputs(self.model.config, batch, labels)
+        if len(devices(self.model)) > 1 and not hasattr(self.model, "get_vision_features"):
+            del inputs["logits_to_keep"]  # transformers' models index with it what may be on another device
+        return token_losses(self.model(**inputs), labels)[0].cpu()
 
     def _items(self, images: Sequence[Image.Image], features: _Features | None) -> list[TreeItem]:
         """The trees of each image in turn, their branches in the order of the labels."""

@@ -28,7 +28,9 @@ def why_not_trees(model: Any, collator: TreeCollator, items: Sequence[TreeItem],
     They do not where layers go their own way past the mask and the positions that they are given: M-RoPE, recurrence.
     Tried on one row of two examples and up to four answers. Whatever the model raises over a mask is a reason too.
     """
-    model.to(device).eval()
+    model.eval()
+    if not hasattr(model, "hf_device_map"):  # one that has a device map is where it should be
+        model.to(device)
     row = _probe(items)
     wanted = _losses(model, replace(collator, plain=True), one_row_an_answer(row), device)
     try:
