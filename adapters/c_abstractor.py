@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm.adapters.projector import Grid, Projector, check_pool, pooled_side, refuse_prefix
+from vlm.adapters.projector import Grid, Projector, average_to, check_pool, pooled_side, refuse_prefix
 
 
 class ConvBlock(nn.Module):
@@ -70,5 +70,5 @@ class CAbstractorProjector(Projector):
 
     def project(self, features: Tensor, grid: Grid) -> Tensor:
         image = self.before(features.unflatten(1, grid)).permute(0, 3, 1, 2)
-        image = self.after(F.adaptive_avg_pool2d(image, self.side).permute(0, 2, 3, 1))
+        image = self.after(average_to(image, self.side).permute(0, 2, 3, 1))
         return self.linear_2(F.silu(self.linear_1(image.flatten(1, 2))))

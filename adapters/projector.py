@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Grid = tuple[int, int]
@@ -106,6 +107,28 @@ def check_pool(name: str, side: int, grid: Grid) -> None:
             f"{name} to {side} x {side} tokens needs at least as many patches; this encoder's grid is "
             f"{grid[0]} x {grid[1]}"
         )
+
+
+def average_to(image: Tensor, side: int) -> Tensor:
+    """Average `[B, C, h, w]` down to `[B, C, side, side]`, as `F.adaptive_avg_pool2d` does.
+
+    Its gradient is deterministic on a GPU, unlike that of PyTorch's own kernel.
+    """
+    height, width = image.shape[-2:]
+    if height % side == 0 and width % side == 0:
+        return F.avg_pool2d(image, (height // side, width // side))
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    rows, columns = (_windows(size, side, image.device).to(dtype) for size in (height, width))
+    with torch.autocast(image.device.type, enabled=False):
+        return (rows @ image.to(dtype) @ columns.T).to(image.dtype)
+
+
+def _windows(size: int, side: int, device: torch.device) -> Tensor:
+    """`[side, size]`: the weights with which `size` neighbours are averaged to `side`, in windows that may overlap."""
+    number = torch.arange(side, device=device)[:, None]
+    place = torch.arange(size, device=device)
+    inside = (place >= number * size // side) & (place * side < (number + 1) * size)
+    return inside / inside.sum(dim=1, keepdim=True)
 
 
 def refuse_prefix(name: str, num_prefix: int) -> None:

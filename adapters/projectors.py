@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.adapters.c_abstractor import CAbstractorProjector
-from vlm.adapters.projector import Grid, Projector, check_pool, pooled_side, refuse_prefix, split_prefix
+from vlm.adapters.projector import Grid, Projector, average_to, check_pool, pooled_side, refuse_prefix, split_prefix
 from vlm.adapters.qformer import QFormerProjector
 from vlm.adapters.resampler import ResamplerProjector
 
@@ -121,7 +121,7 @@ class AveragePoolProjector(Projector):
     def project(self, features: Tensor, grid: Grid) -> Tensor:
         prefix, patches = split_prefix(features, grid)
         image = patches.transpose(1, 2).unflatten(2, grid)
-        pooled = F.adaptive_avg_pool2d(image, self.side).flatten(2).transpose(1, 2)
+        pooled = average_to(image, self.side).flatten(2).transpose(1, 2)
         return self.linear(self.norm(torch.cat([prefix, pooled], dim=1)))
 
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.tiny import small_projector
 from vlm.adapters import PROJECTORS, build_projector
-from vlm.adapters.projector import Standardize
+from vlm.adapters.projector import Standardize, average_to
 
 GRID = (4, 6)
 VARIANTS = {f"resampler {variant}": {"variant": variant} for variant in ("idefics", "idefics2")}
@@ -21,6 +22,19 @@ def refuses_class_tokens(projector):
     except ValueError:
         return True
     return False
+
+
+@pytest.mark.parametrize(("size", "side"), [((4, 6), 2), ((5, 7), 3), ((6, 4), 4), ((3, 3), 3), ((27, 27), 8)])
+def test_averages_equal_adaptive_pooling(size, side):
+    """Output and gradient, also of windows that overlap."""
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    found, expected = average_to(image, side), F.adaptive_avg_pool2d(image, side)
+    assert torch.allclose(found, expected, atol=1e-12)
+    gradients = [torch.autograd.grad(pooled.pow(3).sum(), image)[0] for pooled in (found, expected)]
+    assert torch.allclose(*gradients, atol=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(average_to(image, side), found)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from tests.emulated_gpu.log import log
 from tests.training.conftest import images, parts, values, vlm_home  # noqa: F401 - fixtures
@@ -49,3 +50,14 @@ def test_a_run_in_half_precision(recipe, tmp_path, precision):
     train(recipe("cuda", **{"bf16": False, precision: True}))
     found, expected = losses(tmp_path / "cuda"), losses(tmp_path / "cpu")
     assert [entry[2] for entry in found] == pytest.approx([entry[2] for entry in expected], rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_deterministic_run(recipe, tmp_path):
+    train(recipe("cpu"))
+    try:
+        train(recipe("cuda", full_determinism=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    found, expected = losses(tmp_path / "cuda"), losses(tmp_path / "cpu")
+    assert [entry[2] for entry in found] == pytest.approx([entry[2] for entry in expected], rel=1e-4)

@@ -20,6 +20,7 @@ from vlm.training.inputs import training_inputs
 from vlm.training.part_trainer import PartTrainer
 from vlm.training.parts import freeze_state
 from vlm.training.throughput import CountingCollator
+from vlm.tree_attention import sum_by_index
 
 
 def stream_file(process: int) -> str:
@@ -118,8 +119,8 @@ class VLMTrainer(PartTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         losses, rows = token_losses(outputs, inputs["labels"])
-        sums = losses.new_zeros(len(inputs["labels"]), 2, dtype=torch.float64)
-        sums.index_add_(0, rows, torch.stack([losses, torch.ones_like(losses)], dim=1).double())
+        each = torch.stack([losses, torch.ones_like(losses)], dim=1).double()
+        sums = sum_by_index(each, rows, len(inputs["labels"]))
         self._evaluated += self.accelerator.gather_for_metrics(sums).sum(dim=0)
         return loss.detach(), None, None
 
