@@ -7,7 +7,7 @@ from vlm.adapters.cross_attention import (
     MllamaCrossAttention,
     VisionStates,
 )
-from vlm.adapters.projectors import PROJECTORS, build_projector, unknown_name
+from vlm.adapters.projectors import PROJECTORS, build_projector, check_options, unknown_name
 from vlm.adapters.tiles import AnyresMerger, TilePositions
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "TilePositions",
     "VisionStates",
     "build_projector",
+    "check_options",
     "unknown_name",
 ]

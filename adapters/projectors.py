@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections import OrderedDict
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,10 @@ PROJECTORS: dict[str, type[Projector]] = {
 }
 
 
+LARGEST = 10_000_000
+"""Widths, depths and counts of tokens beyond this are mistakes; memory ends long before."""
+
+
 def unknown_name(kind: str, name: str, known: Collection[str]) -> ValueError:
     """The error for a name that no `known` one equals: it lists them and suggests the nearest."""
     near = difflib.get_close_matches(name, known, n=1)
@@ -144,8 +149,30 @@ def unknown_name(kind: str, name: str, known: Collection[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(known))}.")
 
 
+def check_options(name: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """Return option to what is wrong with it, for those of projector `name` with a value of the wrong type or size."""
+    parameters = inspect.signature(PROJECTORS[name], eval_str=True).parameters
+    wrong = {}
+    for option, value in options.items():
+        hint = parameters[option].annotation
+        kinds = get_args(hint) or (hint,)
+        if get_origin(hint) is Literal:
+            if value not in kinds:
+                wrong[option] = f"must be one of {', '.join(kinds)}, not {value!r:.80}"
+        elif bool in kinds:
+            if not isinstance(value, bool):
+                wrong[option] = f"must be true or false, not {value!r:.80}"
+        elif float in kinds:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+                wrong[option] = f"must be a number above 0 and below 1, not {value!r:.80}"
+        elif not (value is None and NoneType in kinds) and not (type(value) is int and 1 <= value <= LARGEST):
+            wrong[option] = f"must be a whole number from 1 to {LARGEST:,}, not {value!r:.80}"
+    return wrong
+
+
 def build_projector(spec: dict[str, Any], vision_hidden_size: int, text_hidden_size: int) -> Projector:
-    """The projector of `spec`, `{"type": NAME, **options}`. Raises ValueError naming an unknown type or option."""
+    """The projector of `spec`, `{"type": NAME, **options}`. Raises ValueError naming an unknown type or option, or an
+    option with a wrong value."""
     options = dict(spec)
     name = options.pop("type")
     if name not in PROJECTORS:
@@ -154,4 +181,6 @@ def build_projector(spec: dict[str, Any], vision_hidden_size: int, text_hidden_s
     for option in options:
         if option not in known:
             raise unknown_name(f"option of projector {name!r}:", option, known)
+    for option, why in check_options(name, options).items():
+        raise ValueError(f"option {option} of projector {name} {why}")
     return PROJECTORS[name](vision_hidden_size, text_hidden_size, **options)  # type: ignore[call-arg]

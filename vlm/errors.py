@@ -11,6 +11,16 @@ class UserError(ValueError):
     exit_code = 2
 
 
+def cut(text: str, most: int = 80) -> str:
+    """Return `text` for a message, of at most `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Return `repr(value)` for a message, of at most `most` characters."""
+    return cut(repr(value), most)
+
+
 def nearest(word: object, known: Iterable[str]) -> str:
     """Return a clause to end a message with: the closest of the `known` names, or all of them when none is close."""
     names = sorted(known)

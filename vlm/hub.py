@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from vlm.errors import UserError
 from vlm.paths import existing
+from vlm.recipe_source import read_yaml, write_yaml
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelCard
@@ -259,7 +258,7 @@ def _training(run_dir: Path, recipe: Mapping[str, Any], sources: Sequence[Mappin
     )
     if versions:
         text += "With " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ". "
-    dumped = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+    dumped = write_yaml(dict(recipe), width=100)
     return f"{text}The recipe in full (`vlm train recipe.yaml`):\n\n```yaml\n{dumped}```"
 
 
@@ -353,5 +352,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    return read_yaml(path.read_text(encoding="utf-8"), str(path))[0] if path.is_file() else {}

@@ -19,11 +19,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from vlm import recipe_contrastive, recipe_train
-from vlm.errors import nearest
+from vlm.errors import cut, nearest, shown
 from vlm.paths import existing, existing_file, expanded
 from vlm.recipe_contrastive import Contrastive
 from vlm.recipe_data import Data, is_number
-from vlm.recipe_errors import FoundError, to_recipe_error
+from vlm.recipe_errors import FoundError, impossible, listed, to_recipe_error
 from vlm.recipe_evaluation import Evaluation
 from vlm.recipe_model import Model, Section
 from vlm.recipe_paths import expand, expand_source, home
@@ -49,13 +49,13 @@ def _with_rates(value: Any, parts: Sequence[str]) -> Any:
     if isinstance(value, list):
         value = dict.fromkeys(map(str, value))
     if not isinstance(value, dict):
-        raise ValueError(f"must be a section such as `{parts[0]}: 1e-4`, or a list of parts, not {value!r}")
+        raise ValueError(f"must be a section such as `{parts[0]}: 1e-4`, or a list of parts, not {shown(value)}")
     found: list[tuple[KeyPath, str]] = []
     for part, rate in value.items():
         if part not in parts:
             found.append(((part,), f"there is no such part of the model; {nearest(part, parts)}"))
         elif rate is not None and not (is_number(rate) and 0 < rate < float("inf")):
-            found.append(((part,), f"must be a learning rate such as 1e-4, not {rate!r}"))
+            found.append(((part,), f"must be a learning rate such as 1e-4, not {shown(rate)}"))
     if found:
         raise FoundError(found)
     return value
@@ -68,8 +68,8 @@ class Lora(Section):
     """Where they are, language or vision, to learning rate. A list of parts uses `learning_rate` for each. After
     validation every part has a number, and `learning_rate` is gone."""
 
-    r: int = Field(default=16, ge=1)
-    lora_alpha: int = Field(default=32, ge=1)
+    r: int = Field(default=16, ge=1, le=65_536)
+    lora_alpha: int = Field(default=32, ge=1, le=1_000_000)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Any = "all-linear"
     """`all-linear`, or a list of module names such as `[q_proj, v_proj]`; of linear layers in each of the parts."""
@@ -87,7 +87,7 @@ class Lora(Section):
     def _modules(cls, value: Any) -> Any:
         names = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
         if value != "all-linear" and not names:
-            raise ValueError(f"must be all-linear or a list of module names, not {value!r}")
+            raise ValueError(f"must be all-linear or a list of module names, not {shown(value)}")
         return value
 
 
@@ -115,7 +115,7 @@ class Stage(Section):
         found = recipe_train.check(value)
         rate = value.get("learning_rate", 1)
         if is_number(rate) and not 0 < rate < float("inf"):
-            found.append(("learning_rate", f"must be more than 0, not {rate!r}"))
+            found.append(("learning_rate", f"must be more than 0, not {shown(rate)}"))
         if found:
             raise FoundError([((key,), why) for key, why in found])
         return value
@@ -214,7 +214,7 @@ class Recipe(Section):
             found.append((("evaluation", "metrics"), "there is nothing to measure on; add `data.validation`"))
         if found:
             raise FoundError(found)
-        self.output_dir = str(Path(self.output_dir or f"runs/{self.name}").expanduser())
+        self.output_dir = str(expanded(self.output_dir or f"runs/{self.name}"))
         return self
 
     def _about_classification(self) -> list[tuple[KeyPath, str]]:
@@ -289,6 +289,8 @@ def from_dict(
         if beyond := [override for override in overrides if override.startswith("stages.")]:
             raise RecipeError(f"{COMMAND_LINE}  {beyond[0]}: {file} has one stage, stages.0")
     apply_overrides(values, places, overrides)
+    if found := list(impossible(values)):
+        raise listed(found, places, file)
     expand(values, base_dir)
     try:
         return Recipe.model_validate(values)
@@ -309,11 +311,14 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{name}: cannot be read as text: {error}") from None
+    elif existing(path):
+        inside = f"; its recipe is {path / 'recipe.yaml'}" if (path / "recipe.yaml").is_file() else ""
+        raise RecipeError(f"{cut(str(name_or_path))} is {'a folder' if path.is_dir() else 'no file'}{inside}")
     elif str(name_or_path) in packaged():
         name, text, base_dir = f"{name_or_path}.yaml", packaged_text(str(name_or_path)), None
     else:
         raise RecipeError(
-            f"there is no file '{name_or_path}', and no recipe of that name comes with vlm; "
+            f"there is no file '{cut(str(name_or_path))}', and no recipe of that name comes with vlm; "
             f"{nearest(str(name_or_path), packaged())}"
         )
     raw, places = read_yaml(text, name)
@@ -370,6 +375,8 @@ def parse_data(words: Sequence[str]) -> Data:
     source: dict[str, Any] = {}
     places: Places = {}
     apply_overrides(source, places, words)
+    if found := list(impossible(source)):
+        raise listed(found, places, "data")
     expand_source(source, None)
     try:
         return Data(train=source)

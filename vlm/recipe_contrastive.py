@@ -19,7 +19,7 @@ class Contrastive(Section):
     chunk_size: int | None = Field(default=None, ge=1)
     """Encode so many images, then texts, of a batch at a time, and once more in the backward pass: a large batch in the
     memory of a small one, with the same gradients (GradCache, arXiv 2101.06983)."""
-    projection_dim: int | None = Field(default=None, ge=1)
+    projection_dim: int | None = Field(default=None, ge=1, le=65_536)
     """Width of the space that a new pair is brought into; null is that of a CLIP's own projection, with which its
     images begin, and 512 for other vision encoders."""
     projection_dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from vlm.data.augmentation import Augmentation
-from vlm.errors import nearest
+from vlm.errors import nearest, shown
 from vlm.recipe_errors import FoundError, findings
 from vlm.recipe_model import Section
 from vlm.recipe_source import KeyPath
@@ -13,6 +13,9 @@ from vlm.recipe_source import KeyPath
 Source = dict[str, Any]
 """Where examples come from: `format` and the keys of that format (see vlm.data.readers). One of several for training
 may have a `weight`."""
+
+MOST_WEIGHT = 1e12
+"""Only the ratio of weights counts; the sum of much larger ones is infinite."""
 
 
 class Data(Section):
@@ -47,7 +50,7 @@ class Data(Section):
     @classmethod
     def _known_choice(cls, value: Any) -> Any:
         if value != "auto" and not isinstance(value, bool):
-            raise ValueError(f"must be auto, true or false, not {value!r}")
+            raise ValueError(f"must be auto, true or false, not {shown(value)}")
         return value
 
     @model_validator(mode="after")
@@ -67,7 +70,7 @@ class Data(Section):
         for i, source in enumerate(value if several else [value]):
             at: KeyPath = (i,) if several else ()
             if not isinstance(source, dict):
-                found.append((at, f"must be a section of `key: value` lines, not {source!r}"))
+                found.append((at, f"must be a section of `key: value` lines, not {shown(source)}"))
                 continue
             found += [((*at, *path), why) for path, why in _source_problems(source, several)]
             if info.field_name == "validation" and source.get("streaming") is True:
@@ -113,12 +116,12 @@ def _source_problems(source: Source, several: bool) -> list[tuple[KeyPath, str]]
         return [(("format",), f"is missing; one of {', '.join(READERS)}")]
     reader = READERS.get(source["format"]) if isinstance(source["format"], str) else None
     if reader is None:
-        return [(("format",), f"there is none called {source['format']!r}; {nearest(source['format'], READERS)}")]
+        return [(("format",), f"there is none called {shown(source['format'])}; {nearest(source['format'], READERS)}")]
     found: list[tuple[KeyPath, str]] = []
     if several and "weight" in source:
         weight = source["weight"]
         if not (is_number(weight) and 0 < weight < float("inf")):
-            found.append((("weight",), f"must be more than 0, not {weight!r}"))
+            found.append((("weight",), f"must be more than 0, not {shown(weight)}"))
     hidden = ("format", "weight") if several else ("format",)
     try:
         reader.model_validate({key: value for key, value in source.items() if key not in hidden})

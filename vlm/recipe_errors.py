@@ -1,12 +1,13 @@
 """What pydantic found, said in words: file and line, key, what is wrong, and the nearest key that exists."""
 
+import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from vlm.errors import nearest
+from vlm.errors import nearest, shown
 from vlm.recipe_source import Key, KeyPath, Places, RecipeError
 
 
@@ -22,6 +23,9 @@ def findings(error: ValidationError, model: type[BaseModel]) -> list[tuple[KeyPa
     """Return (key, what is wrong) for every problem that pydantic found in a section of type `model`."""
     return [(tuple(problem["loc"]), _say(problem, model)) for problem in error.errors(include_url=False)]
 
+
+MOST = 20
+"""Problems that one message lists."""
 
 _WORDS = {
     "missing": "is missing",
@@ -53,16 +57,49 @@ def to_recipe_error(
 
     `hidden` is a start of keys that the user did not write: with one stage at the top level, `stages.0.lora` is `lora`.
     """
-    lines = []
+    found: list[tuple[KeyPath, str]] = []
     for problem in error.errors(include_url=False):
         cause = problem.get("ctx", {}).get("error")
-        found = cause.found if isinstance(cause, FoundError) else [((), _say(problem, root))]
-        for inside, what in found:
-            path = _written(tuple(problem["loc"]) + tuple(inside), hidden)
-            dotted = ".".join(map(str, path))
-            lines.append(f"{_place(path, places, name)}  {dotted + ': ' if dotted else ''}{what}")
-    count = f"{len(lines)} problems" if len(lines) > 1 else "a problem"
+        inner = cause.found if isinstance(cause, FoundError) else [((), _say(problem, root))]
+        found += [(_written((*problem["loc"], *inside), hidden), what) for inside, what in inner]
+    return listed(found, places, name)
+
+
+def listed(found: Sequence[tuple[KeyPath, str]], places: Places, name: str) -> RecipeError:
+    """Return one RecipeError for all the problems `found`, each a key and what is wrong with its value."""
+    lines = []
+    for path, what in found[:MOST]:
+        dotted = ".".join(map(str, path))
+        lines.append(f"{_place(path, places, name)}  {dotted + ': ' if dotted else ''}{what}")
+    if len(found) > MOST:
+        lines.append(f"and {len(found) - MOST:,} more")
+    count = f"{len(found):,} problems" if len(found) > 1 else "a problem"
     return RecipeError(f"{name} has {count}:\n  " + "\n  ".join(lines))
+
+
+def impossible(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """Yield each value in a recipe that no key can have: a number that is not finite, or beyond 64 bits, and text that
+    is no Unicode (half of a surrogate pair)."""
+    inner: Iterable[tuple[Key, Any]] = ()
+    if isinstance(value, dict):
+        inner = value.items()
+        for key in value:
+            if not _is_unicode(key):
+                yield path, f"has the key {shown(key)}, which is not valid Unicode"
+    elif isinstance(value, list):
+        inner = enumerate(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield path, f"must be a finite number, not {value}"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield path, f"must be a smaller number, not {shown(value)}"
+    elif not _is_unicode(value):
+        yield path, f"must be valid Unicode, not {shown(value)}"
+    for key, item in inner:
+        yield from impossible(item, (*path, key))
+
+
+def _is_unicode(value: Any) -> bool:
+    return not isinstance(value, str) or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _written(path: KeyPath, hidden: KeyPath) -> KeyPath:
@@ -89,8 +126,8 @@ def _say(problem: Any, root: type[BaseModel]) -> str:
         return f"'{given}' is not one of its values; {nearest(given, choices)}"
     if kind in _LIMITS:
         words, limit = _LIMITS[kind]
-        return f"must be {words} {context[limit]:.10g}, not {given!r}"
-    return f"{_WORDS.get(kind, problem['msg'])}, not {given!r}"
+        return f"must be {words} {context[limit]:.10g}, not {shown(given)}"
+    return f"{_WORDS.get(kind, problem['msg'])}, not {shown(given)}"
 
 
 def _suggest(path: KeyPath, root: type[BaseModel]) -> str:
@@ -108,8 +145,8 @@ def _suggest(path: KeyPath, root: type[BaseModel]) -> str:
 def _section(root: type[BaseModel], parents: Sequence[Key]) -> list[str]:
     model = root
     for key in parents:
-        if isinstance(key, str):
-            model = _model_in(model.model_fields[key].annotation) or model
+        if key in model.model_fields:  # a list has numbers, and tasks of `classification` have names of their own
+            model = _model_in(model.model_fields[str(key)].annotation) or model
     return [*model.model_fields, *getattr(model, "shorthand", ())]
 
 

@@ -6,10 +6,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from vlm.errors import nearest
+from vlm.errors import nearest, shown
 from vlm.presets import PRESETS, with_preset
 from vlm.recipe_errors import FoundError
 from vlm.recipe_source import KeyPath
+
+LARGEST_SIDE = 16_384
+"""Pixels; an image of that side takes 3 GB."""
 
 ImageSize = int | dict[Literal["height", "width"], int]
 
@@ -30,7 +33,7 @@ class Adapter(Section):
     image_attention: Literal["causal", "bidirectional", "prefix_lm"] = "causal"
     """With `prefix`: tokens of an image see what is before them, as words do, or their whole image too (Gemma 3); with
     `prefix_lm` all that is before the first answer sees all of that, in both directions (PaliGemma)."""
-    cross_attention_every: int = Field(default=4, ge=1)
+    cross_attention_every: int = Field(default=4, ge=1, le=1000)
     """With cross-attention: one block for every so many decoder layers."""
     cross_attention_block: Literal["flamingo", "idefics"] = "flamingo"
     """Whose block that is."""
@@ -52,7 +55,7 @@ class Adapter(Section):
     @field_validator("projector")
     @classmethod
     def _known(cls, value: dict[str, Any]) -> dict[str, Any]:
-        from vlm.adapters import PROJECTORS
+        from vlm.adapters import PROJECTORS, check_options
 
         kind = value["type"]
         if kind not in PROJECTORS:
@@ -64,6 +67,8 @@ class Adapter(Section):
                 f"{kind} has no such option; {nearest(key, options) if options else 'it has none'}" for key in unknown
             ]
             raise FoundError([((key,), why) for key, why in zip(unknown, known, strict=True)])
+        if wrong := check_options(kind, {key: option for key, option in value.items() if key != "type"}):
+            raise FoundError([((key,), why) for key, why in wrong.items()])
         return value
 
     @model_validator(mode="after")
@@ -85,7 +90,7 @@ class Tiling(Section):
     type: Literal["tiles", "anyres", "idefics3", "internvl"] = "tiles"
     """`tiles` keeps tiles apart, a marker before each; `anyres` puts their tokens together to one grid again, without
     the padding (LLaVA-NeXT); `idefics3` and `internvl` do what Idefics3 and SmolVLM, and InternVL do, to the token."""
-    max_tiles: int = Field(default=6, ge=2)
+    max_tiles: int = Field(default=6, ge=2, le=1000)
     """The most tiles an image is cut into, beside the thumbnail. Each takes the tokens of an image without tiling."""
     grids: list[list[int]] | None = Field(default=None, min_length=1)
     """With `tiles` and `anyres`, the grids to choose from, each [rows, columns]; null: all of at most `max_tiles`
@@ -173,7 +178,7 @@ class Model(Section):
         if (info.field_name, value) == ("vision_feature_layer", "mllama"):
             return value
         if value is not None and not all(map(fits, value if isinstance(value, list) and value else [value])):
-            raise ValueError(f"must be {form}, not {value!r}")
+            raise ValueError(f"must be {form}, not {shown(value)}")
         return value
 
     @model_validator(mode="after")
@@ -240,7 +245,7 @@ def _is_layer(value: Any) -> bool:
 def _is_size(value: Any) -> bool:
     if isinstance(value, dict):
         return value.keys() == {"height", "width"} and all(map(_is_size, value.values()))
-    return _is_layer(value) and value > 0
+    return _is_layer(value) and 0 < value <= LARGEST_SIDE
 
 
 _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {

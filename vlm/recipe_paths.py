@@ -12,7 +12,7 @@ PATH_KEYS = ("path", "images", "annotations", "questions", "data_files")
 
 def home() -> Path:
     """Return the cache folder of vlm: the environment variable VLM_HOME, or ~/.cache/vlm."""
-    return Path(os.environ.get("VLM_HOME") or "~/.cache/vlm").expanduser()
+    return Path(os.path.expanduser(os.environ.get("VLM_HOME") or "~/.cache/vlm"))
 
 
 def expand(values: dict[str, Any], base_dir: Path | None) -> None:
@@ -57,10 +57,18 @@ def _whole(value: Any, base_dir: Path | None) -> Any:
     if not isinstance(value, str) or not value:
         return value
     text = value.replace("${VLM_HOME}", str(home()))
-    path = Path(text).expanduser() if text.startswith("~") else Path(text)
+    path = Path(os.path.expanduser(text))  # Path.expanduser raises for a home that is not there
     if path.is_absolute():
         return str(path)
     for folder in (base_dir, Path.cwd()):
-        if folder is not None and ((folder / path).exists() or ("*" in text and any(folder.glob(text)))):
+        if folder is not None and (os.path.exists(folder / path) or _matches(folder, text)):
             return str(Path(os.path.abspath(folder / path)))
     return text
+
+
+def _matches(folder: Path, pattern: str) -> bool:
+    """Whether `pattern` has a star and finds a file in `folder`."""
+    try:
+        return "*" in pattern and any(folder.glob(pattern))
+    except (OSError, ValueError):  # no pattern, or no name that a file can have
+        return False

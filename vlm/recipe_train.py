@@ -2,11 +2,12 @@
 
 import enum
 import functools
+import math
 import types
 import typing
 from typing import Any
 
-from vlm.errors import nearest
+from vlm.errors import nearest, shown
 
 _PUSH = "not set in a recipe; when the run is done: vlm push RUN user/name"
 _BATCHES = "set by vlm, which builds the batches itself"
@@ -49,6 +50,46 @@ REFUSED: dict[str, str] = {
 STOPPING: dict[str, Any] = {"early_stopping_patience": int, "early_stopping_threshold": float}
 """Arguments of transformers.EarlyStoppingCallback, which stand in the `train:` section too."""
 
+LIMITS: dict[str, str] = {
+    "per_device_train_batch_size": "[1, 1000000]",
+    "per_device_eval_batch_size": "[1, 1000000]",
+    "gradient_accumulation_steps": "[1, 1000000]",
+    "eval_accumulation_steps": "[1, 1000000]",
+    "num_train_epochs": "(0, 1000000]",
+    "warmup_steps": "[0, 1000000000]",
+    "weight_decay": "[0, 1000]",
+    "adam_beta1": "[0, 1)",
+    "adam_beta2": "[0, 1)",
+    "adam_epsilon": "(0, 1]",
+    "max_grad_norm": "[0, 1e30]",
+    "neftune_noise_alpha": "[0, 1000000]",
+    "torch_empty_cache_steps": "[1, 1000000000]",
+    "logging_steps": "(0, 1000000000]",
+    "eval_steps": "(0, 1000000000]",
+    "save_steps": "(0, 1000000000]",
+    "eval_delay": "[0, 1000000000]",
+    "save_total_limit": "[1, 1000000]",
+    "dataloader_num_workers": "[0, 1024]",
+    "dataloader_prefetch_factor": "[1, 1024]",
+    "ddp_bucket_cap_mb": "[1, 1000000]",
+    "ddp_timeout": "[1, 1000000000]",
+    "early_stopping_patience": "[1, 1000000]",
+    "early_stopping_threshold": "[0, 1e30]",
+}
+"""Numbers that a field may have: from and to, exclusive where the bracket is round. Beyond them the Trainer fails after
+the models are loaded, or trains nothing."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "log_level": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    "log_level_replica": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    "include_num_input_tokens_seen": ("all", "non_padding", "no"),
+    "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
+    "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl", "xccl", "ucc"),
+}
+"""Values of fields of text, which the Trainer looks up after the models are loaded."""
+
+_IN_STEPS = ("logging_steps", "eval_steps", "save_steps", "warmup_steps")
+
 _NAMES: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -90,13 +131,34 @@ def check(train: dict[str, Any]) -> list[tuple[str, str]]:
             problems.append((key, REFUSED[key]))
         elif key not in known:
             problems.append((key, f"no such field of TrainingArguments; {_suggest(key, known)}"))
-        elif why := _wrong(value, known[key]):
+        elif why := _wrong(value, known[key]) or _out_of_range(key, value):
             problems.append((key, why))
     if "early_stopping_patience" in train and train.get("eval_strategy", "no") == "no":
         problems.append(("early_stopping_patience", "needs `eval_strategy`: it counts evaluations without a gain"))
     if "early_stopping_threshold" in train and "early_stopping_patience" not in train:
         problems.append(("early_stopping_threshold", "has no effect without `early_stopping_patience`"))
     return problems
+
+
+def _out_of_range(key: str, value: Any) -> str:
+    """Say why a value of the right type is one that no run can have, or return an empty string."""
+    if key in CHOICES and isinstance(value, str) and value not in CHOICES[key]:
+        return f"{shown(value)} is not one of its values; {nearest(value, CHOICES[key])}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    if not math.isfinite(value):
+        return f"must be a finite number, not {value}"
+    if key == "max_steps" and value != -1 and not 1 <= value < 2**31:
+        return f"must be at least 1, or -1 to train for num_train_epochs, not {shown(value)}"
+    if key in _IN_STEPS and value > 1 and value != int(value):
+        return f"must be a whole number of steps, or a share of all below 1, not {shown(value)}"
+    if limit := LIMITS.get(key):
+        least, most = (float(number) for number in limit[1:-1].split(","))
+        if value < least or (value == least and limit[0] == "("):
+            return f"must be {'more than' if limit[0] == '(' else 'at least'} {least:.10g}, not {shown(value)}"
+        if value > most or (value == most and limit[-1] == ")"):
+            return f"must be {'less than' if limit[-1] == ')' else 'at most'} {most:.10g}, not {shown(value)}"
+    return ""
 
 
 def _suggest(key: str, known: dict[str, Any]) -> str:
@@ -118,10 +180,12 @@ def _wrong(value: Any, hint: Any) -> str:
     ]
     if isinstance(value, str) and choices:
         return "" if value in choices else f"'{value}' is not one of its values; {nearest(value, choices)}"
+    if isinstance(value, list) and list in kinds and not all(isinstance(item, str) for item in value):
+        return f"must be a list of names, not {shown(value)}"
     if any(kind is Any or _is(value, kind) for kind in kinds):
         return ""
     names = [_NAMES[kind] for kind in kinds if kind in _NAMES and not (kind is str and choices)]
-    return f"must be {' or '.join(names or ['one of ' + ', '.join(map(str, choices))])}, not {value!r}"
+    return f"must be {' or '.join(names or ['one of ' + ', '.join(map(str, choices))])}, not {shown(value)}"
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
 from vlm.errors import UserError
+from vlm.recipe_source import read_written
 from vlm.training.history import draw_losses, duration, is_alive, read_metrics
 
 
@@ -74,7 +74,7 @@ def _changed(run: Path) -> float:
 
 
 def _recipe(run: Path) -> dict[str, Any]:
-    return yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    return read_written(run / "recipe.yaml")
 
 
 def _entries(run: Path) -> list[dict[str, Any]]:

@@ -157,7 +157,7 @@ def test_the_batch_size_is_found_again_where_training_takes_more(values, tmp_pat
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
 def test_checkpointing_by_both_of_its_names(values, name, tmp_path, recwarn):
     from vlm import recipe
-    from vlm.training.stage import training_arguments
+    from vlm.training.arguments import training_arguments
 
     values["train"] = TRAIN | {name: True, f"{name}_kwargs": {"every_n_layers": 2}}
     made = recipe.from_dict(values)

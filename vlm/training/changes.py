@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vlm.errors import UserError
 from vlm.recipe import Recipe
+from vlm.recipe_source import read_written
 from vlm.training.folder import begun_stages, finished_stages, has_model
 
 MAY_DIFFER = re.compile(
@@ -50,7 +49,7 @@ def recipe_changes(folder: Path, recipe: Recipe) -> list[str]:
     Raises UserError for a difference that would make the steps to come other than those of either recipe, or comes too
     late. Before the first checkpoint of a stage all of it may differ.
     """
-    before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    before = read_written(folder / "recipe.yaml")
     names = [stage["name"] for stage in before["stages"]]
     finished, begun = finished_stages(folder, names), begun_stages(folder, names)
     if has_model(folder):  # all is trained, and a stage more would never be

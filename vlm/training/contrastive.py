@@ -32,6 +32,7 @@ from vlm.recipe import Recipe, Stage
 from vlm.recipe_contrastive import Contrastive
 from vlm.recognition.tasks import measure
 from vlm.recognition.zero_shot import zero_shot
+from vlm.training.arguments import training_arguments
 from vlm.training.callbacks import StopOnSignal
 from vlm.training.checkpoints import fingerprint
 from vlm.training.contrastive_trainer import ContrastiveTrainer
@@ -49,7 +50,6 @@ from vlm.training.stage import (
     checkpoint_to_resume,
     say_how_it_ended,
     train_to_end,
-    training_arguments,
     watch,
 )
 from vlm.training.step import seconds_per_step

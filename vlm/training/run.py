@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
@@ -44,9 +43,11 @@ from vlm.precision import generation_in_bfloat16
 from vlm.printing import json_text
 from vlm.recipe import Recipe, Stage, require_models
 from vlm.recipe_model import Quantization
+from vlm.recipe_source import write_yaml
 from vlm.recognition.likelihood import label_likelihood
 from vlm.recognition.tasks import measure, read_tasks
 from vlm.training import contrastive
+from vlm.training.arguments import require_arguments, training_arguments
 from vlm.training.callbacks import StopOnSignal
 from vlm.training.changes import changes, in_words, recipe_changes
 from vlm.training.features import Keys, kept_features
@@ -56,7 +57,7 @@ from vlm.training.parts import trains_vision
 from vlm.training.processes import join_processes, sharded
 from vlm.training.quantization import merged, quantize
 from vlm.training.report import environment
-from vlm.training.stage import Batches, initialize_projector, run_stage, training_arguments
+from vlm.training.stage import Batches, initialize_projector, run_stage
 from vlm.training.streams import Stream, mixture_of, stream_layout
 from vlm.training.tracking import require_trackers
 from vlm.tree_attention import tree_attention
@@ -90,6 +91,7 @@ def train(
     for stage in recipe.stages:
         require_trackers(stage.train.get("report_to"))
     processes = join_processes(recipe)
+    require_arguments(recipe)
     folder = Path(recipe.output_dir)
     if not dry_run:
         _require_free(folder, recipe, resume=resume, overwrite=overwrite)
@@ -237,7 +239,7 @@ def _prepare_folder(folder: Path, recipe: Recipe, changed: Sequence[str], *, ove
     for line in changed:
         console.print(line, style="yellow", markup=False, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+    write_text(folder / "recipe.yaml", write_yaml(recipe.resolved()))
     write_text(folder / "environment.json", json.dumps(environment(), indent=1))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from vlm.data.batches import RowSampler, padding
@@ -20,9 +20,9 @@ from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, one_row_an_ans
 from vlm.data.pairs import PairDataset
 from vlm.data.stream import StreamDataset
 from vlm.errors import UserError
-from vlm.precision import default_device, fast_bfloat16
 from vlm.recipe import Recipe, Stage
 from vlm.recipe_train import STOPPING
+from vlm.training.arguments import training_arguments
 from vlm.training.blind import BlindLoss
 from vlm.training.callbacks import EvaluationStopped, MetricsLog, NewRows, PartCheck, StopOnSignal, Stopped
 from vlm.training.checkpoints import fingerprint, newest, require_same_data
@@ -71,36 +71,6 @@ class Batches:
         """The rows that the loss is taken over; when there are no trees an index has one answer, since Trainer gathers
         by index and no process may have more rows in a batch than another."""
         return TreeDataset(self.validation, 1 if self.collator.plain else max_tokens)
-
-
-def training_arguments(recipe: Recipe, stage: Stage, folder: Path) -> TrainingArguments:
-    """The stage's `train` section, and what we set ourselves; precision by the device unless the recipe says it."""
-    chosen = {
-        "use_cpu": default_device() == "cpu",
-        "report_to": "none",
-        "run_name": f"{recipe.name}-{stage.name}",
-        **stage.train,
-    }
-    if not {"bf16", "fp16"} & set(chosen):
-        chosen["bf16"] = fast_bfloat16("cpu" if chosen["use_cpu"] else default_device())
-    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # as they were called before 5.24
-        if old in chosen:
-            chosen[old.replace("gradient", "activation")] = chosen.pop(old)
-    chosen = {key: value for key, value in chosen.items() if key not in STOPPING}
-    if "early_stopping_patience" in stage.train:
-        chosen.setdefault("metric_for_best_model", "loss")
-    try:
-        return TrainingArguments(
-            output_dir=str(folder),
-            seed=recipe.seed,
-            data_seed=recipe.seed,
-            remove_unused_columns=False,
-            logging_nan_inf_filter=False,
-            prediction_loss_only=True,
-            **chosen,
-        )
-    except ValueError as error:
-        raise UserError(f"train: {error}") from error
 
 
 def run_stage(
