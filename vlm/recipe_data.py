@@ -15,7 +15,7 @@ Source = dict[str, Any]
 may have a `weight`."""
 
 MOST_WEIGHT = 1e12
-"""Only the ratio of weights counts; the sum of much larger ones is infinite."""
+"""The sum of much larger weights may be infinite; only their ratio counts."""
 
 
 class Data(Section):
@@ -120,8 +120,10 @@ def _source_problems(source: Source, several: bool) -> list[tuple[KeyPath, str]]
     found: list[tuple[KeyPath, str]] = []
     if several and "weight" in source:
         weight = source["weight"]
-        if not (is_number(weight) and 0 < weight < float("inf")):
+        if not (is_number(weight) and weight > 0):
             found.append((("weight",), f"must be more than 0, not {shown(weight)}"))
+        elif weight > MOST_WEIGHT:
+            found.append((("weight",), f"must be at most {MOST_WEIGHT:.0e}, not {shown(weight)}; only ratios count"))
     hidden = ("format", "weight") if several else ("format",)
     try:
         reader.model_validate({key: value for key, value in source.items() if key not in hidden})

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vlm.paths import existing, expanded
 from vlm.recognition.labels import TEMPLATES
 
 PATH_KEYS = ("path", "images", "annotations", "questions", "data_files")
@@ -12,7 +13,7 @@ PATH_KEYS = ("path", "images", "annotations", "questions", "data_files")
 
 def home() -> Path:
     """Return the cache folder of vlm: the environment variable VLM_HOME, or ~/.cache/vlm."""
-    return Path(os.path.expanduser(os.environ.get("VLM_HOME") or "~/.cache/vlm"))
+    return expanded(os.environ.get("VLM_HOME") or "~/.cache/vlm")
 
 
 def expand(values: dict[str, Any], base_dir: Path | None) -> None:
@@ -57,11 +58,11 @@ def _whole(value: Any, base_dir: Path | None) -> Any:
     if not isinstance(value, str) or not value:
         return value
     text = value.replace("${VLM_HOME}", str(home()))
-    path = Path(os.path.expanduser(text))  # Path.expanduser raises for a home that is not there
+    path = expanded(text)
     if path.is_absolute():
         return str(path)
     for folder in (base_dir, Path.cwd()):
-        if folder is not None and (os.path.exists(folder / path) or _matches(folder, text)):
+        if folder is not None and (existing(folder / path) or _matches(folder, text)):
             return str(Path(os.path.abspath(folder / path)))
     return text
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 WORDS = (
-    "", " ", "x", "~", "~nobody/x", "/", "..", "null", "true", "yes", "off", "1e-4", "010", "0x1f", "12:30",
+    "", " ", "x", "~", "~no-one/x", "/", "..", "null", "true", "yes", "off", "1e-4", "010", "0x1f", "12:30",
     "2024-01-01", "1_000", "-1", "nan", ".nan", "inf", "image", "<image>", "</s>", "What is this?", "a: b", "- a", "{",
     "[", "%d", "\\", "\x00", "\x1b[2J", "\ud800", "\ufeff", "\u2028", "é", "🙂", "a\nb", "a\tb", "'", '"', "`", "*",
     "**/*", "&a", "!!int x", "x" * 300, "/" + "y" * 5000, "${VLM_HOME}/x", "file:///etc/passwd", "http://127.0.0.1:1/x",

@@ -63,7 +63,8 @@ STAGES = {
 PAIRS = {
     "model": {"vision": "a/b", "language": "c/d"},
     "contrastive": {"loss": "sigmoid", "chunk_size": 8, "projection_dim": 16, "projection_dropout": 0.1},
-    "data": {"train": {"format": "dataset", "path": "json", "data_files": ["a.jsonl"], "columns": {"image": "x", "caption": "y"}}},
+    "data": {"train": {"format": "dataset", "path": "json", "data_files": ["a.jsonl"],
+                       "columns": {"image": "x", "caption": "y"}}},
     "trainable": {"projector": 1e-3},
     "train": {"max_steps": 3, "bf16": False, "fp16": False, "deepspeed": None, "fsdp_config": {"min_num_params": 1}},
 }  # fmt: skip

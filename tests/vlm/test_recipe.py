@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import TrainingArguments
 
 from vlm import recipe, recipe_model, recipe_paths, recipe_train
 from vlm.recipe import RecipeError
-from vlm.recipe_source import parse_scalar, read_yaml
+from vlm.recipe_source import parse_scalar, read_yaml, write_yaml
 
 GOOD = """\
 # A recipe for the tests.
@@ -415,3 +416,103 @@ def test_every_option_of_a_new_model_is_a_key_of_the_model_section() -> None:
     for name, default in (options | bridge).items():
         if name in keys and default is not inspect.Parameter.empty:
             assert keys[name] == default
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "message"),
+    [
+        ("per_device_train_batch_size: 0", 10, "train.per_device_train_batch_size: must be at least 1, not 0"),
+        ("gradient_accumulation_steps: 0", 10, "train.gradient_accumulation_steps: must be at least 1, not 0"),
+        ("num_train_epochs: .inf", 10, "train.num_train_epochs: must be a finite number, not inf"),
+        ("num_train_epochs: 0", 10, "train.num_train_epochs: must be more than 0, not 0"),
+        ("max_steps: 0", 10, "train.max_steps: must be at least 1, or -1"),
+        ("weight_decay: .nan", 10, "train.weight_decay: must be a finite number, not nan"),
+        ("save_steps: 1.5", 10, "train.save_steps: must be a whole number of steps"),
+        ("adam_beta1: 5", 10, "train.adam_beta1: must be less than 1, not 5"),
+        ("dataloader_num_workers: -1", 10, "train.dataloader_num_workers: must be at least 0, not -1"),
+        ("ddp_timeout: 1000000000000", 10, "train.ddp_timeout: must be at most 1000000000, not"),
+        ("log_level: loud", 10, "train.log_level: 'loud' is not one of its values"),
+        ("report_to: [1]", 10, "train.report_to: must be a list of names, not [1]"),
+        ("max_steps: " + "9" * 5000, 10, "has 5,000 digits; write a shorter number"),
+        ("max_steps: " + "9" * 30, 10, "train.max_steps: must be a smaller number, not 999"),
+        ("max_steps: " + "[" * 300 + "]" * 300, 1, "values inside values, over 50 deep"),
+        ("max_steps: " + "[" * 60 + "]" * 60, 10, "values inside values, over 50 deep"),
+        ("bf16: !!bool maybe", 10, "'maybe' is not what the tag !!bool says"),
+        ("run_name: !!timestamp x", 10, "the tag !!timestamp has no meaning in a recipe"),
+        ("run_name: !!set {a}", 10, "the tag !!set has no meaning in a recipe"),
+        ("run_name: \x00", 10, "not valid YAML: the character '\\x00' (column 13)"),
+        ('run_name: "\\ud800"', 10, "train.run_name: must be valid Unicode, not '\\ud800'"),
+        ("run_name: a: b", 10, "put text with special characters in quotes (column 14)"),
+        ("<<: 3", 10, "`<<` merges sections of `key: value` lines"),
+        ("<<: {[a]: 1}", 10, "a key must be a plain word"),
+    ],
+)
+def test_a_value_that_fails_late_is_refused(tmp_path: Path, change: str, line: int, message: str) -> None:
+    said = refusal(tmp_path, GOOD.replace("max_steps: 5", change))
+    assert message in said
+    assert len(said) < 500
+    assert line == 1 or f"mine.yaml:{line}" in said
+
+
+@pytest.mark.parametrize("key", ["trainable.projector", "data.max_bad", "evaluation.limit", "data.train.limit", "seed"])
+def test_a_number_that_is_none_on_the_command_line(tmp_path: Path, key: str) -> None:
+    assert f"command line  {key}: must be a finite number, not nan" in refusal(tmp_path, GOOD, f"{key}=.nan")
+
+
+def test_a_question_mark_inside_braces(tmp_path: Path) -> None:
+    """YAML 1.2, rule 126 (ns-plain-char): only `,[]{}`, `: ` and ` #` end a plain scalar inside braces."""
+    asked = "{a: What is this?, b: [Why?, is it so ? yes], c: x?y, d: 'z?'}"
+    values = {"a": "What is this?", "b": ["Why?", "is it so ? yes"], "c": "x?y", "d": "z?"}
+    assert read_yaml(f"x: {asked}", "f")[0]["x"] == values
+    assert read_yaml("x: {? a : b}", "f")[0]["x"] == {"a": "b"}
+
+
+def test_merge_keys_of_merge_keys_are_refused(tmp_path: Path) -> None:
+    lines = ["x:", "- &a0 {k: v}"]
+    lines += [f"- &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 9)]
+    assert "too many values" in refusal(tmp_path, "\n".join([*lines, "<<: *a8"]))
+    assert "contains itself" in refusal(tmp_path, "model: &a {x: 1, <<: *a}\n")
+
+
+def test_of_merged_keys_the_first_wins_and_the_own_before_all(tmp_path: Path) -> None:
+    text = "a: &a {x: 1, y: 1}\nb: &b {x: 2, y: 2, z: 2}\nc: {y: 3, <<: [*a, *b]}\n"
+    assert read_yaml(text, "f")[0]["c"] == yaml.safe_load(text)["c"] == {"x": 1, "y": 3, "z": 2}
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-4", "010", "12:30", "no", "2024-01-01", "<<", "~", "? x", "a\u2028b", " x ", "=", ""]
+)
+def test_text_that_a_run_writes_is_text_when_it_is_read(text: str) -> None:
+    values = {"a": text, "b": [text, {"c": text}], "d": 1e-5, "e": None, "f": True, "g": 1e20}
+    assert read_yaml(write_yaml(values), "f")[0] == values
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    for name, message in {
+        str(tmp_path): f"is a folder; its recipe is {tmp_path / 'recipe.yaml'}",
+        "/dev/null": "/dev/null is no file",
+        "x" * 5000: "there is no file 'xxx",
+        "~no-such-user/x\x00": "there is no file",
+    }.items():
+        with pytest.raises(RecipeError, match=re.escape(message)):
+            recipe.load(name)
+    (tmp_path / "wide.yaml").write_bytes(GOOD.encode("utf-16"))
+    with pytest.raises(RecipeError, match="cannot be read as text"):
+        recipe.load(tmp_path / "wide.yaml")
+
+
+def test_paths_that_no_file_can_have(tmp_path: Path) -> None:
+    for path in ("x" * 300, "~no-such-user/x", "**x/*", "a" * 5000 + "*"):
+        assert load(tmp_path, GOOD, f"data.train.path='{path}'").data.sources[0]["path"] == path
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("num_image_tokens", 0), ("num_image_tokens", "9"), ("depth", True), ("variant", "x"), ("rms_norm_eps", 2)],
+)
+def test_options_of_a_projector_are_checked(tmp_path: Path, option: str, value: object) -> None:
+    projector = f"model.adapter={{projector: {{type: resampler, {option}: {value}}}}}"
+    if value == "9":
+        projector = projector.replace("9", "'9'")
+    assert f"model.adapter.projector.{option}: must be " in refusal(tmp_path, GOOD, projector)

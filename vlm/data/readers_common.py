@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -78,10 +79,10 @@ def resolve(path: str, base_dir: Path, option: str, *, folder: bool = False) -> 
     Raises:
         SourceError: it is not there; the message says which path was tried.
     """
-    tried = base_dir / Path(path).expanduser()
-    if folder and not tried.is_dir():
+    tried = base_dir / os.path.expanduser(path)
+    if folder and not os.path.isdir(tried):
         raise SourceError(f"option {option!r}: no such folder: {tried}")
-    if not folder and not tried.is_file():
+    if not folder and not os.path.isfile(tried):
         raise SourceError(f"option {option!r}: no such file: {tried}")
     return tried
 
