@@ -52,7 +52,7 @@ def test_equals_that_of_idefics(variant, parity):
 
 
 def test_an_unknown_variant_is_refused():
-    with pytest.raises(ValueError, match="variant of projector resampler must be one of flamingo, idefics, idefics2, not 'idefics3'"):
+    with pytest.raises(ValueError, match="resampler must be one of flamingo, idefics, idefics2, not 'idefics3'"):
         build_projector({"type": "resampler", "variant": "idefics3"}, 8, 8)
 
 

@@ -39,10 +39,12 @@ def require_arguments(recipe: Recipe) -> None:
     package that is not installed, and what this device cannot do.
     """
     for stage in recipe.stages:
-        folder = Path(recipe.output_dir) / "checkpoints" / stage.name
-        _attempt(
-            recipe, stage, lambda train, stage=stage, folder=folder: _try(_arguments(recipe, stage, train, folder))
-        )
+        _require_stage(recipe, stage)
+
+
+def _require_stage(recipe: Recipe, stage: Stage) -> None:
+    folder = Path(recipe.output_dir) / "checkpoints" / stage.name
+    _attempt(recipe, stage, lambda train: _try(_arguments(recipe, stage, train, folder)))
 
 
 def _arguments(recipe: Recipe, stage: Stage, train: Mapping[str, Any], folder: Path) -> TrainingArguments:
@@ -87,7 +89,7 @@ def _attempt(recipe: Recipe, stage: Stage, make: Callable[[Mapping[str, Any]], _
         raise UserError(f"{where}: {why}") from error
 
 
-def _try(args: TrainingArguments) -> None:
+def _try(args: Any) -> None:
     """Raise what training with `args` would raise when the models are loaded."""
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("float16 is for GPUs; without fp16 and bf16 a format is chosen that the CPU is fast in")
