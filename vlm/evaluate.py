@@ -13,6 +13,7 @@ from vlm.batches import MAX_BATCH_TOKENS
 from vlm.errors import UserError, nearest
 from vlm.eval.summary import show
 from vlm.loading import Placement
+from vlm.paths import existing_folder
 from vlm.recipe_evaluation import Classification
 
 
@@ -46,9 +47,9 @@ def run(
     from vlm.recognition.tasks import measure
 
     asked = metrics
-    words = shlex.split(data)
+    words = [data] if existing_folder(data) else shlex.split(data)
     tasks: dict[str, Classification] = {}
-    if len(words) == 1 and "=" not in words[0]:
+    if len(words) == 1 and "=" not in words[0] and not existing_folder(words[0]):
         loaded = recipe.load(words[0])
         section, label, metrics = loaded.data, loaded.name, metrics or loaded.evaluation.metrics
         max_new_tokens, tasks = loaded.evaluation.max_new_tokens, loaded.evaluation.classification

@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from vlm import recipe_contrastive, recipe_train
 from vlm.errors import cut, nearest, shown
-from vlm.paths import existing, existing_file, expanded
+from vlm.paths import existing, existing_file, existing_folder, expanded
 from vlm.recipe_contrastive import Contrastive
 from vlm.recipe_data import Data, is_number
 from vlm.recipe_errors import FoundError, impossible, listed, to_recipe_error
@@ -366,15 +366,19 @@ def packaged_text(name: str) -> str:
 
 
 def parse_data(words: Sequence[str]) -> Data:
-    """Read data from the command line: the `data` of a recipe, or one source as `format=... key=value` words.
+    """Read data from the command line: the `data` of a recipe, an image folder, or one source as `format=... key=value`
+    words.
 
     Raises RecipeError as `load` does.
     """
-    if len(words) == 1 and "=" not in words[0]:
-        return load(words[0]).data
     source: dict[str, Any] = {}
     places: Places = {}
-    apply_overrides(source, places, words)
+    if len(words) == 1 and existing_folder(words[0]):
+        source = {"format": "image_folder", "path": words[0]}
+    elif len(words) == 1 and "=" not in words[0]:
+        return load(words[0]).data
+    else:
+        apply_overrides(source, places, words)
     if found := list(impossible(source)):
         raise listed(found, places, "data")
     expand_source(source, None)

@@ -24,7 +24,7 @@ BAD_LINES = {
     "half_question": ('{"file_name": "b.png", "question": "\\ud83d", "answer": "x"}', "question: half of a character"),
     "half_reference": ('{"file_name": "b.png", "question": "x", "answers": ["\\ude00"]}', "answers[0]: half of a"),
     "half_turn": ('{"file_name": "b.png", "messages": [{"role": "user", "content": "\\ud83d"}]}', "messages[0]: half"),
-    "half_name": ('{"file_name": "b\\udce9.png", "caption": "x"}', "file_name: half of a character (\\udce9"),
+    "half_name": ('{"file_name": "b\\udce9.png", "caption": "x"}', "file_name: not UTF-8 text (byte 0xe9, or \\udce9"),
     "half_id": ('{"file_name": "b.png", "image_id": "\\ud83d", "caption": "x"}', "image_id: half of a character"),
     "half_prompt": ('{"file_name": "b.png", "prompt": "\\ud83d", "caption": "x"}', "prompt: half of a character"),
     "list_id": ('{"file_name": "b.png", "image_id": [1], "caption": "x"}', "image_id: an id is text or a number"),

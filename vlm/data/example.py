@@ -12,6 +12,8 @@ from typing import Any
 
 from PIL import Image
 
+from vlm.data.inline_images import inline_image
+
 Message = dict[str, Any]
 """One turn in the Hugging Face chat format:
 `{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ...}]}`.
@@ -25,7 +27,8 @@ class StoredImage:
     """An image inside a `datasets.Dataset`, fetched only when it is opened.
 
     The column must be cast to `Image(decode=False)`, so that a row gives `{"bytes": ..., "path": ...}`; a column of
-    paths gives plain strings. `index` picks one of several images of a row (`None` where the column holds one).
+    paths or of images in base64 gives plain strings. `index` picks one of several images of a row (`None` where the
+    column holds one).
     """
 
     dataset: Any
@@ -40,7 +43,8 @@ class StoredImage:
             cell = cell[self.index]
         if isinstance(cell, dict):
             return cell["bytes"] if cell.get("bytes") is not None else cell["path"]
-        return cell
+        inline = inline_image(cell, self.column) if isinstance(cell, str) else None
+        return cell if inline is None else inline
 
 
 ImageSource = str | bytes | Image.Image | StoredImage

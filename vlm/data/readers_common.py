@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from vlm.data.example import Branch, Example, ImageSource, Message, Problem, StoredImage
+from vlm.data.inline_images import inline_image
 from vlm.errors import UserError, nearest
 
 
@@ -160,7 +161,7 @@ class Collector:
             self._num_images += 1
         return found
 
-    def missing_images(self, paths: Sequence[Path], where: str, lost: int = 1) -> bool:
+    def missing_images(self, paths: Iterable[Path], where: str, lost: int = 1) -> bool:
         """Note the first of these image files that is not there; whether there was one. Opens none of them."""
         for path in paths:
             if not path.is_file():
@@ -177,6 +178,30 @@ class Collector:
         if not self._examples and not self.problems:
             raise SourceError(f"{label}: there is not a single row in it")
         return ReadResult([_share_references(example) for example in self._examples.values()], self.problems)
+
+
+def image_sources(names: Sequence[str], folder: Path, key: str) -> list[ImageSource]:
+    """Return what the names in a row stand for: files in `folder`, or images in base64.
+
+    Raises:
+        RowError: base64 that cannot be decoded.
+    """
+    sources: list[ImageSource] = []
+    for name in names:
+        inline = inline_image(name, key)
+        sources.append(str(folder / name) if inline is None else inline)
+    return sources
+
+
+def files_of(images: Sequence[ImageSource]) -> list[Path]:
+    """Return the images that are files."""
+    return [Path(image) for image in images if isinstance(image, str)]
+
+
+def images_id(names: Sequence[str], images: Sequence[ImageSource]) -> str:
+    """Return an id for images without one: the names of their files, or a hash of those that are no files."""
+    hashed = (f"sha256:{hashlib.sha256(i).hexdigest()[:16]}" if isinstance(i, bytes) else "" for i in images)
+    return "|".join(digest or name for digest, name in zip(hashed, names, strict=True))
 
 
 def _identity(image: ImageSource) -> Any:

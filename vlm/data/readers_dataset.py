@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,13 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from vlm.data import readers_webdataset as webdataset
 from vlm.data.example import ImageSource, StoredImage
-from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, resolve
+from vlm.data.inline_images import inline_image
+from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, files_of, resolve
+from vlm.data.readers_local import read_row_by_row
 from vlm.data.readers_rows import DEFAULT_PROMPT, DEFAULT_QUESTION_PROMPT, RowReader
+from vlm.data.readers_tables import class_labels, label_name
 from vlm.data.readers_text import RowError, id_text
 from vlm.errors import nearest
 
@@ -102,12 +107,16 @@ class DatasetSource(Source):
 
     def read(self, base_dir: Path) -> ReadResult:
         folder = self.image_folder(base_dir)
-        dataset = self.load(base_dir)
+        try:
+            dataset = self.load(base_dir)
+        except SourceError as error:
+            return read_row_by_row(self, base_dir, error)
         self.check_columns(dataset.column_names)
         columns = self.columns
         if columns.of_images is not None:
             dataset = self.undecoded(dataset, columns.of_images)
 
+        labels = class_labels(dataset.features)
         label = f"{self.data_files if isinstance(self.data_files, str) else self.path}[{self.split}]"
         collector = Collector(self.limit)
         for index, (row, cell) in enumerate(self._rows(dataset, columns.of_words, columns.of_images)):
@@ -117,7 +126,7 @@ class DatasetSource(Source):
             image_id = self.image_id(row, where, collector) if columns.image_id else str(index)
             if image_id is not None and collector.wants(image_id):
                 images = _sources(dataset, index, columns.of_images, cell, folder)
-                self.collect(collector, row, images, image_id=image_id, where=where)
+                self.collect(collector, row, images, image_id=image_id, where=where, labels=labels)
         return collector.result(label)
 
     def image_folder(self, base_dir: Path) -> Path:
@@ -135,7 +144,7 @@ class DatasetSource(Source):
         """What the row says, or where there is no id, `where` it is; None for one that is bad."""
         key = self.columns.image_id
         try:
-            return (id_text(row[key], key) if key else None) or where
+            return (id_text(row.get(key), key) if key else None) or where
         except RowError as error:
             collector.bad(where, error.key, error.why)
             return None
@@ -144,20 +153,21 @@ class DatasetSource(Source):
         self,
         collector: Collector,
         row: Mapping[str, Any],
-        images: tuple[ImageSource, ...] | str,
+        images: Sequence[ImageSource] | str,
         *,
         image_id: str,
         where: str,
+        labels: Mapping[str, Any],
     ) -> None:
-        """Add what a row says, by its columns, of its `images`, or the reason why there are none."""
+        """Add what a row says, by its columns, of its `images`, or the reason why there are none. `labels` are the
+        columns of class labels."""
         if isinstance(images, str):
             collector.bad(where, "image", f"{images} in column {self.columns.of_images!r}")
             return
-        named = {key: row[column] for key, column in self.columns.to_answer.items()}
+        named = {key: _named(row.get(column), labels.get(column)) for key, column in self.columns.to_answer.items()}
         rows = RowReader(self.prompt, self.question_prompt)
         branches = rows.branches(named, num_images=len(images), where=where, problems=collector.problems)
-        paths = [Path(image) for image in images if isinstance(image, str)]
-        if branches and not collector.missing_images(paths, where, lost=len(branches)):
+        if branches and not collector.missing_images(files_of(images), where, lost=len(branches)):
             collector.add(images, branches, image_id=image_id, where=where)
 
     def place(self, base_dir: Path) -> tuple[str, list[str] | None]:
@@ -185,6 +195,8 @@ class DatasetSource(Source):
     @contextmanager
     def errors(self, base_dir: Path) -> Iterator[None]:
         """What `datasets` raises, and it may be anything, as a SourceError."""
+        import datasets
+
         try:
             yield
         except SourceError:
@@ -192,22 +204,60 @@ class DatasetSource(Source):
         except Exception as error:
             local = base_dir / Path(self.path).expanduser()
             tried = f"tried the folder {local}, then the name {self.path!r}" if not local.exists() else f"tried {local}"
-            reason = f"{type(error).__name__}: {error}"
+            cause: BaseException = error
+            while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:
+                cause = cause.__cause__  # the reason, which that does not say
+            reason = f"{type(cause).__name__}: {cause}"
             raise SourceError(f"data set {self.path!r}, split {self.split!r}: {reason} ({tried})") from error
+
+    def builder(self, base_dir: Path) -> tuple[Any, dict[str, Any]]:
+        """What `datasets` reads the data set with, and the options that it is made with. In a CSV file everything is
+        text as it stands: pandas would make numbers of `007`, and nothing of `None` and `N/A`."""
+        import datasets
+        import pandas as pd
+        from datasets.packaged_modules.csv.csv import Csv
+
+        path, files = self.place(base_dir)
+        options: dict[str, Any] = {"data_files": files, "revision": self.revision}
+        builder = datasets.load_dataset_builder(path, self.name, **options)
+        if not isinstance(builder, Csv) or builder.info.features is not None:
+            return builder, options
+        found = [file for of_split in (builder.config.data_files or {}).values() for file in of_split]
+        if all(file.lower().endswith(".tsv") for file in found):
+            options["sep"] = "\t"
+        options |= {"keep_default_na": False, "na_values": [""]}
+        names = pd.read_csv(found[0], sep=options.get("sep", builder.config.sep), nrows=0).columns if found else []
+        options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
+        return datasets.load_dataset_builder(path, self.name, **options), options
 
     def load(self, base_dir: Path) -> Any:
         """The data set, none of its columns looked at. Raises SourceError if it cannot be had."""
         import datasets
+        from datasets.fingerprint import Hasher
+        from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
         with self.errors(base_dir):
             if (saved := self.saved(base_dir)) is not None:
                 return saved
-            path, files = self.place(base_dir)
-            options = {"data_files": files, "revision": self.revision}
-            found = datasets.load_dataset_builder(path, self.name, **options).config.data_files or {}
-            for file in found.get(self.split.partition("[")[0], []):
+            builder, options = self.builder(base_dir)
+            path, split = self.place(base_dir)[0], self.split.partition("[")[0]
+            files = list((builder.config.data_files or {}).get(split, []))
+            for file in files:
                 require_whole_tar(file)
+            if isinstance(builder, WebDataset) and files and split == self.split:
+                # What is kept of other or changed files is not taken for these.
+                stamps = [os.path.getmtime(file) for file in files if os.path.isfile(file)]
+                made = {"tars": files} | self.fields(files[0])
+                fingerprint = Hasher.hash([made, stamps, inspect.getsource(webdataset)])
+                return datasets.Dataset.from_generator(webdataset.rows, gen_kwargs=made, fingerprint=fingerprint)
             return datasets.load_dataset(path, self.name, split=self.split, **options)
+
+    def fields(self, tar: str) -> dict[str, tuple[str, ...]]:
+        """What is to be read of WebDataset shards, of which `tar` is one."""
+        columns = self.columns.all
+        seen = webdataset.look(tar, columns, self.columns.of_images)
+        self.check_columns(seen.known)
+        return {"columns": tuple(columns), "others": tuple(seen.others)}
 
     def undecoded(self, dataset: Any, column: str) -> Any:
         """The data set with the image column left as bytes or paths, so that no row is decoded before it is wanted."""
@@ -217,7 +267,9 @@ class DatasetSource(Source):
         if isinstance(feature, Image):
             return dataset.cast_column(column, Image(decode=False))
         inner = getattr(feature, "feature", None)
-        if isinstance(inner, Image):
+        if _is_stored_image(feature):
+            return dataset.cast_column(column, Image(decode=False))
+        if isinstance(inner, Image) or _is_stored_image(inner):
             return dataset.cast_column(column, List(Image(decode=False)))
         if any(
             isinstance(f, Value) and f.dtype in ("string", "large_string", "binary", "large_binary", "null")
@@ -254,6 +306,15 @@ def require_whole_tar(file: str) -> None:
             )
 
 
+def _is_stored_image(feature: Any) -> bool:
+    """Whether it is what an image is stored as, and what pandas writes of it, which does not say that it is one."""
+    return isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+
+
+def _named(value: Any, labels: Any) -> Any:
+    return value if labels is None else label_name(labels, value)
+
+
 def _outline(column: Any) -> list[Any]:
     """What each cell of an Arrow image column holds: a path, `True` for bytes, `None` for nothing, or a list of these.
 
@@ -286,9 +347,11 @@ def _sources(dataset: Any, row: int, column: str | None, cell: Any, folder: Path
     cells = cell if isinstance(cell, list) else [cell]
     if any(c is None or c == "" for c in cells):
         return "no image"
+    try:
+        is_file = [isinstance(c, str) and inline_image(c, column) is None for c in cells]
+    except RowError as error:
+        return error.why
     return tuple(
-        str(folder / c)
-        if isinstance(c, str)
-        else StoredImage(dataset, row, column, i if isinstance(cell, list) else None)
-        for i, c in enumerate(cells)
+        str(folder / c) if file else StoredImage(dataset, row, column, i if isinstance(cell, list) else None)
+        for i, (c, file) in enumerate(zip(cells, is_file, strict=True))
     )

@@ -84,7 +84,7 @@ def load_json(path: Path) -> Any:
         SourceError: it cannot be read, or is not valid JSON; the message names file, line and column.
     """
     try:
-        return parse_json(_text(path, read_bytes(path)))
+        return parse_json(file_text(path))
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise SourceError(f"{path}: not valid JSON: {error.msg} at {where}") from error
@@ -164,7 +164,7 @@ def _lines(path: Path) -> Iterator[bytes]:
     """The lines of a file as UTF-8, without their ends: `\\n`, `\\r\\n` or `\\r`."""
     encoding = json.detect_encoding(read_bytes(path, 4))
     if not encoding.startswith("utf-8"):
-        yield from (line.encode(errors="surrogatepass") for line in _text(path, read_bytes(path)).splitlines())
+        yield from (line.encode(errors="surrogatepass") for line in file_text(path).splitlines())
         return
     with path.open("rb") as file:
         for line in file:
@@ -184,9 +184,15 @@ def read_bytes(path: Path, count: int = -1) -> bytes:
         raise SourceError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
 
 
-def _text(path: Path, content: bytes) -> str:
+def file_text(path: Path, errors: str = "strict") -> str:
+    """Return the text of a file in UTF-8, UTF-16 or UTF-32. `errors` are those of `bytes.decode`.
+
+    Raises:
+        SourceError: it cannot be read, or is no such text.
+    """
+    content = read_bytes(path)
     encoding = json.detect_encoding(content)
     try:
-        return content.decode("utf-8-sig" if encoding.startswith("utf-8") else encoding)
+        return content.decode("utf-8-sig" if encoding.startswith("utf-8") else encoding, errors)
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not {encoding.upper()} text (byte {error.start}); save it as UTF-8") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from vlm.data.readers_common import Collector, ReadResult, Source, resolve
+from vlm.data.readers_common import Collector, ReadResult, Source, files_of, image_sources, images_id, resolve
 from vlm.data.readers_conversations import conversation_branch
 from vlm.data.readers_json import read_rows
 from vlm.data.readers_text import RowError, file_names, id_text, is_null, show, unknown_near_miss
@@ -37,7 +37,8 @@ class LlavaSource(Source):
             try:
                 given = row.get("images") if is_null(row.get("image")) else row["image"]
                 names = [] if is_null(given) else file_names(given, "image", _EXPECTED)
-                image_id = "|".join(names) or where
+                images = image_sources(names, folder, "image")
+                image_id = images_id(names, images) or where
                 if not collector.wants(image_id):
                     continue
                 question_id = id_text(row.get("id"), "id") or where
@@ -46,7 +47,6 @@ class LlavaSource(Source):
             except RowError as error:
                 collector.bad(where, error.key, error.why)
                 continue
-            paths = [folder / name for name in names]
-            if not collector.missing_images(paths, where):
-                collector.add([str(p) for p in paths], [branch], image_id=image_id, where=where)
+            if not collector.missing_images(files_of(images), where):
+                collector.add(images, [branch], image_id=image_id, where=where)
         return collector.result(self.path)

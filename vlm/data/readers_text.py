@@ -72,8 +72,12 @@ def whole(text: str, key: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise RowError(key, f"half of a character ({half}, character {error.start}); write the text again") from None
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:  # so Python decodes a byte that is not UTF-8 (PEP 383)
+            why = f"not UTF-8 text (byte 0x{code - 0xDC00:02x}, or \\u{code:04x}, in place of character {error.start})"
+        else:
+            why = f"half of a character (\\u{code:04x}, in place of character {error.start})"
+        raise RowError(key, f"{why}; write the text again") from None
     return text
 
 

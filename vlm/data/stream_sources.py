@@ -13,10 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from vlm.data.example import Example, ImageSource
+from vlm.data import readers_webdataset as webdataset
+from vlm.data.example import Example
 from vlm.data.readers import parse_source
 from vlm.data.readers_common import Collector, ReadResult, SourceError
 from vlm.data.readers_dataset import DatasetSource, require_whole_tar
+from vlm.data.readers_local import images_of
+from vlm.data.readers_tables import class_labels
 
 ROWS_AT_ONCE = 256
 ROWS_IN_A_PIECE = 1000
@@ -74,6 +77,8 @@ class _Dataset:
     def __init__(self, source: DatasetSource, base_dir: Path) -> None:
         self.source = source
         self.folder = source.image_folder(base_dir)
+        self.labels: dict[str, Any] = {}
+        """The columns of class labels."""
 
     def where(self, place: Place) -> str:
         """File and row, for messages."""
@@ -96,23 +101,28 @@ class _Dataset:
         columns, collector = self.source.columns, Collector()
         for place, row in rows:
             where = self.where(place)
-            images = _images(row[columns.of_images], self.folder) if columns.of_images else ()
+            images = images_of(row[columns.of_images], self.folder, columns.of_images) if columns.of_images else ()
             image_id = self.source.image_id(row, where, collector)
             if image_id is not None:
-                self.source.collect(collector, row, images, image_id=image_id, where=where)
+                named = {"image_id": image_id, "where": where, "labels": self.labels}
+                self.source.collect(collector, row, images, **named)
         return collector.result(self.source.path)
 
 
 class ParquetRowGroups(_Dataset):
-    """Row groups of parquet files, of which the needed columns are read. `files` are paths or addresses of fsspec."""
+    """Row groups of parquet files, of which the needed columns are read. `files` are paths or addresses of fsspec.
+    `features` say what the columns hold, by default as the first file says it."""
 
-    def __init__(self, source: DatasetSource, base_dir: Path, files: Sequence[str]) -> None:
+    def __init__(self, source: DatasetSource, base_dir: Path, files: Sequence[str], features: Any = None) -> None:
+        from datasets import Features
+
         super().__init__(source, base_dir)
         self.files = files
         with ThreadPoolExecutor(8) as threads:  # footers of remote files are waited for
             footers = list(threads.map(_footer, files))
-        for names, _ in footers:
-            source.check_columns(names)
+        for schema, _ in footers:
+            source.check_columns(schema.names)
+        self.labels = class_labels(features or Features.from_arrow_schema(footers[0][0]))
         self.pieces = [(file, *group) for file, (_, groups) in enumerate(footers) for group in groups]
         self.num_rows: int | None = sum(rows for _, _, _, rows, _ in self.pieces)
         self.outline = [[os.path.basename(files[file]), *group] for file, *group in self.pieces]
@@ -145,6 +155,7 @@ class Files(_Dataset):
         super().__init__(source, base_dir)
         columns = source.columns
         source.check_columns(dataset.column_names or list(next(iter(dataset), {})))
+        self.labels = class_labels(dataset.features)
         if columns.of_images is not None and dataset.features is not None:
             dataset = source.undecoded(dataset, columns.of_images)
         self.dataset = dataset.select_columns(columns.all)
@@ -171,6 +182,7 @@ class Saved(_Dataset):
     def __init__(self, source: DatasetSource, base_dir: Path, dataset: Any) -> None:
         super().__init__(source, base_dir)
         source.check_columns(dataset.column_names)
+        self.labels = class_labels(dataset.features)
         columns = source.columns
         if columns.of_images is not None:
             dataset = source.undecoded(dataset, columns.of_images)
@@ -209,32 +221,38 @@ def in_pieces(source: dict[str, Any], base_dir: Path, read_whole: Callable[[dict
 def _pieces(source: DatasetSource, base_dir: Path) -> Pieces:
     import datasets
     from datasets.packaged_modules.parquet.parquet import Parquet
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     if (saved := source.saved(base_dir)) is not None:
         return Saved(source, base_dir, saved)
-    path, files = source.place(base_dir)
-    builder = datasets.load_dataset_builder(path, source.name, data_files=files, revision=source.revision)
+    files = source.place(base_dir)[1]
+    builder, _ = source.builder(base_dir)
     found = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
     if files is not None and not any(found.values()):
         raise FileNotFoundError(f"no file matches {', '.join(files)}")
     if isinstance(builder, Parquet) and source.split in found:
-        return ParquetRowGroups(source, base_dir, found[source.split])
+        return ParquetRowGroups(source, base_dir, found[source.split], builder.info.features)
     said = (builder.info.splits or {}).get(source.split)
-    dataset = builder.as_streaming_dataset(source.split)
+    if isinstance(builder, WebDataset) and found.get(source.split):
+        tars = found[source.split]
+        made = {"tars": tars} | source.fields(tars[0])
+        dataset = datasets.IterableDataset.from_generator(webdataset.rows, gen_kwargs=made)
+    else:
+        dataset = builder.as_streaming_dataset(source.split)
     return Files(source, base_dir, dataset, found.get(source.split, []), said.num_examples if said else None)
 
 
-def _footer(file: str) -> tuple[list[str], list[tuple[int, int, int, int]]]:
-    """The columns of a parquet file, and of each row group its number, first row, rows and bytes."""
+def _footer(file: str) -> tuple[Any, list[tuple[int, int, int, int]]]:
+    """The Arrow schema of a parquet file, and of each row group its number, first row, rows and bytes."""
     opened = _open_parquet(file, buffered=False)
     groups, first_row = [], 0
     for number in range(opened.metadata.num_row_groups):
         group = opened.metadata.row_group(number)
         groups.append((number, first_row, group.num_rows, group.total_byte_size))
         first_row += group.num_rows
-    names = opened.schema_arrow.names
+    schema = opened.schema_arrow
     opened.close(force=True)
-    return names, groups
+    return schema, groups
 
 
 @lru_cache(OPEN_FILES)
@@ -249,17 +267,3 @@ def _open_parquet(file: str, buffered: bool) -> Any:
 
     source = fsspec.open(file).open() if "://" in file else file
     return pq.ParquetFile(source, buffer_size=2**20 if buffered else 0)
-
-
-def _images(cell: Any, folder: Path) -> tuple[ImageSource, ...] | str:
-    """The images of a row, or why there are none."""
-    sources = [_image(one, folder) for one in (cell if isinstance(cell, list) else [cell])]
-    return "no image" if None in sources else tuple(sources)  # type: ignore[arg-type]  # None is not among them
-
-
-def _image(cell: Any, folder: Path) -> ImageSource | None:
-    if isinstance(cell, dict):
-        cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
-    if cell is None or cell == "":
-        return None
-    return str(folder / cell) if isinstance(cell, str) else cell
