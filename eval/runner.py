@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.progress import track
 
 from vlm.eval.metrics import Scores, bootstrap_interval, get_metric
 from vlm.eval.samples import write_samples
+from vlm.files import going_on, replacing_files
 from vlm.printing import json_text
 
 if TYPE_CHECKING:
@@ -198,6 +200,7 @@ def evaluate(
     num_samples: int = 48,
     processes: Processes = Processes(),
     more: Mapping[str, dict[str, Any]] | None = None,
+    may_fail_to_write: bool = False,
 ) -> dict[str, Any]:
     """Predict, score, and write `predictions.jsonl`, `summary.json` and `samples.html` into `output_dir`.
 
@@ -215,6 +218,7 @@ def evaluate(
         num_samples: items on the page.
         processes: those that evaluate together; by default this one alone.
         more: what was measured otherwise, in the form of `metrics` of the summary, where it comes last.
+        may_fail_to_write: only log a warning if the files cannot be written, as on a full disk.
 
     Returns:
         The summary: `n_items`, `n_images`, `n_broken`, `broken_images` (image_id, where, why), `blind_missing` (the
@@ -224,6 +228,7 @@ def evaluate(
 
     Raises:
         ValueError: an unknown metric, nothing left to evaluate, or `predict` returned the wrong number of texts.
+        DiskError: the files cannot be written. Those that were there before are unchanged.
     """
     for name in metrics:
         get_metric(name)
@@ -297,16 +302,16 @@ def evaluate(
         rows.append(row)
 
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json_text(row) + "\n" for row in rows)
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:num_samples])
-    write_samples(
-        output_dir / "samples.html",
-        [rows[i] for i in chosen],
-        images=[partial(_open, examples[items[i].example]) for i in chosen],
-        summary=summary,
-    )
-    # Last, since it says that the evaluation is done.
-    (output_dir / "summary.json").write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
+    with going_on(output_dir) if may_fail_to_write else nullcontext(), replacing_files(output_dir) as folder:
+        with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json_text(row) + "\n" for row in rows)
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:num_samples])
+        write_samples(
+            folder / "samples.html",
+            [rows[i] for i in chosen],
+            images=[partial(_open, examples[items[i].example]) for i in chosen],
+            summary=summary,
+        )
+        # Last, since it says that the evaluation is done.
+        (folder / "summary.json").write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
     return summary

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlm.files import atomic_write
 from vlm.printing import html_text
 
 MAX_SIDE = 384  # pixels of the embedded JPEGs
@@ -159,7 +160,7 @@ def write_samples(
         _summary_table(summary),
         '<main class="grid">',
     ]
-    with Path(path).open("w", encoding="utf-8") as file:
+    with atomic_write(Path(path)) as file:
         file.writelines(page)
         file.writelines(cards)
         file.write("</main></body></html>\n")

@@ -16,6 +16,7 @@ from vlm.data.image_files import ImageFiles, find_images
 from vlm.dual_encoder import is_dual_encoder
 from vlm.embedding import load_embedder
 from vlm.errors import UserError
+from vlm.files import atomic_write, new_file
 from vlm.loading import Placement
 from vlm.printing import json_text
 from vlm.recognition.labelled_images import read_labelled_images
@@ -53,29 +54,28 @@ def run(
         raise UserError("--labels says what the images may be; --data has labels of its own")
     if label_column is not None and data is None:
         raise UserError("--label-column is a column of --data")
-    if output is not None and output.exists():
-        raise UserError(f"{output} is there already; choose another --output, or remove the file")
-    texts = read_templates(template, templates)
-    labelled = read_labelled_images(data, label_column) if data else None
-    names = labelled.labels if labelled else read_labels(labels or "")
-    found = ImageFiles() if labelled else find_images(patterns)
-    found.show_left_out(console)
-    images = labelled.images if labelled else {path: path for path in found.paths}
-    with console.status("loading the model"):
-        classifier = load(model, names, texts, prompt, max_batch_tokens, placement)
-    scores, broken = classify(classifier, images, console=console)
-    for problem in [*(labelled.problems if labelled else ()), *broken]:
-        console.print(f"left out: {problem}", markup=False, highlight=False, soft_wrap=True)
-    if not scores:
-        raise UserError(f"no image could be opened, of {len(images)}")
-    probabilities = classifier.probabilities(torch.stack([*scores.values()]))
-    if output is not None:
-        _write(output, [*scores], names, probabilities)
-    if labelled:
-        for k, share in accuracy(labelled, scores).items():
-            console.print(in_words(share, k, labelled, scores), highlight=False, soft_wrap=True)
-    else:
-        _show([*scores], names, probabilities, console)
+    with new_file(output):
+        texts = read_templates(template, templates)
+        labelled = read_labelled_images(data, label_column) if data else None
+        names = labelled.labels if labelled else read_labels(labels or "")
+        found = ImageFiles() if labelled else find_images(patterns)
+        found.show_left_out(console)
+        images = labelled.images if labelled else {path: path for path in found.paths}
+        with console.status("loading the model"):
+            classifier = load(model, names, texts, prompt, max_batch_tokens, placement)
+        scores, broken = classify(classifier, images, console=console)
+        for problem in [*(labelled.problems if labelled else ()), *broken]:
+            console.print(f"left out: {problem}", markup=False, highlight=False, soft_wrap=True)
+        if not scores:
+            raise UserError(f"no image could be opened, of {len(images)}")
+        probabilities = classifier.probabilities(torch.stack([*scores.values()]))
+        if output is not None:
+            _write(output, [*scores], names, probabilities)
+        if labelled:
+            for k, share in accuracy(labelled, scores).items():
+                console.print(in_words(share, k, labelled, scores), highlight=False, soft_wrap=True)
+        else:
+            _show([*scores], names, probabilities, console)
 
 
 def load(
@@ -102,8 +102,7 @@ def load(
 
 
 def _write(output: Path, opened: Sequence[str], names: Sequence[str], probabilities: Tensor) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", encoding="utf-8") as file:
+    with atomic_write(output) as file:
         for image, row in zip(opened, probabilities.tolist(), strict=True):
             best = names[max(range(len(names)), key=row.__getitem__)]
             line: dict[str, Any] = {"image": image, "label": best, "probabilities": dict(zip(names, row, strict=True))}

@@ -1,6 +1,5 @@
 """The command `vlm`. Each command hands its arguments to the module that does the work, and imports it only then."""
 
-import errno
 import logging
 import os
 import sys
@@ -11,7 +10,10 @@ import typer
 from typer.core import TyperGroup
 
 from vlm.batches import MAX_BATCH_TOKENS
+from vlm.errors import UserError
+from vlm.files import NOT_WRITTEN, DiskError, reason
 from vlm.printing import SafeConsole, printable
+from vlm.standard_streams import lasting_streams
 from vlm.threads import share_processors
 
 share_processors()
@@ -24,6 +26,10 @@ class _Commands(TyperGroup):
     """A group whose commands end with one clear message where the user can put things right."""
 
     def invoke(self, ctx: Any) -> Any:
+        with lasting_streams():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: Any) -> Any:
         # peft imports it, and it warns of a kernel for 4-bit weights that it may do without
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         try:
@@ -32,15 +38,27 @@ class _Commands(TyperGroup):
             typer.echo("stopped", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                place = f" ({error.filename})" if error.filename else ""
-                _complain(f"the disk is full{place}: make room, and go on (vlm train: with --resume)")
+            if getattr(error, "errno", None) in NOT_WRITTEN and not isinstance(error, DiskError):
+                place = getattr(error, "filename", None) or "a file"
+                advice = "Make room, and run the command again (vlm train: with --resume)"
+                _complain(f"{place} could not be written: {reason(error)}. {advice}")
                 raise typer.Exit(2) from None
             # Errors that we define are for people. All others are bugs, here or in a library, and keep their traceback.
             if not type(error).__module__.startswith("vlm."):
                 raise
             _complain(error)
             raise typer.Exit(getattr(error, "exit_code", 2)) from None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        found = super().resolve_command(ctx, args)
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if processes != "1" and ctx.parent is None and found[0] != "train":
+            raise UserError(
+                f"vlm {found[0]} runs in one process, and {processes} were started: each would do all of the work. "
+                "Start it without torchrun or accelerate launch. To use several GPUs, start one process for each (with "
+                "CUDA_VISIBLE_DEVICES), give each a part of the images and an --output of its own"
+            )
+        return found
 
 
 def _complain(message: object) -> None:

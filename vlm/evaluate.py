@@ -12,6 +12,7 @@ from vlm import recipe
 from vlm.batches import MAX_BATCH_TOKENS
 from vlm.errors import UserError, nearest
 from vlm.eval.summary import show
+from vlm.files import locked_folder
 from vlm.loading import Placement
 from vlm.paths import existing_folder
 from vlm.recipe_evaluation import Classification
@@ -34,10 +35,11 @@ def run(
     Args:
         data: a recipe, whose validation data is used, or one source in the form `format=... key=value`.
         metrics: names; None stands for those of the recipe.
-        output: default: `evaluation-DATA` in the model's folder, or in the current one for a model of the Hub. The
-            run's own `evaluation`, which goes into its model card, stays as it is.
+        output: a folder; its files are replaced when all new ones are written. Default: `evaluation-DATA` in the
+            model's folder, or in the current one for a model of the Hub. The run's own `evaluation`, which goes into
+            its model card, stays as it is.
 
-    Raises UserError for wrong names, and for data that cannot be read.
+    Raises UserError for wrong names, and for data that cannot be read, and InUse if another process writes `output`.
     """
     from vlm.data.readers import read
     from vlm.dual_encoder import is_dual_encoder
@@ -74,31 +76,32 @@ def run(
         console.print(f"left out: {len(problems) - 5} more; `vlm data check` lists them")
 
     folder = output or (Path(model) if Path(model).is_dir() else Path()) / f"evaluation-{label}"
-    if pairs:
-        from vlm.embedding import load_embedder
-        from vlm.pair_evaluation import evaluate_pairs
-        from vlm.recognition.zero_shot import zero_shot
+    with locked_folder(folder, "Wait until it ends, or choose another --output."):
+        if pairs:
+            from vlm.embedding import load_embedder
+            from vlm.pair_evaluation import evaluate_pairs
+            from vlm.recognition.zero_shot import zero_shot
+
+            with console.status("loading the model"):
+                embedder = load_embedder(model, **placement.options())
+            more = measure(tasks, partial(zero_shot, embedder), console=console)
+            return evaluate_pairs(embedder, examples, output_dir=folder, console=console, more=more)
+
+        from vlm import generation
+        from vlm.precision import generation_in_bfloat16
+        from vlm.recognition.likelihood import label_likelihood
 
         with console.status("loading the model"):
-            embedder = load_embedder(model, **placement.options())
-        more = measure(tasks, partial(zero_shot, embedder), console=console)
-        return evaluate_pairs(embedder, examples, output_dir=folder, console=console, more=more)
+            network, processor = generation.load(model, **placement.options())
 
-    from vlm import generation
-    from vlm.precision import generation_in_bfloat16
-    from vlm.recognition.likelihood import label_likelihood
+        def predict(requests: list[Any]) -> list[str]:
+            return generation.generate(
+                network, processor, requests, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens
+            )
 
-    with console.status("loading the model"):
-        network, processor = generation.load(model, **placement.options())
-
-    def predict(requests: list[Any]) -> list[str]:
-        return generation.generate(
-            network, processor, requests, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens
-        )
-
-    with generation_in_bfloat16(network):  # as at the end of training, so that the scores are the same
-        more = measure(tasks, partial(label_likelihood, network, processor, max_batch_tokens), console=console)
-        summary = score(examples, predict, list(metrics or ()), output_dir=folder, more=more)
-    show(summary, console)
-    console.print(f"every answer: {folder / 'samples.html'}", markup=False, highlight=False, soft_wrap=True)
-    return summary
+        with generation_in_bfloat16(network):  # as at the end of training, so that the scores are the same
+            more = measure(tasks, partial(label_likelihood, network, processor, max_batch_tokens), console=console)
+            summary = score(examples, predict, list(metrics or ()), output_dir=folder, more=more)
+        show(summary, console)
+        console.print(f"every answer: {folder / 'samples.html'}", markup=False, highlight=False, soft_wrap=True)
+        return summary

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from vlm import generation, remote_code
 from vlm.errors import UserError, nearest
+from vlm.files import atomic_folder, locked, require_new
 from vlm.interop import FAMILIES, REASONS, family_of, gguf, target_of, to_stock
 from vlm.loading import checkpoint_of
 from vlm.modeling import VLMForConditionalGeneration
@@ -23,30 +24,38 @@ OTHERS = ("gguf", "remote_code")
 def run(name: str, target: str, output: Path | None, *, console: Any) -> None:
     """Export the run or checkpoint `name` to the folder `output`, by default `exported-TARGET` in it.
 
-    Raises UserError as [`to_stock`] does, for an unknown target, and for a folder that is not empty.
+    The folder appears when it is whole. Raises UserError as [`to_stock`] does, for an unknown target, and for a folder
+    that is not empty, and InUse if another process writes it.
     """
     if target not in (*FAMILIES, *OTHERS) and target not in REASONS:
         raise UserError(f"a model cannot be exported to {target!r}; {nearest(target, (*FAMILIES, *OTHERS))}")
     if target not in OTHERS:
         target_of(target)
     folder = output or Path(checkpoint_of(name)).parent / f"exported-{target}"
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; name another folder with --output")
+    with locked(folder, "Wait until it ends, or choose another --output."):
+        require_new(folder)
+        _export(name, target, folder, console=console)
+
+
+def _export(name: str, target: str, folder: Path, *, console: Any) -> None:
     model, processor = generation.load(name, device="cpu")
     if not isinstance(model, VLMForConditionalGeneration):
         raise UserError(f"{name} is a {model.config.model_type} model of transformers already")
     if target == "gguf":
-        language, vision = gguf.write(model, processor, folder)
-        console.print(f"{language} and {vision}, for llama.cpp")
+        with atomic_folder(folder) as unfinished:
+            names = [path.name for path in gguf.write(model, processor, unfinished)]
+        console.print(f"{folder / names[0]} and {folder / names[1]}, for llama.cpp")
         if notice := gguf.notice(model):
             console.print(f"Note: {notice}")
         return
     if target == "remote_code":
-        remote_code.write(model, processor, folder)
+        with atomic_folder(folder) as unfinished:
+            remote_code.write(model, processor, unfinished)
         console.print(f"{folder}: loads without vlm, with trust_remote_code=True")
         return
     stock, stock_processor = to_stock(model, processor, target)
-    save(stock, stock_processor, folder)
+    with atomic_folder(folder) as unfinished:
+        save(stock, stock_processor, unfinished)
     console.print(f"{folder}: {type(stock).__name__}, equal to {name} on a question about an image")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+logger = logging.getLogger(__name__)
+
 WRITING = ".writing"
 """How the name of a file or folder ends that is not whole yet: `.NAME.<8 hexadecimal digits>.writing`."""
 
@@ -32,6 +35,8 @@ LOCK = ".lock"
 
 MAX_NAME = 255
 """Bytes in a file name."""
+
+_UNFINISHED = re.compile(r"(?P<file>\.(?P<name>.+)\.[0-9a-f]{8}\.writing)(\.lock)?", re.DOTALL)
 
 NOT_WRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 """Errors of the operating system that only writing has."""
@@ -85,23 +90,86 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     require_new(path)
-    with _temporary(path) as temporary:
+    inside = _written_inside(path)
+    with _temporary(path / path.name if inside else path) as temporary:
         temporary.mkdir()
         yield temporary
-        for parent, _, names in os.walk(temporary):
-            for name in names:
-                sync(Path(parent, name))
-            _sync_names(Path(parent))
+        _sync_all(temporary)
+        require_new(path)
+        if inside:
+            for child in temporary.iterdir():
+                child.rename(path / child.name)
+            _sync_names(path)
+            return
         if path.exists():
             path.rmdir()
         temporary.rename(path)
         _sync_names(path.parent)
 
 
+@contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """Give an empty folder whose files go to `folder` when the block ends, all on disk first. The names in the folder
+    that are there already are replaced, one right after the other, the others stay. After an exception, `folder` is
+    unchanged. Raises DiskError if the disk is full.
+    """
+    folder = Path(os.path.realpath(folder))
+    with _temporary(folder / folder.name) as temporary:
+        temporary.mkdir()
+        yield temporary
+        _sync_all(temporary)
+        for child in sorted(temporary.iterdir(), key=lambda child: child.stat().st_mtime_ns):  # as they were written
+            child.replace(folder / child.name)
+        _sync_names(folder)
+
+
+@contextmanager
+def new_file(path: Path | None) -> Iterator[None]:
+    """Hold the lock on a file that does not exist yet and will be written by [`atomic_write`]; None means no file.
+
+    Raises InUse if another process writes it, and UserError if it exists.
+    """
+    if path is None:
+        yield
+        return
+    with locked(path, "Wait until it ends, or choose another --output."):
+        if path.is_file() or path.is_dir():
+            raise UserError(f"{path} exists already; choose another --output, or remove it")
+        yield
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder next to `path`, which is removed at the end: at the latest, if this process is killed, by
+    the next call with this `path`."""
+    with _temporary(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
 def require_new(path: Path) -> None:
-    """Raise UserError if there is a file, or a folder that is not empty."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    """Raise UserError if there is a file, or a folder that holds more than a lock and what killed processes left."""
+    if path.is_dir() and not holds(path):
+        return
+    if path.exists():
         raise UserError(f"{path} exists already; choose another name, or remove it")
+
+
+def holds(folder: Path) -> list[str]:
+    """Return what is in a folder besides a lock and what is being written, or was, in processes that were killed."""
+    return sorted(name for name in os.listdir(folder) if name != LOCK and not _UNFINISHED.fullmatch(name))
+
+
+def _written_inside(path: Path) -> bool:
+    """Whether it is a folder that cannot be replaced by another: a mount point, or one in a read-only folder."""
+    return path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
+
+
+def _sync_all(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(parent, name))
+        _sync_names(Path(parent))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -129,13 +197,13 @@ def _temporary(path: Path) -> Iterator[Path]:
     """Give a name next to `path` to write to. What is left under it is removed at the end, and by the next call if this
     process is killed."""
     temporary = _beside(path, f"{uuid.uuid4().hex[:8]}{WRITING}")
-    with saving(str(path), "Make room, and run the command again", _is_write_fault), ExitStack() as stack:
+    with saving(str(path), "Make room, and run the command again", is_write_fault), ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path.parent, path.name)
             stack.enter_context(_locked_if_possible(temporary))
         except OSError as error:
-            if _is_write_fault(error):
+            if is_write_fault(error):
                 raise
             raise _cannot_write_in(path.parent, error) from None
         try:
@@ -147,12 +215,29 @@ def _temporary(path: Path) -> Iterator[Path]:
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes were writing in `folder`, or there under `name` only. What a live process is writing
     stays."""
-    stem = ".+" if name is None else re.escape(_stem(name))
-    pattern = re.compile(rf"(\.{stem}\.[0-9a-f]{{8}}{re.escape(WRITING)})({re.escape(LOCK)})?", re.DOTALL)
-    found = {match[1] for entry in os.listdir(folder) if (match := pattern.fullmatch(entry))}
+    matches = (_UNFINISHED.fullmatch(entry) for entry in os.listdir(folder))
+    found = {match["file"] for match in matches if match and (name is None or match["name"] == _stem(name))}
     for entry in found:
         with suppress(InUse, OSError), _held(_lock_beside(folder / entry), folder / entry, ""):
             _remove(folder / entry)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder. A folder is renamed first, so that none is there in part."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    with _temporary(path) as temporary:
+        path.rename(temporary)
+
+
+@contextmanager
+def going_on(path: Path) -> Iterator[None]:
+    """Log a warning, and go on, if `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s could not be written: %s", path, reason(error))
 
 
 def _remove(path: Path) -> None:
@@ -178,7 +263,7 @@ def _lock_beside(path: Path) -> Path:
 
 @contextmanager
 def locked(path: Path, advice: str = "Wait until it ends, or choose another name.") -> Iterator[None]:
-    """Hold the lock on `path`: a folder, or a file that need not exist.
+    """Hold the lock on `path`, a file or folder that need not exist.
 
     The operating system releases the lock when the process ends, even if it is killed. Processes on different machines
     exclude each other where the file system has locks for all of them, such as NFS, CephFS, GPFS, and Lustre mounted
@@ -187,7 +272,33 @@ def locked(path: Path, advice: str = "Wait until it ends, or choose another name
     Raises InUse if another process holds it: which one, and the `advice`. Raises UserError if the folder is read-only.
     """
     path = Path(os.path.realpath(path))
-    lock = path / LOCK if path.is_dir() else _beside(path, LOCK.removeprefix("."))
+    if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe
+        yield
+        return
+    lock = path / LOCK if _written_inside(path) else _beside(path, LOCK.removeprefix("."))
+    with _locked_by(lock, path, advice):
+        yield
+
+
+@contextmanager
+def locked_folder(path: Path, advice: str = "Wait until it ends, or choose another folder.") -> Iterator[None]:
+    """Hold the lock on a folder whose files are written one by one, as [`locked`]. The folder is created, and removed
+    again if it is empty at the end."""
+    path = Path(os.path.realpath(path))
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; choose another folder")
+    try:
+        with _locked_by(path / LOCK, path, advice):
+            yield
+    finally:
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+@contextmanager
+def _locked_by(lock: Path, path: Path, advice: str) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +306,7 @@ def locked(path: Path, advice: str = "Wait until it ends, or choose another name
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise _cannot_write_in(lock.parent, error) from None
-            warnings.warn(f"no locks on this file system: start no second process that writes {path}", stacklevel=3)
+            warnings.warn(f"no locks on this file system: start no second process that writes {path}", stacklevel=5)
         yield
 
 
@@ -293,7 +404,8 @@ def is_disk_fault(error: BaseException) -> bool:
     return isinstance(error, OSError) or _from_library(error)
 
 
-def _is_write_fault(error: BaseException) -> bool:
+def is_write_fault(error: BaseException) -> bool:
+    """Whether something could not be written, as far as an error that has gone through other code tells."""
     return isinstance(error, DiskError) or getattr(error, "errno", None) in NOT_WRITTEN or _from_library(error)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.errors import UserError
+from vlm.files import scratch_folder
 from vlm.paths import existing
 from vlm.recipe_source import read_yaml, write_yaml
 
@@ -68,8 +69,8 @@ def push(
         raise UserError("pushing needs a token with write access: log in with `hf auth login`, or set HF_TOKEN")
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = model_dir if merge_lora else _without_lora(model_dir, adapter_dir, Path(scratch), repo_id)
+    with scratch_folder(Path(tempfile.gettempdir()) / "vlm-push") as scratch:
+        folder = model_dir if merge_lora else _without_lora(model_dir, adapter_dir, scratch, repo_id)
         files = {path.relative_to(folder).as_posix(): path for path in _uploaded(folder)}
         for extra in ("recipe.yaml", "evaluation/summary.json"):
             if (run_dir / extra).is_file():

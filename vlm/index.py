@@ -12,6 +12,7 @@ from vlm.data.features import cache_key
 from vlm.data.image_files import find_images
 from vlm.embedding import Embedder, load_embedder
 from vlm.errors import UserError
+from vlm.files import locked_folder
 from vlm.paths import existing
 from vlm.retrieval.index import ImageIndex, holds_content_only
 from vlm.retrieval.update import update
@@ -20,12 +21,18 @@ from vlm.retrieval.update import update
 def run(patterns: Sequence[str], *, encoder: str | None, output: Path, console: Console) -> None:
     """Make the index `output` of the images in `patterns`, or bring it up to date.
 
-    Raises UserError for an index of another encoder, a new one without `encoder`, and if no image opens.
+    Raises UserError for an index of another encoder, a new one without `encoder`, and if no image opens, and InUse if
+    another process writes it.
     """
+    with locked_folder(output, "Wait until it ends, or choose another --output."):
+        _run(patterns, encoder=encoder, output=output, console=console)
+
+
+def _run(patterns: Sequence[str], *, encoder: str | None, output: Path, console: Console) -> None:
     index = ImageIndex.open(output) if (output / "index.json").exists() else None
     if encoder is None and index is None:
         raise UserError(f"{output} is no index yet; --encoder says which encoder it is to be made with")
-    if index is None and output.exists() and not holds_content_only(output):
+    if index is None and not holds_content_only(output):
         raise UserError(f"{output} is there and is no index; choose another --output")
     found = find_images(patterns)
     found.show_left_out(console)
@@ -34,6 +41,7 @@ def run(patterns: Sequence[str], *, encoder: str | None, output: Path, console: 
         embedder = load_encoder(index, encoder)
     if index is None:
         index = ImageIndex(output, embedder.name, key_of(embedder))
+    index.remove_others()
     try:
         changes = update(index, images, embedder, console=console)
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ from vlm.embedding import Embedder
 from vlm.errors import UserError
 from vlm.eval.retrieval import nearest_texts, show, summarize
 from vlm.eval.samples import write_samples
+from vlm.files import replacing_files
 from vlm.printing import json_text
 
 SHOWN = 48
@@ -77,19 +78,19 @@ def evaluate_pairs(
         {"image_id": example.image_id, "where": example.where} | row
         for example, row in zip(kept, nearest_texts(scores, positive, texts), strict=True)
     ]
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json_text(row) + "\n" for row in predictions)
-    (output_dir / "predictions.jsonl").write_text(lines, encoding="utf-8")
-    write_samples(
-        output_dir / "samples.html",
-        predictions[:SHOWN],
-        images=[partial(_open, example) for example in kept[:SHOWN]],
-        summary=summary,
-        title="Nearest texts",
-        about_blind="Blind is a random order.",
-    )
-    # Last: a run whose summary is there is scored.
-    (output_dir / "summary.json").write_text(json_text(summary, indent=1), encoding="utf-8")
+    with replacing_files(output_dir) as folder:
+        lines = "".join(json_text(row) + "\n" for row in predictions)
+        (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
+        write_samples(
+            folder / "samples.html",
+            predictions[:SHOWN],
+            images=[partial(_open, example) for example in kept[:SHOWN]],
+            summary=summary,
+            title="Nearest texts",
+            about_blind="Blind is a random order.",
+        )
+        # Last: a run that has its summary is scored.
+        (folder / "summary.json").write_text(json_text(summary, indent=1), encoding="utf-8")
     show(summary, console)
     cut = CutTexts(longest_text(embedder.tokenizer, embedder.model.config))
     cut.saw(text_lengths(embedder.tokenizer, texts))

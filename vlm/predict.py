@@ -1,7 +1,9 @@
 """`vlm predict`: the same prompt on many images, one JSON row each, in a file that a second run continues."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +17,7 @@ from vlm.data.example import Message
 from vlm.data.image_files import find_images
 from vlm.data.images import ImageError, chunks, open_image
 from vlm.errors import UserError
+from vlm.files import is_write_fault, locked, saving
 from vlm.loading import Placement
 from vlm.paths import existing
 from vlm.printing import json_text
@@ -50,20 +53,21 @@ def predict(
     Args:
         advance: called with a number of images when they are written.
 
-    Raises UserError when `output` is something else, or was written with another prompt or model.
+    Raises UserError when `output` is something else, or was written with another prompt or model, and DiskError if the
+    disk is full: then the rows that are whole stay.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "a+b") as file:
+    advice = "Make room, and run the command again: it continues after the rows that are there"
+    with saving(str(output), advice, is_write_fault), output.open("a+b") as file:
         written = _written(file, output, prompt=prompt, model=model)
         todo = [image for image in images if image not in written]
         earlier = len(images) - len(todo)
         advance(earlier)
         broken = 0
         for chunk in chunks(_opened(todo)):
-            for row in _rows(generate, chunk, prompt, model):
-                broken += "error" in row
-                file.write(json_text(row).encode() + b"\n")
-            file.flush()
+            rows = [*_rows(generate, chunk, prompt, model)]
+            broken += sum("error" in row for row in rows)
+            _append(file, "".join(json_text(row) + "\n" for row in rows).encode())
             advance(len(chunk))
     return Counts(done=len(todo) - broken, earlier=earlier, broken=broken)
 
@@ -86,6 +90,20 @@ def _rows(
     for (image, error), _ in chunk:
         row = {"image": image, "prompt": prompt, "model": model}
         yield row | ({"error": error} if error else {"prediction": next(answers)})
+
+
+def _append(file: BinaryIO, lines: bytes) -> None:
+    """Add whole lines, all of them or none."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        file.write(lines)
+        file.flush()
+    except OSError:
+        with suppress(OSError):
+            file.close()  # what is in its buffer does not fit either
+        with suppress(OSError):
+            os.truncate(file.name, end)
+        raise
 
 
 def _written(file: BinaryIO, output: Path, *, prompt: str, model: str) -> set[str]:
@@ -131,10 +149,31 @@ def run(
     max_new_tokens: int = 64,
     placement: Placement = Placement(),
 ) -> Counts:
-    """Find the images, load `model` (run folder, checkpoint or Hub name), and predict with a progress bar."""
+    """Find the images, load `model` (run folder, checkpoint or Hub name), and predict with a progress bar.
+
+    Raises InUse if another process writes `output`.
+    """
     found = find_images(patterns)
     found.show_left_out(console)
     images = found.paths
+    with locked(output, "Wait until it ends, or choose another --output."):
+        return _run(
+            model, images, prompt=prompt, output=output, console=console, max_batch_tokens=max_batch_tokens,
+            max_new_tokens=max_new_tokens, placement=placement,
+        )  # fmt: skip
+
+
+def _run(
+    model: str,
+    images: Sequence[str],
+    *,
+    prompt: str,
+    output: Path,
+    console: Console,
+    max_batch_tokens: int,
+    max_new_tokens: int,
+    placement: Placement,
+) -> Counts:
     from vlm import generation
 
     with console.status("loading the model"):

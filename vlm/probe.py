@@ -20,6 +20,7 @@ from vlm.data.example import ImageSource
 from vlm.data.images import ImageError
 from vlm.embedding import Embedder, load_embedder
 from vlm.errors import UserError
+from vlm.files import new_file, write_text
 from vlm.precision import default_device
 from vlm.printing import json_text
 from vlm.recognition.labelled_images import LabelledImages, read_labelled_images
@@ -52,29 +53,33 @@ def run(
         raise UserError("--test and --test-size: give one of the two")
     if twice := [name for name, count in Counter(encoders).items() if count > 1]:
         raise UserError(f"{twice[0]} is given twice; give each encoder once")
-    if output is not None and output.exists():
-        raise UserError(f"{output} is there already; choose another --output, or remove the file")
-    learning = read_labelled_images(data, label_column)
-    testing = read_labelled_images(test, label_column) if test is not None else None
-    share = TEST_SIZE if test_size is None else test_size
-    _divide(learning, testing, share, seed, k, broken={})  # what is wrong with that is said before hours of encoding
-    with console.status("loading the encoders"):
-        embedders = [load_embedder(name) for name in encoders]
-    images = learning.images | (testing.images if testing else {})
-    broken: dict[str, ImageError] = {}
-    features = {each.name: _embed(each, images, broken, console) for each in embedders}
-    parts = _divide(learning, testing, share, seed, k, broken)
-    problems = [*learning.problems, *(testing.problems if testing else ()), *broken.values(), *parts.left_out]
-    for problem in problems:
-        console.print(f"left out: {problem}", markup=False, highlight=False, soft_wrap=True)
-    found: dict[str, list[Probed]] = {}
-    for name in track(features, "probing", console=console, disable=not console.is_terminal):
-        found[name] = _probe(features[name], parts, k, seed)
-    _show(found, parts, console)
-    if output is not None:
-        _write(
-            output, found, parts, {"data": data, "test": test, "seed": seed} | ({} if test else {"test_size": share})
-        )
+    with new_file(output):
+        learning = read_labelled_images(data, label_column)
+        testing = read_labelled_images(test, label_column) if test is not None else None
+        share = TEST_SIZE if test_size is None else test_size
+        _divide(
+            learning, testing, share, seed, k, broken={}
+        )  # what is wrong with that is said before hours of encoding
+        with console.status("loading the encoders"):
+            embedders = [load_embedder(name) for name in encoders]
+        images = learning.images | (testing.images if testing else {})
+        broken: dict[str, ImageError] = {}
+        features = {each.name: _embed(each, images, broken, console) for each in embedders}
+        parts = _divide(learning, testing, share, seed, k, broken)
+        problems = [*learning.problems, *(testing.problems if testing else ()), *broken.values(), *parts.left_out]
+        for problem in problems:
+            console.print(f"left out: {problem}", markup=False, highlight=False, soft_wrap=True)
+        found: dict[str, list[Probed]] = {}
+        for name in track(features, "probing", console=console, disable=not console.is_terminal):
+            found[name] = _probe(features[name], parts, k, seed)
+        _show(found, parts, console)
+        if output is not None:
+            _write(
+                output,
+                found,
+                parts,
+                {"data": data, "test": test, "seed": seed} | ({} if test else {"test_size": share}),
+            )
 
 
 def _divide(
@@ -179,5 +184,4 @@ def _write(output: Path, found: Mapping[str, Sequence[Probed]], parts: Parts, ab
         "test_images": [{"image": name, "label": parts.labels[place]} for name, place in parts.test.items()],
         "results": results,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
+    write_text(output, json_text(report, indent=1) + "\n")

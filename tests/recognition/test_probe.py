@@ -170,5 +170,5 @@ def test_other_mistakes(clip, data, tmp_path):
     with pytest.raises(UserError, match=r"60 images in both --data and --test: .*; what was learnt is no test"):
         run([clip], data=str(data), test=str(data))
     (tmp_path / "out.json").touch()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         run([clip], data=str(data), output=tmp_path / "out.json")

@@ -119,7 +119,7 @@ def test_a_full_disk_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe, "packaged", full)
     code, _, said = vlm("recipes")
     assert code == 2
-    assert said.startswith("vlm: the disk is full (run/recipe.yaml): make room")
+    assert said.startswith("vlm: run/recipe.yaml could not be written: the disk is full. Make room")
 
 
 def test_data_check_reports_and_fails_on_bad_rows(tmp_path: Path) -> None:

@@ -151,6 +151,6 @@ def test_what_does_not_work_is_said_and_leaves_no_file(encoders, photos, tmp_pat
 
 def test_a_file_that_is_there_stays(encoders, photos, tmp_path):
     (tmp_path / "f").write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         run([photos], encoders / "clip", tmp_path / "f")
     assert (tmp_path / "f").read_text() == "mine"

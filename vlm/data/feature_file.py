@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 
 from vlm.errors import UserError
+from vlm.files import atomic_write
 
 MAX_HEADER = 100_000_000  # safetensors reads no longer one
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
+class NothingWritten(Exception):  # noqa: N818 - named for what happened
+    """No file is to appear."""
+
+
 class FeatureFile:
     """A file with the tensor `features [images, ...]`, and `images`, a JSON list of their names, in its metadata.
 
-    A context. The file has another name until it is whole, and is removed if the context is left by an exception.
+    A context. The file appears when the context ends, whole; after an exception, or without features, there is none.
 
     Args:
         images: the names of all images that may come. The header, which precedes the features, is given room for them
@@ -34,12 +39,11 @@ class FeatureFile:
         """Of the features written so far, `[images, ...]`."""
         self._possible = list(images)
         self._written: list[str] = []
-        self._beside = path.with_name(f"{path.name}.writing-{os.getpid()}")
+        self._writing = atomic_write(path, "wb")
         self._room = 0
 
     def __enter__(self) -> FeatureFile:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._beside.open("wb")
+        self._file = self._writing.__enter__()
         return self
 
     def write(self, images: Sequence[str], features: Tensor, about: Mapping[str, str]) -> None:
@@ -66,11 +70,10 @@ class FeatureFile:
         return json.dumps({"__metadata__": metadata, "features": features}).encode()
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: TracebackType | None) -> None:
-        with self._file as file:
-            if kind is None and self._written:
-                file.seek(8)
-                file.write(self._header(self._written, self.shape[1:]).ljust(self._room))
         if kind is None and self._written:
-            self._beside.rename(self.path)
-        else:
-            self._beside.unlink()
+            self._file.seek(8)
+            self._file.write(self._header(self._written, self.shape[1:]).ljust(self._room))
+        elif kind is None:
+            kind, error = NothingWritten, NothingWritten()
+        with suppress(NothingWritten):
+            self._writing.__exit__(kind, error, traceback)

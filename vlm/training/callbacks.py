@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from vlm.data.dataset import TreeDataset
 from vlm.data.pairs import PairDataset
 from vlm.data.stream import StreamDataset
 from vlm.errors import UserError
-from vlm.files import write_text
+from vlm.files import going_on, write_text
 from vlm.training.history import read_metrics
 from vlm.training.parts import named_parts, part_of
 
@@ -58,8 +59,12 @@ class NewRows(TrainerCallback):
         self.rows.set_epoch(int(state.epoch or 0))
 
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+"""What tells a run to stop: Ctrl-C, a scheduler, a terminal that is closed."""
+
+
 class StopOnSignal(TrainerCallback):
-    """At Ctrl-C or SIGTERM the step is ended, or the evaluation left, a checkpoint saved and training left; `stopped`
+    """At one of `SIGNALS` the step is ended, or the evaluation left, a checkpoint saved and training left; `stopped`
     tells. The second time the signal does what it always does. Every process stops at the same step, whichever was
     told.
 
@@ -73,7 +78,9 @@ class StopOnSignal(TrainerCallback):
 
     def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow it
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+            heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
+            self.before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -86,7 +93,9 @@ class StopOnSignal(TrainerCallback):
         signal.signal(number, self.before[number])
         if os.environ.get("RANK", "0") == "0":
             # Not by print: the signal may have come in the middle of one.
-            os.write(2, f"\n{signal.Signals(number).name}: saving and stopping; a second one stops at once\n".encode())
+            with suppress(OSError):  # the terminal may be gone
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: saving and stopping; a second one stops at once\n".encode())
 
     def check(self, doing: str) -> None:
         """Raise Stopped if this process was told to stop, with a word on what it was `doing`."""
@@ -146,7 +155,8 @@ class MetricsLog(TrainerCallback):
                 for entry in read_metrics(self.path)
                 if entry["stage"] != self.stage or entry["step"] <= state.global_step
             ]
-            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            with going_on(self.path):
+                write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any

@@ -25,6 +25,7 @@ from vlm.data.pairs import PairCollator, PairDataset, PairItem, make_pairs
 from vlm.dual_encoder import build_dual_encoder, is_dual_encoder
 from vlm.embedding import Embedder, load_dual_encoder
 from vlm.errors import UserError
+from vlm.files import going_on
 from vlm.generation import load_config
 from vlm.loading import checkpoint_of
 from vlm.pair_evaluation import evaluate_pairs
@@ -126,7 +127,8 @@ def run_stages(
         )  # fmt: skip
         if processes.is_main_process and not dry_run:
             model = save_stage(stage_home(folder, recipe.stage_names, number), trained, adapter, processor)
-            draw_losses({recipe.name: folder / "metrics.jsonl"}, folder / "loss.png", "contrastive loss")
+            with going_on(folder / "loss.png"):
+                draw_losses({recipe.name: folder / "metrics.jsonl"}, folder / "loss.png", "contrastive loss")
         else:
             model = merged(trained)
         processes.wait_for_everyone()

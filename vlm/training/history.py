@@ -12,6 +12,9 @@ from typing import Any
 
 import psutil
 
+from vlm.errors import UserError, nearest
+from vlm.files import atomic_write
+
 
 def this_process() -> dict[str, Any]:
     """What tells this process from all others."""
@@ -39,12 +42,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def draw_losses(runs: Mapping[str, Path], picture: Path, loss: str = "cross-entropy per supervised token") -> None:
     """The training and held-out losses of runs, by name their `metrics.jsonl`, over the steps as a PNG. Stages follow
-    one another; `loss` says what it is."""
+    one another; `loss` says what it is. Raises UserError for a format that matplotlib does not write."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.backend_bases import FigureCanvasBase
 
+    known = FigureCanvasBase.get_supported_filetypes()
+    if (ending := picture.suffix[1:].lower() or "png") not in known:
+        raise UserError(f"{picture}: no picture is written in the format {ending!r}; {nearest(ending, known)}")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     color = 0
     for run, metrics in runs.items():
@@ -65,8 +72,11 @@ def draw_losses(runs: Mapping[str, Path], picture: Path, loss: str = "cross-entr
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(picture, dpi=150)
-    pyplot.close(figure)
+    try:
+        with atomic_write(picture, "wb") as file:
+            figure.savefig(file, dpi=150, format=ending)
+    finally:
+        pyplot.close(figure)
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,6 @@ RUN/skipped_steps.jsonl the examples of steps whose gradients were not finite
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -37,7 +36,7 @@ from vlm.data.tree_masks import TreeMasks
 from vlm.errors import UserError
 from vlm.eval import Processes, evaluate
 from vlm.eval.summary import show
-from vlm.files import write_text
+from vlm.files import going_on, write_text
 from vlm.loading import checkpoint_of, no_loading_bar
 from vlm.precision import generation_in_bfloat16
 from vlm.printing import json_text
@@ -50,8 +49,9 @@ from vlm.training import contrastive
 from vlm.training.arguments import require_arguments, training_arguments
 from vlm.training.callbacks import StopOnSignal
 from vlm.training.changes import changes, in_words, recipe_changes
+from vlm.training.claim import clear, require_free, require_place, run_lock
 from vlm.training.features import Keys, kept_features
-from vlm.training.folder import finished_stages, has_model, save_stage, stage_home, unscored_stages
+from vlm.training.folder import finished_stages, save_stage, stage_home, unscored_stages
 from vlm.training.history import draw_losses
 from vlm.training.parts import trains_vision
 from vlm.training.processes import join_processes, sharded
@@ -61,12 +61,6 @@ from vlm.training.stage import Batches, initialize_projector, run_stage
 from vlm.training.streams import Stream, mixture_of, stream_layout
 from vlm.training.tracking import require_trackers
 from vlm.tree_attention import tree_attention
-
-CONTENTS = (
-    "recipe.yaml", "environment.json", "metrics.jsonl", "skipped_steps.jsonl", "loss.png", "data_problems.json",
-    "checkpoints", "stages", "model", "model.saving", "adapter", "evaluation",
-    "samples", "tensorboard",
-)  # fmt: skip
 
 DEQUANTIZED = (
     "quantized weights are saved and scored as the float32 numbers that they stand for, with LoRA merged in: a model "
@@ -84,8 +78,8 @@ def train(
 ) -> Path:
     """Train and evaluate as `recipe` says; gives the run folder. `dry_run` does everything but step and write.
 
-    Raises UserError if the folder already holds a run and neither `resume` nor `overwrite` says what to do with it, and
-    Stopped, with all that was done kept, after Ctrl-C or SIGTERM.
+    Raises UserError if the folder already holds a run and neither `resume` nor `overwrite` says what to do with it, or
+    is in use by another process, and Stopped, with all that was done kept, after Ctrl-C or SIGTERM.
     """
     require_models(recipe)
     for stage in recipe.stages:
@@ -93,8 +87,23 @@ def train(
     processes = join_processes(recipe)
     require_arguments(recipe)
     folder = Path(recipe.output_dir)
+    require_place(folder, recipe)
+    with nullcontext() if dry_run else run_lock(folder, processes):
+        return _train(recipe, folder, processes, dry_run=dry_run, resume=resume, overwrite=overwrite, console=console)
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    processes: PartialState,
+    *,
+    dry_run: bool,
+    resume: bool,
+    overwrite: bool,
+    console: Console,
+) -> Path:
     if not dry_run:
-        _require_free(folder, recipe, resume=resume, overwrite=overwrite)
+        require_free(folder, recipe, resume=resume, overwrite=overwrite)
     changed = _changes(folder, recipe) if resume else []
     set_seed(recipe.seed)
     log = ProblemLog(0, recipe.data.max_bad)
@@ -124,7 +133,8 @@ def train(
         console.print(log.summary(), highlight=False, markup=False)
         if not dry_run and processes.is_main_process:
             text = json_text([vars(problem) for problem in log.problems], indent=1)
-            (folder / "data_problems.json").write_text(text, encoding="utf-8")
+            with going_on(folder / "data_problems.json"):
+                write_text(folder / "data_problems.json", text)
     console.print("nothing was trained: this was a dry run" if dry_run else f"done: {folder}", highlight=False)
     return folder
 
@@ -186,7 +196,8 @@ def _run_stages(
         home_of_stage = stage_home(folder, recipe.stage_names, number)
         if processes.is_main_process:
             model = save_stage(home_of_stage, trained, adapter, processor)
-            draw_losses({recipe.name: folder / "metrics.jsonl"}, folder / "loss.png")
+            with going_on(folder / "loss.png"):
+                draw_losses({recipe.name: folder / "metrics.jsonl"}, folder / "loss.png")
         processes.wait_for_everyone()
         if not processes.is_main_process:  # of a model that was sharded the first process alone has the whole
             model, _ = _load(str(home_of_stage / "model"), recipe)
@@ -195,26 +206,6 @@ def _run_stages(
             console.print(DEQUANTIZED, style="yellow", highlight=False, soft_wrap=True)
         if recipe.evaluation.metrics:
             _score(recipe, number, model, processor, validation_examples, stop, console)
-
-
-def _require_free(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    start = recipe.model.pretrained
-    if overwrite and start and folder.resolve() in (Path(start).resolve(), *Path(start).resolve().parents):
-        raise UserError(
-            f"model.pretrained {start} is in {folder}, which --overwrite would replace; choose another folder"
-        )
-    if (folder / "recipe.yaml").is_file() and not (resume or overwrite):
-        choices = "Replace it with --overwrite, or choose another folder with output_dir=..."
-        if _finished(folder, recipe):
-            raise UserError(f"{folder} holds a finished run. {choices}")
-        raise UserError(f"{folder} holds a stopped run. Go on with it with --resume. {choices}")
-    if resume and _finished(folder, recipe):
-        raise UserError(f"{folder} holds a finished run: nothing to resume. Use --overwrite to train anew.")
-
-
-def _finished(folder: Path, recipe: Recipe) -> bool:
-    missing = recipe.is_scored and unscored_stages(folder, recipe.stage_names)
-    return has_model(folder) and not missing
 
 
 def _changes(folder: Path, recipe: Recipe) -> list[str]:
@@ -230,12 +221,8 @@ def _changes(folder: Path, recipe: Recipe) -> list[str]:
 
 
 def _prepare_folder(folder: Path, recipe: Recipe, changed: Sequence[str], *, overwrite: bool, console: Console) -> None:
-    if overwrite:  # what a run leaves, not the folder: there may be files of the user's in it
-        for name in reversed(CONTENTS):  # the recipe last: as long as it is there, the folder holds a run
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
+    if overwrite:
+        clear(folder)
     for line in changed:
         console.print(line, style="yellow", markup=False, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)

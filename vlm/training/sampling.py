@@ -42,6 +42,7 @@ class Samples:
                 self.evaluation.metrics,
                 output_dir=self.folder / f"step-{self.trainer.state.global_step}",
                 blind=False,
+                may_fail_to_write=True,
                 bootstrap=0,
             )
         return {f"eval_{name}": found["score"] for name, found in summary["metrics"].items()}

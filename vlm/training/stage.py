@@ -41,7 +41,7 @@ from vlm.training.skipped import SkippedSteps
 from vlm.training.step import flops_per_token, seconds_per_step
 from vlm.training.streams import Stream, report
 from vlm.training.throughput import in_words
-from vlm.training.tracking import Progress, into_run_folder
+from vlm.training.tracking import Progress, into_run_folder, outlive_trackers
 from vlm.training.trainer import VLMTrainer, stream_file
 
 INITIALIZATION_IMAGES = 256
@@ -190,6 +190,7 @@ def watch(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress(stage.name))
     into_run_folder(trainer.callback_handler.callbacks, folder / "tensorboard" / stage.name)
+    outlive_trackers(trainer.callback_handler.callbacks)
     if not trainer.is_deepspeed_enabled:  # which keeps gradients, and with ZeRO-3 weights too, out of sight
         trainer.add_callback(PartCheck(trainer.accelerator.unwrap_model(trainer.model), trainer.rates))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from transformers.trainer_callback import ProgressCallback
 
 from vlm.errors import UserError, nearest
 
+logger = logging.getLogger(__name__)
+
 TRACKERS: dict[str, Any] = integration_utils.INTEGRATION_TO_CALLBACK
+EVENTS = ("on_log", "on_save", "on_evaluate", "on_predict", "on_step_end", "on_epoch_end", "on_train_end")
+"""When a tracker writes after it was set up."""
 MODULES = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
 """Where transformers asks for another name than that of the tracker."""
 
@@ -25,6 +30,32 @@ def require_trackers(report_to: str | Sequence[str] | None) -> None:
             raise UserError(f"train.report_to: there is no tracker '{name}'; {nearest(name, TRACKERS)}")
         if not getattr(integration_utils, f"is_{MODULES.get(name, name)}_available")():
             raise UserError(f"train.report_to: {name} is not installed; pip install {name.replace('_ml', '-ml')}")
+
+
+def outlive_trackers(callbacks: Sequence[Any]) -> None:
+    """Make each tracker that fails while a run goes on say so once, in a warning, instead of ending the run.
+
+    Errors at the beginning, such as a missing login, stay errors.
+    """
+    for callback in callbacks:
+        if isinstance(callback, tuple(TRACKERS.values())):
+            for event in EVENTS:
+                setattr(callback, event, _reported(getattr(callback, event), type(callback).__name__))
+
+
+def _reported(call: Callable[..., Any], tracker: str) -> Callable[..., Any]:
+    said = False
+
+    def reported(*args: Any, **kwargs: Any) -> Any:
+        nonlocal said
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:
+            if not said:
+                logger.warning("%s failed (%s: %s); training goes on", tracker, type(error).__name__, error)
+            said = True
+
+    return reported
 
 
 def into_run_folder(callbacks: Sequence[Any], folder: Path) -> None:

@@ -1,0 +1,113 @@
+"""The run folder before a run: whether it may be written to, the lock on it, and clearing it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from vlm.errors import UserError
+from vlm.files import InUse, discard, locked_folder, remove_leftovers
+from vlm.recipe import Recipe
+from vlm.recipe_paths import PATH_KEYS
+from vlm.training.folder import has_model, unscored_stages
+
+CONTENTS = (
+    "recipe.yaml", "environment.json", "metrics.jsonl", "skipped_steps.jsonl", "loss.png", "data_problems.json",
+    "checkpoints", "stages", "model", "adapter", "evaluation", "samples", "tensorboard",
+)  # fmt: skip
+"""What a run writes into its folder."""
+
+
+@contextmanager
+def run_lock(folder: Path, processes: PartialState) -> Iterator[None]:
+    """Hold the lock on a run folder: the first process for all of the run.
+
+    Raises UserError in every process if another run holds it, or if the folder cannot be written to.
+    """
+    with ExitStack() as stack:
+        why: list[str | None] = [None]
+        if processes.is_main_process:
+            try:
+                stack.enter_context(locked_folder(folder, "Wait until it ends, or choose another output_dir."))
+            except UserError as error:
+                why = [str(error)]
+        broadcast_object_list(why)
+        if why[0] is not None:
+            raise InUse(why[0])
+        if processes.is_main_process:
+            for parent, _, _ in os.walk(folder):
+                remove_leftovers(Path(parent))
+        yield
+
+
+def require_place(folder: Path, recipe: Recipe) -> None:
+    """Raise UserError for a run folder that is a file, or in a folder that the run reads."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file; choose another folder")
+    for key, path in _read_by(recipe):
+        if path.is_dir() and path.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise UserError(
+                f"output_dir: {folder} is in {path}, which {key} reads, and a run would add its files; choose another "
+                "folder"
+            )
+
+
+def require_free(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Raise UserError if the folder holds what the run would replace, unless `resume` or `overwrite` allow it.
+
+    Files that no run writes, such as a log, may be there.
+    """
+    for key, path in _read_by(recipe):
+        if overwrite and folder.resolve() in (path.resolve(), *path.resolve().parents) and path.exists():
+            raise UserError(f"{key} {path} is in {folder}, which --overwrite would replace; choose another folder")
+    if (folder / "recipe.yaml").is_file() and not (resume or overwrite):
+        choices = "Replace it with --overwrite, or choose another folder with output_dir=..."
+        if finished(folder, recipe):
+            raise UserError(f"{folder} holds a finished run. {choices}")
+        raise UserError(f"{folder} holds a stopped run. Go on with it with --resume. {choices}")
+    found = [name for name in CONTENTS if os.path.lexists(folder / name)]
+    if found and not (folder / "recipe.yaml").is_file() and not resume:
+        raise UserError(
+            f"{folder} is no run, and it holds {', '.join(found)}, which a run would replace. Choose another "
+            "folder with output_dir=..., or move them away"
+        )
+    if resume and finished(folder, recipe):
+        raise UserError(f"{folder} holds a finished run: nothing to resume. Use --overwrite to train anew.")
+
+
+def finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether the run in `folder` has left its model and its scores."""
+    missing = recipe.is_scored and unscored_stages(folder, recipe.stage_names)
+    return has_model(folder) and not missing
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run writes, not the folder: other files stay. The recipe goes last: as long as it is there, the
+    folder holds a run."""
+    for name in reversed(CONTENTS):
+        discard(folder / name)
+
+
+def _read_by(recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    """The files and folders that a run reads, each with its key."""
+    model = recipe.model
+    for part, names in (("pretrained", model.pretrained), ("vision", model.vision), ("language", model.language)):
+        for name in [names] if isinstance(names, str) else names or []:
+            yield f"model.{part}", Path(name)
+    sources = [("data.train", source) for source in recipe.data.sources]
+    sources += [("data.validation", recipe.data.validation)] if recipe.data.validation else []
+    for section, source in sources:
+        for key in PATH_KEYS:
+            value: Any = source.get(key)
+            values = value if isinstance(value, list) else [value]
+            yield from ((f"{section}.{key}", Path(recipe.data.base_dir, path)) for path in values if _is_name(path))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
