@@ -13,6 +13,7 @@ FLOORS: list[set[str]] = [
     {"errors", "files", "paths", "printing", "standard_streams", "threads"},
     {"adapters"},
     {
+        "arguments",
         "configuration",
         "encoder",
         "image_attention",

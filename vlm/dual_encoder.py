@@ -36,6 +36,7 @@ from vlm.adapters.contrastive_loss import infonce, sigmoid
 from vlm.build import load_vision
 from vlm.encoder import encode, unsplittable
 from vlm.loading import checkpoint_of, load_quietly
+from vlm.precision import dtype_of
 
 TextPooling = Literal["mean", "cls", "last", "pooler"]
 MAX_LOGIT_SCALE = 100.0
@@ -106,6 +107,9 @@ class DualEncoderModel(PreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         if config.logit_bias_init_value is not None:
             self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias_init_value))
+        if getattr(config, "quantization_config", None) is not None:
+            # Many encoders do more with their weights than multiply by them.
+            self._keep_in_fp32_modules = ["vision_model", "visual_projection", "text_projection"]
         self.post_init()
 
     @torch.no_grad()
@@ -126,12 +130,12 @@ class DualEncoderModel(PreTrainedModel):
 
         Raises ValueError for an encoder that does not pool what it sees.
         """
-        seen = encode(self.vision_model, pixel_values)
+        seen = encode(self.vision_model, pixel_values.to(dtype_of(self.vision_model)))
         if seen.pooled is None:
             raise ValueError(f"{type(self.vision_model).__name__} does not pool what it sees into one vector")
         return BaseModelOutputWithPooling(
             last_hidden_state=seen.patches,
-            pooler_output=self.visual_projection(self.dropout(seen.pooled)),
+            pooler_output=self.visual_projection(self.dropout(seen.pooled.to(dtype_of(self.visual_projection)))),
         )
 
     def get_text_features(
@@ -140,7 +144,7 @@ class DualEncoderModel(PreTrainedModel):
         """`input_ids`, `attention_mask` `[T, L]`, padded on either side; `pooler_output [T, D]`, not normalised."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         read = self.text_model(input_ids=input_ids, attention_mask=mask, return_dict=True)
-        pooled = pool_text(read, mask, self.config.text_pooling)
+        pooled = pool_text(read, mask, self.config.text_pooling).to(dtype_of(self.text_projection))
         return BaseModelOutputWithPooling(
             last_hidden_state=read.last_hidden_state, pooler_output=self.text_projection(self.dropout(pooled))
         )

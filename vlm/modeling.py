@@ -25,12 +25,15 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from vlm.adapters import PROJECTORS, AnyresMerger, TilePositions, VisionStates, build_projector
+from vlm.arguments import known_arguments, refuse_unknown
 from vlm.configuration import VLMConfig
 from vlm.encoder import encode, unsplittable, vision_hidden_size
 from vlm.fusion import insert_cross_attention
 from vlm.image_attention import image_attention_masks
+from vlm.precision import dtype_of
 from vlm.tiling import Size, Tiler, tiler_of
 
 OF_TILES = ("pixel_values", "vision_features")
@@ -106,6 +109,10 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 config.cross_attention_block,
                 token_size,
             )
+        self._known_arguments = known_arguments(self.language_model)
+        if getattr(config, "quantization_config", None) is not None:
+            # As in training: only the decoder is quantized. Many encoders do more with weights than multiply by them.
+            self._keep_in_fp32_modules = ["vision_tower", "multi_modal_projector"]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -125,7 +132,8 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         This is the part that a frozen encoder computes once per image and that can be kept.
         """
-        features = encode(self.vision_tower, pixel_values.to(self.vision_tower.dtype), self.config.vision_feature_layer)
+        pixel_values = pixel_values.to(dtype_of(self.vision_tower))
+        features = encode(self.vision_tower, pixel_values, self.config.vision_feature_layer)
         if self.config.vision_feature_select_strategy == "full":
             return torch.cat([features.prefix, features.patches], dim=1), features.grid
         return features.patches, features.grid
@@ -149,7 +157,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             vision_features, vision_grid = self.get_vision_features(pixel_values)
         if vision_features is None or vision_grid is None:
             raise ValueError("images come as pixel_values, or as vision_features together with vision_grid")
-        dtype = next(self.multi_modal_projector.parameters()).dtype
+        dtype = dtype_of(self.multi_modal_projector)
         sizes = self._sizes(image_sizes, len(vision_features))
         texts = self._texts(qformer_input_ids, qformer_attention_mask, self.num_tiles(sizes))
         visual_tokens = self.multi_modal_projector(vision_features.to(dtype), vision_grid, **texts)
@@ -215,6 +223,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ]
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -242,8 +251,10 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         `cache`, images are those of the new tokens, and `vision_states` what the tokens in it left to look at.
         `token_type_ids [B, L]` say with `image_attention: prefix_lm` what is prompt (0) and what comes behind it (1).
         `qformer_input_ids` and `qformer_attention_mask [images, T]` are the text that a Q-Former reads with each image.
-        Raises ValueError if image tokens and images do not match.
+        Other arguments go to the language model. Raises ValueError if image tokens and images do not match, and
+        TypeError for an argument that nothing reads.
         """
+        refuse_unknown(kwargs, self._known_arguments)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         input_ids, attention_mask, position_ids, token_type_ids = send_to_device(

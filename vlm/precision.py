@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ def fast_bfloat16(device: str) -> bool:
     if device == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The number format that `module` computes in. Quantized weights do not have it: they are integers or 8 bits wide."""
+    tensors = chain(module.parameters(), module.buffers())
+    return next(tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.itemsize > 1)
 
 
 @contextmanager

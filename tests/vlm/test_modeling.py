@@ -92,6 +92,28 @@ def test_loss_equals_stock_llava(llava_and_ours):
         assert torch.allclose(llava(**inputs, labels=labels).loss, ours(**inputs, labels=labels).loss, atol=1e-5)
 
 
+# --- arguments
+
+
+def test_arguments_have_the_names_of_transformers(llava_and_ours):
+    """Old programs pass `past_key_values` and `cache_position`; logits against stock LLaVA, given the same."""
+    llava, ours, processor = llava_and_ours
+    inputs = batch(processor, (image(0), "a cat"))
+    more, found = torch.tensor([[5, 6]]), []
+    for model in (llava, ours):
+        read = model(**inputs, use_cache=True)
+        with pytest.warns(FutureWarning, match="past_key_values"):
+            found.append(logits(model, input_ids=more, past_key_values=read.cache, cache_position=torch.arange(2)))
+    assert torch.allclose(*found, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["image_features", "pixel_attention_mask", "image_grid_thw", "pixel_value", "caches"])
+def test_an_argument_that_nothing_reads_is_refused(name):
+    model, processor = tiny()
+    with pytest.raises(TypeError, match=name):
+        model(**batch(processor, ("a cat",)), **{name: torch.zeros(1)})
+
+
 # --- what a bridge does before it is trained
 
 
