@@ -102,6 +102,10 @@ class GatedCrossAttention(nn.Module):
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
+    def reset_own(self) -> None:
+        nn.init.zeros_(self.attention_gate)
+        nn.init.zeros_(self.feed_forward_gate)
+
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 

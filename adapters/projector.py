@@ -38,6 +38,10 @@ class Standardize(nn.Module):
         self.register_buffer("mean", torch.zeros(2, hidden_size))  # of the prefix tokens, of the patches
         self.register_buffer("std", torch.ones(2, hidden_size))
 
+    def reset_own(self) -> None:
+        nn.init.zeros_(self.mean)
+        nn.init.ones_(self.std)
+
     @torch.no_grad()
     def fit(self, features: Tensor, grid: Grid) -> None:
         """Take the statistics of `features [B, P + h * w, D]`."""
@@ -53,7 +57,11 @@ class Standardize(nn.Module):
 
 
 class Projector(nn.Module):
-    """What all projectors are: `features [B, N, D_v]` and `grid (h, w)` to visual tokens `[B, M, D_t]`."""
+    """What all projectors are: `features [B, N, D_v]` and `grid (h, w)` to visual tokens `[B, M, D_t]`.
+
+    A module that has parameters or buffers of its own, beside those of its layers, has a method `reset_own`. It
+    initializes them by functions of `torch.nn.init`, which transformers keeps from what a checkpoint has.
+    """
 
     output: str
     """Names the layer whose parameters the size of the visual tokens is proportional to."""

@@ -118,7 +118,8 @@ class QFormerProjector(Projector):
             raise ValueError(
                 f"qformer: num_attention_heads {num_attention_heads} must divide hidden_size {hidden_size}"
             )
-        self.query_tokens = nn.Parameter(torch.randn(num_image_tokens, hidden_size) * 0.02)
+        self.query_tokens = nn.Parameter(torch.empty(num_image_tokens, hidden_size))
+        self.reset_own()
         self.reads_text = use_qformer_text_input
         if use_qformer_text_input:
             self.word_embeddings = nn.Embedding(vocab_size, hidden_size)
@@ -138,6 +139,9 @@ class QFormerProjector(Projector):
             for index in range(num_hidden_layers)
         )
         self.language_projection = nn.Linear(hidden_size, text_hidden_size)
+
+    def reset_own(self) -> None:
+        nn.init.normal_(self.query_tokens, std=0.02)
 
     def num_tokens(self, num_prefix: int, grid: Grid) -> int:
         return len(self.query_tokens)

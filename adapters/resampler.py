@@ -102,7 +102,8 @@ class ResamplerProjector(Projector):
         super().__init__(vision_hidden_size)
         if variant not in get_args(Variant):
             raise ValueError(f"resampler: variant is one of {', '.join(get_args(Variant))}, not {variant!r}")
-        self.latents = nn.Parameter(torch.randn(num_image_tokens, text_hidden_size) * 0.02)
+        self.latents = nn.Parameter(torch.empty(num_image_tokens, text_hidden_size))
+        self.reset_own()
         self.proj_in: nn.Module = nn.Linear(vision_hidden_size, text_hidden_size)
         if variant == "idefics2":
             self.proj_in = SwiGLU(vision_hidden_size, intermediate_size or 4 * text_hidden_size, text_hidden_size)
@@ -117,6 +118,9 @@ class ResamplerProjector(Projector):
             for _ in range(depth)
         )
         self.norm = _norm(variant, text_hidden_size, rms_norm_eps)
+
+    def reset_own(self) -> None:
+        nn.init.normal_(self.latents, std=0.02)
 
     def num_tokens(self, num_prefix: int, grid: Grid) -> int:
         return len(self.latents)

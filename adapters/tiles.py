@@ -23,6 +23,10 @@ class TilePositions(nn.Module):
         self.row = nn.Parameter(torch.zeros(max_tiles + 1, hidden_size))
         self.column = nn.Parameter(torch.zeros(max_tiles + 1, hidden_size))
 
+    def reset_own(self) -> None:
+        nn.init.zeros_(self.row)
+        nn.init.zeros_(self.column)
+
     def forward(self, visual_tokens: Tensor, places: Tensor) -> Tensor:
         """`visual_tokens [T, M, D]`, and `places [T, 2]`, each tile's row and column from 1; 0 is the thumbnail."""
         rows, columns = places.unbind(dim=1)
@@ -35,7 +39,11 @@ class AnyresMerger(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.image_newline = nn.Parameter(torch.randn(hidden_size) * hidden_size**-0.5)
+        self.image_newline = nn.Parameter(torch.empty(hidden_size))
+        self.reset_own()
+
+    def reset_own(self) -> None:
+        nn.init.normal_(self.image_newline, std=len(self.image_newline) ** -0.5)
 
     def forward(self, visual_tokens: Tensor, grid: tuple[int, int], token_grid: tuple[int, int], box: Box) -> Tensor:
         """The tokens of one image, `[N, D]`.

@@ -18,7 +18,7 @@ from vlm.encoder import encode, load_vision_tower, mllama_feature_layers, resize
 from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, keep_tiles_whole, load_image_processor
 from vlm.loading import checkpoint_of, load_quietly
 from vlm.modeling import VLMForConditionalGeneration
-from vlm.processing import IMAGE_TOKEN, VLMProcessor
+from vlm.processing import IMAGE_TOKEN, VLMProcessor, pad_left
 from vlm.tiling import MAX_TILES, tiler_of
 from vlm.vision_towers import VisionTowers, side_by_side
 
@@ -179,17 +179,17 @@ def require_arguments(bridge: Mapping[str, Any]) -> None:
 
 
 def add_image_token(tokenizer: Any, language_model: PreTrainedModel, others: Sequence[str] = ()) -> None:
-    """Give the tokenizer the image token, `others` and a padding token, and the language model an embedding for each.
+    """Give the tokenizer the image token, `others` and padding on the left, and the language model an embedding for
+    each new token.
 
     The embeddings that are there stay as they are; new ones are drawn around their mean, so that a token nobody has
     trained is neither likely nor impossible. Raises ValueError if the tokenizer has no token to pad with.
     """
     # Replaced, the tokenizer's other special tokens (`<|im_start|>` ...) would be special no more.
     tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN, *others]}, replace_extra_special_tokens=False)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError("the tokenizer has neither a padding token nor an end-of-sequence token; set one of them")
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ValueError("the tokenizer has neither a padding token nor an end-of-sequence token; set one of them")
+    pad_left(tokenizer)
     embed_all_tokens(tokenizer, language_model)
 
 

@@ -118,9 +118,9 @@ class DualEncoderModel(PreTrainedModel):
         if module in (self.visual_projection, self.text_projection):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif module is self:
-            self.logit_scale.fill_(self.config.logit_scale_init_value)
+            nn.init.constant_(self.logit_scale, self.config.logit_scale_init_value)
             if self.config.logit_bias_init_value is not None:
-                self.logit_bias.fill_(self.config.logit_bias_init_value)
+                nn.init.constant_(self.logit_bias, self.config.logit_bias_init_value)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()

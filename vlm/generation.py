@@ -31,6 +31,7 @@ from vlm.errors import UserError
 from vlm.loading import checkpoint_of, no_loading_bar
 from vlm.paths import existing
 from vlm.precision import default_device, input_device
+from vlm.processing import pad_left
 from vlm.shared_prefix import SharedPrefixLayer, can_share_prefix, shared_prefix
 from vlm.tiling import size_of
 
@@ -64,6 +65,7 @@ def load(
     except (OSError, ValueError) as error:
         raise _cannot_load(name_or_path, error) from None
     require_supported(model, processor)
+    pad_left(processor.tokenizer)  # also for those that save it again
     if device_map is None:
         model = model.to(device or default_device())  # type: ignore[arg-type]  # a string is a device
     return model.eval().requires_grad_(False), processor
@@ -108,9 +110,7 @@ def tokenize(processor: Any, requests: Sequence[Request], *, pixels: bool = Fals
     if not has_chat_template(processor):
         rows = [encode_prompt(processor, messages, images) for images, messages in requests]
         return BatchFeature({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
-    processor.tokenizer.padding_side = "left"
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    pad_left(processor.tokenizer)
     options: dict[str, Any] = {"return_tensors": "pt", "padding": True}
     if not pixels:
         options |= {"pixels": False, "image_sizes": [size_of(image) for images, _ in requests for image in images]}

@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -22,12 +22,20 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+from transformers.initialization import guard_torch_init_functions
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
-from vlm.adapters import PROJECTORS, AnyresMerger, TilePositions, VisionStates, build_projector
+from vlm.adapters import (
+    PROJECTORS,
+    AnyresMerger,
+    GatedCrossAttention,
+    TilePositions,
+    VisionStates,
+    build_projector,
+)
 from vlm.arguments import known_arguments, refuse_unknown
 from vlm.configuration import VLMConfig
 from vlm.encoder import encode, unsplittable, vision_hidden_size
@@ -114,6 +122,21 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             # As in training: only the decoder is quantized. Many encoders do more with weights than multiply by them.
             self._keep_in_fp32_modules = ["vision_tower", "multi_modal_projector"]
         self.post_init()
+
+    @torch.no_grad()
+    @guard_torch_init_functions()
+    def initialize_weights(self) -> None:
+        """Initialize what no checkpoint had. Cross-attention comes first: its norms start at 1, those of a decoder that
+        it would be taken for a part of may start at 0 (Gemma)."""
+        blocks = [module for module in self.modules() if isinstance(module, GatedCrossAttention)]
+        for module in chain.from_iterable(block.modules() for block in blocks):
+            self._initialize_weights(module, self.is_custom_code())
+        super().initialize_weights()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "reset_own"):
+            module.reset_own()  # type: ignore[operator]  # a method
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

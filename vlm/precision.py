@@ -26,7 +26,7 @@ def fast_bfloat16(device: str) -> bool:
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The number format that `module` computes in. Quantized weights do not have it: they are integers or 8 bits wide."""
+    """The number format that `module` computes in, which is not that of quantized weights."""
     tensors = chain(module.parameters(), module.buffers())
     return next(tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.itemsize > 1)
 

@@ -270,6 +270,15 @@ class VLMProcessor(ProcessorMixin):
         return texts
 
 
+def pad_left(tokenizer: Any) -> None:
+    """Let a tokenizer pad on the left, where `generate` needs padding, also when it is saved and loaded; with the token
+    that ends a text if it has none to pad with."""
+    tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = "left"  # else it is not saved
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
 _OF_ONE_CALL = (
     *("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"),
     *("add_generation_prompt", "continue_final_message", "processor_kwargs"),

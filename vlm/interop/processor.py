@@ -9,7 +9,7 @@ from vlm.chat_templates import chat_template_for
 from vlm.configuration import VLMConfig
 from vlm.errors import UserError
 from vlm.interop.family import Family, in_template
-from vlm.processing import VLMProcessor
+from vlm.processing import VLMProcessor, pad_left
 
 
 def from_stock_processor(family: Family, config: VLMConfig, stock_processor: Any) -> VLMProcessor:
@@ -28,6 +28,7 @@ def from_stock_processor(family: Family, config: VLMConfig, stock_processor: Any
                 f"the chat template of this {type(stock_processor).__name__} writes no {placeholder} for images"
             )
         template = template.replace(placeholder, in_template(image_token.join(family.markers(config.tiling))))
+    pad_left(tokenizer)
     return VLMProcessor(
         family.image_processor(stock_processor),
         tokenizer,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.files import atomic_folder, saving
+from vlm.processing import pad_left
 from vlm.training.quantization import merged
 
 
@@ -57,4 +58,6 @@ def save_model(model: Any, processor: Any, folder: Path) -> None:
     """Write a model and its processor to `folder`, which is there whole or not at all."""
     with atomic_folder(folder) as unfinished:  # a folder called `model` is a whole model
         model.save_pretrained(unfinished)
+        if model.can_generate():
+            pad_left(processor.tokenizer)
         processor.save_pretrained(unfinished)
