@@ -35,7 +35,7 @@ FLOORS: list[set[str]] = [
     },
     {"data"},
     {"interop"},
-    {"batches", "shared_prefix"},
+    {"batches", "shared_prefix", "generation_config"},
     {"generation", "embedding"},
     {"session"},
     {"eval"},

@@ -15,7 +15,6 @@ from transformers import (
     AutoProcessor,
     BatchFeature,
     DynamicCache,
-    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -28,6 +27,7 @@ from vlm.data.conversation import template_options, with_images
 from vlm.data.example import Message
 from vlm.data.prompts import encode_prompt, end_token_id, has_chat_template, require_prompt
 from vlm.errors import UserError
+from vlm.generation_config import answering, reads_the_prompt, require_honoured, setting, writer
 from vlm.loading import checkpoint_of, no_loading_bar
 from vlm.paths import existing
 from vlm.precision import default_device, input_device
@@ -205,15 +205,9 @@ def to_generate(model: Any, processor: Any, inputs: Any, options: dict[str, Any]
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         longer = {"input_ids": pad(ids, (0, 1), value=end), "attention_mask": pad(mask, (0, 1), value=1)}
         return {**inputs, **longer, **options}
-    # BLIP-2's own `generate` hands over to that of its language model.
-    writer = model if has_plain_generate(model) else model.language_model
-    stops = writer.generation_config.eos_token_id
+    stops = writer(model).generation_config.eos_token_id
     stops = [end, *(stops if isinstance(stops, list) else [stops] if stops is not None else [])]
     return {**inputs, "eos_token_id": list(dict.fromkeys(stops)), **options}
-
-
-def has_plain_generate(model: Any) -> bool:
-    return type(model).generate is GenerationMixin.generate
 
 
 @torch.no_grad()
@@ -278,10 +272,10 @@ def _can_share(model: Any, length: int) -> bool:
 
 
 def _one_continuation(model: Any, options: dict[str, Any]) -> bool:
-    """Whether each row goes on once, and with a cache; beams and several samples would need it several times."""
-    names = ("num_beams", "num_return_sequences")
-    settings = {name: options.get(name) or getattr(model.generation_config, name, None) or 1 for name in names}
-    return options.get("use_cache", True) and set(settings.values()) == {1}
+    """Whether each row goes on once, and with a cache of the usual kind; beams would need it several times."""
+    names = ("num_beams", "use_cache", "cache_implementation")
+    beams, use_cache, kind = (setting(model, options, name) for name in names)
+    return beams in (None, 1) and use_cache is not False and kind is None
 
 
 def has_recurrent_layers(model: Any) -> bool:
@@ -314,13 +308,17 @@ def generate(
         max_batch_tokens: prompts and answers of a batch, with padding, take no more; see [`vlm.batches`].
         progress: is called with the number of answers of each batch that is done.
 
-    Raises UserError when a batch does not fit into the memory of the accelerator.
+    Raises UserError when a batch does not fit into the memory of the accelerator, and for a setting that is not
+    supported, in `generate_kwargs` or in the model's generation config.
     """
+    require_honoured(model, generate_kwargs)
     options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
     lengths = [length + max_new_tokens for length in prompt_lengths(model, processor, requests)]
     keys = [tuple(id(image) for image in images) for images, _ in requests]
     answers = [""] * len(requests)
     shapes = prompt_shapes(processor, requests)
+    if reads_the_prompt(model, options):  # and padding with it: there may not be any
+        shapes = [*zip(shapes, lengths, strict=True)]
     alike = [[row for row in range(len(requests)) if shapes[row] == shape] for shape in dict.fromkeys(shapes)]
     batches = (
         [group[i] for i in batch]
@@ -347,7 +345,7 @@ def _answers(model: Any, processor: Any, batch: Sequence[Request], options: dict
     inputs = encode_requests(model, processor, batch)
     if _one_continuation(model, options):
         inputs = share_trunk(model, inputs, batch, options["max_new_tokens"])
-    with shared_prefix(model, inputs.get("cache")):
-        output = model.generate(**to_generate(model, processor, inputs, options))
+    with shared_prefix(model, inputs.get("cache")), answering(model, options, processor.tokenizer) as honoured:
+        output = model.generate(**to_generate(model, processor, inputs, honoured))
     new = output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

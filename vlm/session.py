@@ -13,7 +13,8 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, T
 
 from vlm.adapters import VisionStates
 from vlm.data.prompts import is_prefix_lm
-from vlm.generation import Request, encode_images, fixed_image_tokens, has_plain_generate, to_generate, tokenize
+from vlm.generation import Request, encode_images, fixed_image_tokens, to_generate, tokenize
+from vlm.generation_config import answering, has_plain_generate, require_honoured, setting
 from vlm.precision import input_device
 from vlm.processing import QFORMER_INPUTS
 from vlm.tiling import size_of
@@ -66,7 +67,11 @@ class Session:
         self._grid: Any = None
 
     def stream(self, request: Request, *, max_new_tokens: int = 256, **generate_kwargs: Any) -> Iterator[str]:
-        """The answer to a request, piece by piece as it is written; greedy unless `generate_kwargs` say otherwise."""
+        """The answer to a request, piece by piece as it is written; greedy unless `generate_kwargs` say otherwise.
+
+        Raises UserError for a setting that is not supported, in `generate_kwargs` or in the model's generation config.
+        """
+        require_honoured(self.model, generate_kwargs, streams=True)
         stop = Event()
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         options = {
@@ -75,7 +80,6 @@ class Session:
             "max_new_tokens": max_new_tokens,
             "streamer": streamer,
             "stopping_criteria": StoppingCriteriaList([_When(stop)]),
-            "return_dict_in_generate": True,
         }
         failure: list[BaseException] = []
 
@@ -103,7 +107,7 @@ class Session:
         inputs = tokenize(self.processor, [request], pixels=not fixed).to(input_device(self.model))
         ids = inputs["input_ids"][0].tolist()
         prompt = int((inputs["token_type_ids"] == 0).sum()) if is_prefix_lm(self.processor) else 0
-        keeps = options.get("use_cache", True) and (fixed or _is_causal(self.model, inputs))
+        keeps = self._has_usual_cache(options) and (fixed or _is_causal(self.model, inputs))
         texts = _qformer_texts(inputs)
         length, known = self._in_cache(ids, images, texts, fixed, prompt) if keeps else (0, 0)
         # Taken away until the answer is there: what an error leaves of a cache is good for nothing.
@@ -116,11 +120,17 @@ class Session:
             inputs.update(self._vision_inputs(images, inputs, known))
         elif known:
             inputs = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask", "cache")}
-        output = self.model.generate(**to_generate(self.model, self.processor, inputs, options))
+        with answering(self.model, options, self.processor.tokenizer) as honoured:
+            given = to_generate(self.model, self.processor, inputs, honoured)
+            output = self.model.generate(**given, return_dict_in_generate=True)
         if keeps and isinstance(output.cache, DynamicCache) and not output.cache.offloading:
             self._cache, self._images, self._texts, self._prompt = output.cache, list(images), texts, prompt
             # All but the last token, which nobody has read.
             self._ids = output.sequences[0, :-1].tolist()
+
+    def _has_usual_cache(self, options: dict[str, Any]) -> bool:
+        kind = setting(self.model, options, "cache_implementation")
+        return kind is None and setting(self.model, options, "use_cache") is not False
 
     def _in_cache(
         self, ids: Sequence[int], images: Sequence[Image.Image], texts: list[list[int]], fixed: bool, prompt: int
