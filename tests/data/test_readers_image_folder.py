@@ -1,6 +1,8 @@
 """Readers of image folders with a `metadata.jsonl`."""
 
 import json
+import os
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -173,3 +175,16 @@ def test_every_answer_written_is_read(tmp_path_factory, rows):
     assert len({e.image_id for e in examples}) == len(examples)
     expected = sorted((f"{n}.png", q.strip(), a.strip()) for n, pairs in rows for q, a in pairs)
     assert sorted((e.image_id, *qa(b)) for e in examples for b in e.branches) == expected
+
+
+def test_names_as_other_systems_write_them(tmp_path):
+    images(tmp_path / "f" / "2024", "a.png", unicodedata.normalize("NFD", "é.png"), "b.PNG")
+    rows = [
+        {"file_name": name, "caption": name} for name in ("2024\\a.png", unicodedata.normalize("NFC", "2024/é.png"))
+    ]
+    rows += [{"file_name": name, "caption": name} for name in ("2024/B.png", "x" * 300, "2024/\0.png")]
+    examples, problems = read_folder(tmp_path, rows)
+    assert [os.path.basename(e.images[0]) for e in examples] == ["a.png", unicodedata.normalize("NFD", "é.png")]
+    assert [p.where for p in problems] == [f"f/metadata.jsonl:{line}" for line in (3, 4, 5)]
+    assert problems[0].why.endswith("2024/B.png; there is b.PNG, and capitals matter: write the name so")
+    assert all(p.why.startswith("no such image: ") for p in problems)

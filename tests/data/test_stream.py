@@ -245,3 +245,12 @@ def test_the_collator_gets_images_that_are_open(processor):
     assert len(inputs["pixel_values"]) == len(names(batch))
     plain = read(dataset(processor, plain=True), 1)[0]
     assert "pixel_values" in TreeCollator(processor, plain=True)(plain)
+
+
+def test_weights_of_any_size_give_shares():
+    sources = [source(3), source(3)]
+    assert Mixture.of(sources, [1e308, 1e308]).weights == [0.5, 0.5]
+    assert Mixture.of(sources, [3e-320, 1e-320]).weights == pytest.approx([0.75, 0.25], rel=1e-3)
+    for weights in ([1.0, 1e-320], [1e308, 1e-308]):
+        with pytest.raises(UserError, match=r"data\.train\.1\.weight: .* is less than one row in 1,000,000,000"):
+            Mixture.of(sources, weights)

@@ -225,3 +225,16 @@ def test_an_encoder_that_does_more_than_project_is_not_kept(tmp_path):
 
     model.get_image_features = other
     assert not can_keep(model.eval(), torch.rand(1, 3, 32, 32))
+
+
+def test_batches_with_nothing_to_tell_apart_are_the_reason_for_no_gradient(tmp_path):
+    model, processor = loaded(tmp_path / "clip", "clip")
+    items = pairs(processor, model.config, [("a cat",), ("A CAT",), ("a dog",)])
+    trainer = trainer_of(tmp_path, model, processor, items)
+    assert trainer.why_no_gradient() == ""
+    for batch, counted in ((items[1:], 0), (items[:2], 1)):
+        with embedding_pairs(model, None):
+            loss = trainer.compute_loss(model, trainer.data_collator(batch))
+        assert (loss.item() == 0.0) == bool(counted)
+        assert trainer.all_positive == counted
+    assert trainer.why_no_gradient().startswith("In 1 of the batches every text belongs to every image")

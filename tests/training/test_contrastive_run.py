@@ -243,3 +243,16 @@ def test_no_model_that_writes_is_trained_so(pair_values, tmp_path):
 def test_a_dry_run_leaves_nothing(pair_values, tmp_path):
     assert "nothing was trained" in train(pair_values, dry_run=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_captions_that_are_the_same_are_named(pair_values, images):
+    rows = [json.loads(line) for line in (images / "train.jsonl").read_text().splitlines()]
+    same = "".join(json.dumps({"file_name": row["file_name"], "caption": "A  cat"}) + "\n" for row in rows)
+    (images / "same.jsonl").write_text(same)
+    pair_values["data"]["train"] = pair_values["data"]["train"] | {"metadata": "same.jsonl"}
+    with pytest.raises(UserError, match=r"the texts of all images are the same \('A  cat'\)"):
+        train(pair_values)
+    pair_values["train"] |= {"per_device_train_batch_size": 1}
+    pair_values["output_dir"] += "-alone"
+    with pytest.raises(UserError, match=r"a batch has one image only: raise train\.per_device_train_batch_size"):
+        train(pair_values)

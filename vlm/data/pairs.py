@@ -20,6 +20,7 @@ from vlm.data.example import Example, Problem
 from vlm.data.features import FeatureCache
 from vlm.data.images import ImageError, open_image
 from vlm.dual_encoder import longest_text, text_lengths, tokenize
+from vlm.errors import UserError
 
 
 @dataclass
@@ -188,6 +189,23 @@ def positives(image_ids: Tensor, images_of_texts: Tensor, text_ids: Tensor) -> T
     rows, texts = own.nonzero(as_tuple=True)
     says[rows, kind_of_text[texts]] = True
     return says[:, kind_of_text]
+
+
+def require_negatives(items: Sequence[PairItem], batch_size: int) -> None:
+    """Raise UserError if no batch of `batch_size` items has a text that does not belong to each of its images. A loss
+    that tells texts apart has no gradient then."""
+    if batch_size == 1:
+        raise UserError(
+            "contrastive.loss: infonce tells the texts of a batch apart, and a batch has one image only: raise "
+            "train.per_device_train_batch_size, or use sigmoid"
+        )
+    texts = {frozenset(map(text_number, item.texts)) for item in items}
+    if len(texts) == 1 and len(items) > 1:
+        said = " and ".join(map(repr, items[0].texts[:3]))
+        raise UserError(
+            f"the texts of all images are the same ({said}), so that there is nothing to tell the images apart by: "
+            "give images captions that differ"
+        )
 
 
 def text_number(text: str) -> int:

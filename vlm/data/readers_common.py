@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from vlm.data.example import Branch, Example, ImageSource, Message, Problem, StoredImage
 from vlm.data.inline_images import inline_image
-from vlm.errors import UserError, nearest
+from vlm.errors import UserError, cut, nearest
 
 
 class SourceError(UserError):
@@ -164,8 +165,8 @@ class Collector:
     def missing_images(self, paths: Iterable[Path], where: str, lost: int = 1) -> bool:
         """Note the first of these image files that is not there; whether there was one. Opens none of them."""
         for path in paths:
-            if not path.is_file():
-                self.bad(where, "image", f"no such image: {path}", lost)
+            if not os.path.isfile(path):  # which is also said of names that are too long for any file
+                self.bad(where, "image", f"no such image: {cut(str(path), 300)}{_called_otherwise(path)}", lost)
                 return True
         return False
 
@@ -189,8 +190,34 @@ def image_sources(names: Sequence[str], folder: Path, key: str) -> list[ImageSou
     sources: list[ImageSource] = []
     for name in names:
         inline = inline_image(name, key)
-        sources.append(str(folder / name) if inline is None else inline)
+        sources.append(str(_file(folder, name)) if inline is None else inline)
     return sources
+
+
+def _file(folder: Path, name: str) -> Path:
+    """A file in a folder whose name may be as another system writes it: with backslashes, or accents as characters of
+    their own."""
+    path = folder / name
+    if "\\" in name or not name.isascii():
+        slashed = name.replace("\\", "/")
+        ways = (slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD")))
+        return next((folder / way for way in (name, *ways) if os.path.isfile(folder / way)), path)
+    return path
+
+
+def _called_otherwise(path: Path) -> str:
+    """The file that is there, if it is called so but for capitals."""
+    found = _small_letters(path.parent).get(path.name.lower())
+    return f"; there is {found}, and capitals matter: write the name so" if found else ""
+
+
+@lru_cache(maxsize=4)
+def _small_letters(folder: Path) -> dict[str, str]:
+    """The names in a folder by the same in small letters."""
+    try:
+        return {name.lower(): name for name in os.listdir(folder)}
+    except OSError:
+        return {}
 
 
 def files_of(images: Sequence[ImageSource]) -> list[Path]:

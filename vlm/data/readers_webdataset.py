@@ -38,7 +38,7 @@ def rows(tars: Sequence[str], columns: Sequence[str], others: Sequence[str] = ()
         last = ""
         for name, file in _members(tar):
             key, field = split_name(name, fields)
-            if field not in asked:
+            if field is None or field not in asked:
                 continue
             if row and key != last:
                 yield row

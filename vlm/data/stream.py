@@ -28,6 +28,8 @@ from vlm.errors import UserError
 
 WINDOW = 1000
 """Rows, or as many as there are. Each reader has those of one window in memory, with their encoded images."""
+ROWS_OF_A_SHARE = 1_000_000_000
+"""A source must have at least one of so many rows."""
 EMPTY_WINDOWS = 10
 """After so many without one usable row a stream is given up."""
 
@@ -43,15 +45,24 @@ class Mixture:
     def of(cls, sources: Sequence[Pieces], weights: Sequence[float] | None) -> Mixture:
         """With `weights` in any unit; without them each row counts the same.
 
-        Raises UserError where there are none, and the number of rows is not known either.
+        Raises UserError where there are none, and the number of rows is not known either; and for a weight that is as
+        good as none next to the others.
         """
-        known = [source.num_rows for source in sources]
+        known, given = [source.num_rows for source in sources], weights is not None
         if weights is None and len(sources) > 1:
             if None in known:
                 raise UserError("how many rows a streamed source has is not known: give each source a `weight`")
             weights = [float(rows or 0) for rows in known]
         weights = weights or [1.0]
-        return cls(list(sources), [weight / sum(weights) for weight in weights])
+        scaled = [weight / (max(weights) or 1.0) for weight in weights]  # the sum of large ones is infinite
+        shares = [weight / (sum(scaled) or 1.0) for weight in scaled]
+        if given and min(shares) * ROWS_OF_A_SHARE < 1:
+            number = shares.index(min(shares))
+            raise UserError(
+                f"data.train.{number}.weight: {weights[number]:g} next to {max(weights):g} is less than one row in "
+                f"{ROWS_OF_A_SHARE:,}: raise it, or remove the source"
+            )
+        return cls(list(sources), shares)
 
     @property
     def num_rows(self) -> int | None:

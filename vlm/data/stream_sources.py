@@ -104,8 +104,7 @@ class _Dataset:
             images = images_of(row[columns.of_images], self.folder, columns.of_images) if columns.of_images else ()
             image_id = self.source.image_id(row, where, collector)
             if image_id is not None:
-                named = {"image_id": image_id, "where": where, "labels": self.labels}
-                self.source.collect(collector, row, images, **named)
+                self.source.collect(collector, row, images, image_id=image_id, where=where, labels=self.labels)
         return collector.result(self.source.path)
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -191,18 +191,21 @@ def _own_share(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+UNUSED = "Is the part used by this model and this data? A learning rate of 0 has the same effect."
+
+
 class PartCheck(TrainerCallback):
     """After the first steps every part in `rates` must have had a gradient and moved, and no other part moved.
 
     Some parts move a few steps late by design: the rate may start at zero, and a zero gate of cross-attention lets no
     gradient through to the projector until it has opened. So it waits `patience` steps before it calls that an error.
-    Raises PartNotTraining.
+    `reason` says why there was no gradient, if it is known. Raises PartNotTraining.
     """
 
     patience = 5
 
-    def __init__(self, model: nn.Module, rates: Mapping[str, float]) -> None:
-        self.model, self.rates = model, rates
+    def __init__(self, model: nn.Module, rates: Mapping[str, float], reason: Callable[[], str] | None = None) -> None:
+        self.model, self.rates, self.reason = model, rates, reason
         self.before: dict[str, tuple[float, float]] = {}
         self.with_gradient: set[str] = set()
         self.steps = 0
@@ -241,7 +244,7 @@ class PartCheck(TrainerCallback):
         if still and last:
             raise PartNotTraining(
                 f"{', '.join(still)} should learn, but got no gradient or did not move in the first steps. "
-                "Is the part used by this model and this data? A learning rate of 0 has the same effect."
+                + ((self.reason and self.reason()) or UNUSED)
             )
         if not still:
             self.done = True

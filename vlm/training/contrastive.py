@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from vlm.data.check import ProblemLog
 from vlm.data.example import Example
 from vlm.data.features import FeatureCache
-from vlm.data.pairs import PairCollator, PairDataset, PairItem, make_pairs
+from vlm.data.pairs import PairCollator, PairDataset, PairItem, make_pairs, require_negatives
 from vlm.dual_encoder import build_dual_encoder, is_dual_encoder
 from vlm.embedding import Embedder, load_dual_encoder
 from vlm.errors import UserError
@@ -121,6 +121,8 @@ def run_stages(
             _pairs(group, model, processor, found, log, console, stop, name)
             for group, found, name in zip(groups, keys, ("training", "held out"), strict=True)
         )
+        if recipe.contrastive is None or recipe.contrastive.loss == "infonce":
+            require_negatives(train, args.train_batch_size * args.world_size)
         trained, adapter = _run_stage(
             recipe, stage, model, train, validation, PairCollator(processor, model.config, cache), folder,
             dry_run=dry_run, resume=resume, stop=stop, console=console,

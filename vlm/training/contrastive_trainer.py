@@ -13,6 +13,7 @@ from vlm.adapters.contrastive_loss import infonce, sigmoid
 from vlm.data.pairs import PairCollator, PairDataset, PairItem, positives
 from vlm.dual_encoder import MAX_LOGIT_SCALE
 from vlm.eval.retrieval import recall
+from vlm.training.callbacks import PartCheck
 from vlm.training.pair_embeddings import MODEL_INPUTS, gather_pairs, gather_rows, length_groups, logits_of
 from vlm.training.part_trainer import PartTrainer
 from vlm.training.parts import freeze_state
@@ -38,6 +39,7 @@ class ContrastiveTrainer(PartTrainer):
         self.limits_scale = loss == "infonce"
         self.held_out = list(held_out)
         self.model_accepts_loss_kwargs = False
+        self.all_positive = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The data set has an order of its own in each epoch. Of several processes each has as much to do in the last
@@ -63,7 +65,18 @@ class ContrastiveTrainer(PartTrainer):
         images, texts = (gather_rows(self.accelerator, inputs[key]) for key in ("real_images", "real_texts"))
         image_ids, images_of_texts, text_ids = (gather_rows(self.accelerator, inputs[key]) for key in WHO_IS_WHOSE)
         positive = positives(image_ids[images], images_of_texts[texts], text_ids[texts])
+        if self.state.global_step < PartCheck.patience:  # while it is asked for, since a device is waited for
+            self.all_positive += bool(positive.all())
         return self.contrastive_loss(logits_of(embeds)[images][:, texts], positive)
+
+    def why_no_gradient(self) -> str:
+        if not self.all_positive:
+            return super().why_no_gradient()
+        return (
+            f"In {self.all_positive} of the batches every text belongs to every image, since their captions are the "
+            "same or they have one image, so that there was nothing to tell apart: raise "
+            "train.per_device_train_batch_size, or look at the captions."
+        )
 
     def embed_held_out(self) -> tuple[dict[str, Tensor], Tensor]:
         """The vectors of all that is held out, and who is whose `[images, texts]`; each process encodes its share."""

@@ -156,6 +156,10 @@ class PartTrainer(Trainer):
             )
         return self.optimizer
 
+    def why_no_gradient(self) -> str:
+        """Why the first steps had no gradient, if that is known; else an empty text."""
+        return ""
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """A step whose gradients are not finite changes nothing. Trainer would apply it, and log a loss of 0.0."""
         norm = super()._get_grad_norm(model, grad_norm)

@@ -192,7 +192,8 @@ def watch(
     into_run_folder(trainer.callback_handler.callbacks, folder / "tensorboard" / stage.name)
     outlive_trackers(trainer.callback_handler.callbacks)
     if not trainer.is_deepspeed_enabled:  # which keeps gradients, and with ZeRO-3 weights too, out of sight
-        trainer.add_callback(PartCheck(trainer.accelerator.unwrap_model(trainer.model), trainer.rates))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        trainer.add_callback(PartCheck(model, trainer.rates, trainer.why_no_gradient))
 
 
 def checkpoint_to_resume(checkpoints: Path, data: dict[str, Any], console: Console) -> Path | None:
