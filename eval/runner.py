@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 Message = Mapping[str, Any]
 Request = tuple[list[Image.Image], list[Message]]
 Predict = Callable[[list[Request]], list[str]]
+Check = Callable[[list[Image.Image]], None]
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,13 @@ def _open(example: Example) -> list[Image.Image]:
     return [open_image(source) for source in example.images]
 
 
-def _find_broken(examples: Sequence[Example], processes: Processes) -> dict[int, str]:
-    """Positions of the examples whose images do not open, and why."""
+def _find_broken(examples: Sequence[Example], processes: Processes, check: Check) -> dict[int, str]:
+    """Positions of the examples whose images do not open, or cannot be used, and why."""
     broken: list[tuple[int, str]] = []
     mine = processes.share(range(len(examples)))
     for position in track(mine, description="Opening images", disable=processes.index > 0):
         try:
-            _open(examples[position])
+            check(_open(examples[position]))
         except (OSError, ValueError) as error:
             broken.append((position, str(error)))
     return dict(sorted(processes.gather(broken)))
@@ -201,6 +202,7 @@ def evaluate(
     processes: Processes = Processes(),
     more: Mapping[str, dict[str, Any]] | None = None,
     may_fail_to_write: bool = False,
+    check: Check = lambda images: None,
 ) -> dict[str, Any]:
     """Predict, score, and write `predictions.jsonl`, `summary.json` and `samples.html` into `output_dir`.
 
@@ -219,6 +221,7 @@ def evaluate(
         processes: those that evaluate together; by default this one alone.
         more: what was measured otherwise, in the form of `metrics` of the summary, where it comes last.
         may_fail_to_write: only log a warning if the files cannot be written, as on a full disk.
+        check: raises UserError for images that the model cannot be shown; they are left out as those that do not open.
 
     Returns:
         The summary: `n_items`, `n_images`, `n_broken`, `broken_images` (image_id, where, why), `blind_missing` (the
@@ -234,12 +237,12 @@ def evaluate(
         get_metric(name)
     if not metrics:
         raise ValueError("No metric named: nothing to score")
-    broken = _find_broken(examples, processes)
+    broken = _find_broken(examples, processes, check)
     # One line for each example: its items share the images.
     broken_images = [{"image_id": examples[e].image_id, "where": examples[e].where, "why": broken[e]} for e in broken]
     if broken and processes.index == 0:
         logger.warning(
-            "%d of %d examples left out: their images do not open (see summary.json)", len(broken), len(examples)
+            "%d of %d examples left out: their images cannot be used (see summary.json)", len(broken), len(examples)
         )
     items = [item for item in items_of(examples) if item.example not in broken]
     if not items:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vlm.data.example import Message
-from vlm.data.images import ImageError, open_image
+from vlm.data.images import ImageError, RefusedImages, open_image
 from vlm.errors import UserError, nearest
 from vlm.loading import Placement
 from vlm.paths import existing, expanded
@@ -104,6 +104,8 @@ def chat(
             except KeyboardInterrupt:
                 console.print("\n(stopped; this question is forgotten)", style="dim")
             except UserError as error:
+                if isinstance(error, RefusedImages):
+                    conversation.waiting = [image for image in conversation.waiting if id(image) not in error.reasons]
                 _say(console, str(error), "red")
 
 

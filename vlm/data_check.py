@@ -47,6 +47,7 @@ def _reading(model: str, max_length: int) -> dict[str, Any]:
 
     from vlm.data.conversation import tokenize_branch
     from vlm.data.example import Example
+    from vlm.data.image_inputs import processed_once
     from vlm.data.images import image_size, open_image
     from vlm.loading import checkpoint_of
     from vlm.processing import VLMProcessor
@@ -62,7 +63,8 @@ def _reading(model: str, max_length: int) -> dict[str, Any]:
             images, sizes = None, [image_size(source, where=example.where) for source in example.images]
         else:
             images, sizes = [open_image(source, where=example.where) for source in example.images], []
-        rows = [tokenize_branch(processor, branch, images, sizes) for branch in example.branches]
+        with processed_once(processor):
+            rows = [tokenize_branch(processor, branch, images, sizes) for branch in example.branches]
         return [(row.input_ids, row.labels) for row in rows]
 
     return {"tokenize": tokenize, "decode": processor.tokenizer.decode, "max_length": max_length}

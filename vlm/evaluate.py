@@ -88,6 +88,7 @@ def run(
             return evaluate_pairs(embedder, examples, output_dir=folder, console=console, more=more)
 
         from vlm import generation
+        from vlm.data.image_inputs import SizeCheck
         from vlm.precision import generation_in_bfloat16
         from vlm.recognition.likelihood import label_likelihood
 
@@ -101,7 +102,8 @@ def run(
 
         with generation_in_bfloat16(network):  # as at the end of training, so that the scores are the same
             more = measure(tasks, partial(label_likelihood, network, processor, max_batch_tokens), console=console)
-            summary = score(examples, predict, list(metrics or ()), output_dir=folder, more=more)
+            check = SizeCheck(processor)
+            summary = score(examples, predict, list(metrics or ()), output_dir=folder, more=more, check=check)
         show(summary, console)
         console.print(f"every answer: {folder / 'samples.html'}", markup=False, highlight=False, soft_wrap=True)
         return summary

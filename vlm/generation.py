@@ -25,6 +25,7 @@ import vlm  # noqa: F401 - registers our classes with the Auto classes
 from vlm.batches import MAX_BATCH_TOKENS, batches_of
 from vlm.data.conversation import template_options, with_images
 from vlm.data.example import Message
+from vlm.data.image_inputs import naming_refused
 from vlm.data.prompts import encode_prompt, end_token_id, has_chat_template, require_prompt
 from vlm.errors import UserError
 from vlm.generation_config import answering, reads_the_prompt, require_honoured, setting, writer
@@ -106,7 +107,13 @@ def tokenize(processor: Any, requests: Sequence[Request], *, pixels: bool = Fals
     the images. Ids without pixels are those of a processor with [fixed image tokens][`fixed_image_tokens`].
 
     Requests to a processor without a chat template must be [alike][`prompt_shapes`].
+    Raises RefusedImages if the image processor does not take an image.
     """
+    with naming_refused(processor, [image for images, _ in requests for image in images]):
+        return _tokenize(processor, requests, pixels)
+
+
+def _tokenize(processor: Any, requests: Sequence[Request], pixels: bool) -> Any:
     if not has_chat_template(processor):
         rows = [encode_prompt(processor, messages, images) for images, messages in requests]
         return BatchFeature({name: torch.cat([row[name] for row in rows]) for name in rows[0]})
@@ -131,7 +138,8 @@ def encode_images(
     """Features of each image, `[1, P + h * w, D_v]`, or one for each of its tiles, and their grid `(h, w)`. An image
     that comes twice is encoded once."""
     distinct = {id(image): image for image in images}
-    pixels = processor.prepare_images(list(distinct.values()))["pixel_values"]
+    with naming_refused(processor, list(distinct.values())):
+        pixels = processor.prepare_images(list(distinct.values()))["pixel_values"]
     features, grid = model.get_vision_features(pixels.to(input_device(model)))
     of_image = features.split([processor.num_tiles(image) for image in distinct.values()])
     by_identity = dict(zip(distinct, of_image, strict=True))
@@ -309,7 +317,8 @@ def generate(
         progress: is called with the number of answers of each batch that is done.
 
     Raises UserError when a batch does not fit into the memory of the accelerator, and for a setting that is not
-    supported, in `generate_kwargs` or in the model's generation config.
+    supported, in `generate_kwargs` or in the model's generation config; and RefusedImages, mostly before there is an
+    answer, if the image processor does not take an image.
     """
     require_honoured(model, generate_kwargs)
     options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vlm.batches import MAX_BATCH_TOKENS
 from vlm.data.example import Message
 from vlm.data.image_files import find_images
-from vlm.data.images import ImageError, chunks, open_image
+from vlm.data.images import ImageError, RefusedImages, chunks, open_image
 from vlm.errors import UserError
 from vlm.files import is_write_fault, locked, saving
 from vlm.loading import Placement
@@ -85,11 +85,21 @@ def _rows(
     generate: Generate, chunk: list[tuple[tuple[str, str], list[Image.Image]]], prompt: str, model: str
 ) -> Iterator[dict[str, str]]:
     parts = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
-    requests: list[Request] = [(opened, [{"role": "user", "content": parts}]) for _, opened in chunk if opened]
-    answers = iter(generate(requests) if requests else [])
-    for (image, error), _ in chunk:
+    requests = {image: (opened, [{"role": "user", "content": parts}]) for (image, _), opened in chunk if opened}
+    errors = {image: error for (image, error), _ in chunk if error}
+    answers: dict[str, str] = {}
+    while requests and not answers:
+        try:
+            answers = dict(zip(requests, generate(list(requests.values())), strict=True))
+        except RefusedImages as refused:
+            found = {image: str(e) for image, ([opened], _) in requests.items() if (e := refused.of(opened, image))}
+            if not found:
+                raise
+            errors |= found
+            requests = {image: request for image, request in requests.items() if image not in found}
+    for (image, _), _ in chunk:
         row = {"image": image, "prompt": prompt, "model": model}
-        yield row | ({"error": error} if error else {"prediction": next(answers)})
+        yield row | ({"error": errors[image]} if image in errors else {"prediction": answers[image]})
 
 
 def _append(file: BinaryIO, lines: bytes) -> None:

@@ -19,7 +19,8 @@ from vlm.data.check import image_problem
 from vlm.data.conversation import IGNORE, TokenizedBranch, tokenize_branch
 from vlm.data.example import Branch, Example, Problem
 from vlm.data.features import FeatureCache
-from vlm.data.images import ImageError, image_size, open_image
+from vlm.data.image_inputs import image_inputs, naming_refused, processed_once
+from vlm.data.images import ImageError, RefusedImages, image_size, open_image
 from vlm.data.prompts import is_prefix_lm
 from vlm.data.tree_masks import TreeMasks, require_trees
 from vlm.data.trees import Tree, lay_out, lay_out_plain, make_tree, pack, paths, trunk_length
@@ -136,7 +137,14 @@ def make_items(
         except ImageError as error:
             report(image_problem(error, example))
             continue
-        branches = [_tokenize(processor, branch, images, sizes, memory) for branch in example.branches]
+        try:
+            with processed_once(processor), naming_refused(processor, images):
+                branches = [_tokenize(processor, branch, images, sizes, memory) for branch in example.branches]
+        except RefusedImages as error:
+            pairs = zip(images, example.images, strict=True)
+            named = [found for image, source in pairs if (found := error.of(image, source, example.where))]
+            report(image_problem(named[0], example))
+            continue
         groups = _groups(branches, processor)
         kept = [fitting for group in groups if (fitting := _fit(group, max_length, too_long, example, left_out))]
         left_out.examples += not kept
@@ -301,25 +309,6 @@ class TreeCollator:
             return {"vision_features": torch.stack(kept), "vision_grid": self.features.grid, **tiled}
         rows = [item.open_images() for item in items]
         return image_inputs(self.processor, rows) if any(rows) else {}
-
-
-def image_inputs(processor: Any, rows: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-    """What the image processor makes of the images of some conversations, at least one image: with most
-    `pixel_values [images, 3, H, W]`, and sizes or grids where images have them.
-
-    Models whose layers attend to the images of their row get `[rows, images, ...]`.
-    """
-    images = [image for row in rows for image in row]
-    if getattr(processor, "fixed_image_tokens", False):
-        return dict(processor.prepare_images(images))
-    options = {"return_tensors": "pt", **getattr(processor, "images_kwargs", {})}
-    names = set(processor.model_input_names)
-    if "image_attention_mask" in names:  # Idefics' image processor gives the pixels alone
-        return {"pixel_values": pad_sequence([processor.image_processor(row, **options) for row in rows], True)}
-    # LLaVA-OneVision cuts an image into tiles where it is the only one, and Mllama has a place for each of a row.
-    by_row = names & {"batch_num_images", "cross_attention_mask"}
-    made = processor.image_processor([*rows] if by_row else images, **options)
-    return {name: value for name, value in made.items() if name in names}
 
 
 def _require_one_count(examples: Sequence[Example], processor: Any) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlm.data.example import ImageSource
 from vlm.data.features import FeatureCache
-from vlm.data.images import ImageError, image_sha256, open_image
+from vlm.data.image_inputs import naming_refused
+from vlm.data.images import ImageError, RefusedImages, image_sha256, open_image
 from vlm.tiling import Size, size_of
 
 BATCH_IMAGES = 16
@@ -89,14 +91,29 @@ def images_per_batch(processor: Any) -> int:
 def _prepare(
     processor: Any, batch: list[tuple[str, ImageSource]]
 ) -> tuple[list[str], Tensor | None, dict[str, ImageError]]:
-    opened, failed = {}, {}
+    opened: dict[str, Image.Image] = {}
+    failed: dict[str, ImageError] = {}
     for sha, source in batch:
         try:
             opened[sha] = open_image(source)
         except ImageError as error:
             failed[sha] = error
-    pixels = processor.prepare_images(list(opened.values()))["pixel_values"] if opened else None
+    try:
+        pixels = _pixel_values(processor, opened)
+    except RefusedImages as refused:
+        for sha, source in batch:
+            why = refused.of(opened[sha], source) if sha in opened else None
+            if why is not None:
+                failed[sha] = why
+                del opened[sha]
+        pixels = _pixel_values(processor, opened)
     return [key for sha, image in opened.items() for key in tile_keys(processor, sha, size_of(image))], pixels, failed
+
+
+def _pixel_values(processor: Any, opened: Mapping[str, Image.Image]) -> Tensor | None:
+    images = list(opened.values())
+    with naming_refused(processor, images):
+        return processor.prepare_images(images)["pixel_values"] if images else None
 
 
 def tile_keys(processor: Any, sha: str, image_size: Size) -> tuple[str, ...]:

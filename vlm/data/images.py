@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from typing import TypeVar
 
@@ -56,6 +56,25 @@ class ImageError(UserError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.why}; {self.fix}"
+
+
+class RefusedImages(UserError):  # noqa: N818 - named for what it says
+    """Images that open, and that the model's image processor refuses.
+
+    Attributes:
+        reasons: the reason of each, by the identity of the image.
+        images: the images, which keeps their identities theirs.
+    """
+
+    def __init__(self, refused: Sequence[tuple[Image.Image, str]]) -> None:
+        super().__init__("; ".join(dict.fromkeys(why for _, why in refused)))
+        self.images = [image for image, _ in refused]
+        self.reasons = {id(image): why for image, why in refused}
+
+    def of(self, image: Image.Image, source: ImageSource, where: str = "") -> ImageError | None:
+        """The error of one image, named by its source; None if it was not refused."""
+        why = self.reasons.get(id(image))
+        return ImageError(_name(source, where), why, "resize it, or crop it") if why else None
 
 
 def open_image(

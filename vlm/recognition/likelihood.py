@@ -25,7 +25,8 @@ from vlm.batches import MAX_BATCH_TOKENS, batches_of
 from vlm.data.conversation import IGNORE
 from vlm.data.dataset import TreeCollator, TreeItem, make_items, one_row_an_answer
 from vlm.data.encoding import BATCH_IMAGES, tile_keys
-from vlm.data.example import Example, question_and_answer
+from vlm.data.example import Example, Problem, question_and_answer
+from vlm.data.image_inputs import naming_refused
 from vlm.data.tree_masks import TreeMasks
 from vlm.errors import UserError
 from vlm.generation import encode_images, fixed_image_tokens
@@ -84,10 +85,12 @@ class LabelLikelihood:
     def log_likelihoods(self, images: Sequence[Image.Image]) -> Tensor:
         """`[images, labels]`: the summed log-probability of each answer's tokens, in nats.
 
-        Raises UserError when a batch does not fit into the memory of the accelerator.
+        Raises UserError when a batch does not fit into the memory of the accelerator, and RefusedImages if the image
+        processor does not take an image.
         """
         features = self._encode(images) if fixed_image_tokens(self.model, self.processor) else None
-        items = self._items(images, features)
+        with naming_refused(self.processor, images):
+            items = self._items(images, features)
         if self.collator.plain:
             items = one_row_an_answer(items)
         collator = replace(self.collator, features=features)  # type: ignore[arg-type]  # in memory, not on disk
@@ -141,7 +144,7 @@ class LabelLikelihood:
             self.processor,
             max_length=sys.maxsize,
             too_long="error",
-            report=lambda problem: None,  # these images are open
+            report=_refuse,
             features=keys,
             progress=lambda each, total: each,
         )
@@ -155,6 +158,11 @@ class LabelLikelihood:
             for of_image, tiles in zip(keys[start : start + BATCH_IMAGES], encoded, strict=True):
                 kept |= zip(of_image, tiles, strict=True)
         return _Features(keys, kept, grid)
+
+
+def _refuse(problem: Problem) -> None:
+    """These images are open: what is wrong is that the image processor refuses one."""
+    raise ValueError(str(problem))
 
 
 def label_likelihood(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlm.data.encoding import BATCH_IMAGES
 from vlm.data.example import ImageSource
-from vlm.data.images import ImageError, open_image
+from vlm.data.images import ImageError, RefusedImages, open_image
 from vlm.errors import UserError
 from vlm.eval.runner import Processes
 from vlm.eval.top_k import Share, first_right, top_k
@@ -47,8 +47,24 @@ def classify(
     total = -(-len(images) // BATCH_IMAGES)
     batches = track(_opened(images, broken), "classifying", total, console=console, disable=not console.is_terminal)
     for batch in watch(batches):
-        scores |= zip(batch, classifier.scores(list(batch.values())), strict=True)
+        scores |= _scores(classifier, batch, images, broken)
     return scores, broken
+
+
+def _scores(
+    classifier: Classifier, batch: dict[str, Image.Image], sources: Mapping[str, ImageSource], broken: list[ImageError]
+) -> dict[str, Tensor]:
+    """The scores of opened images, by their names. Those that an image processor refuses go to `broken`."""
+    while batch:
+        try:
+            return dict(zip(batch, classifier.scores(list(batch.values())), strict=True))
+        except RefusedImages as refused:
+            errors = {name: refused.of(image, sources[name]) for name, image in batch.items()}
+            if not any(errors.values()):
+                raise
+            broken += [error for error in errors.values() if error]
+            batch = {name: image for name, image in batch.items() if not errors[name]}
+    return {}
 
 
 def accuracy(labelled: LabelledImages, scores: Mapping[str, Tensor]) -> dict[int, Share]:

@@ -30,6 +30,7 @@ from vlm.build import build
 from vlm.data.check import ProblemLog
 from vlm.data.dataset import TreeCollator, TreeItem, make_items
 from vlm.data.example import Example, apart
+from vlm.data.image_inputs import SizeCheck
 from vlm.data.readers import read
 from vlm.data.stream import Mixture
 from vlm.data.tree_masks import TreeMasks
@@ -365,5 +366,6 @@ def _score(
             seed=recipe.seed,
             processes=processes,
             more=more,
+            check=SizeCheck(processor),
         )
     show(summary, console)

@@ -13,6 +13,7 @@ from peft import PeftModel
 
 from vlm import generation
 from vlm.data.example import Example
+from vlm.data.image_inputs import SizeCheck
 from vlm.eval import evaluate
 from vlm.recipe_evaluation import Evaluation
 
@@ -44,6 +45,7 @@ class Samples:
                 blind=False,
                 may_fail_to_write=True,
                 bootstrap=0,
+                check=SizeCheck(self.processor),
             )
         return {f"eval_{name}": found["score"] for name, found in summary["metrics"].items()}
 
