@@ -52,8 +52,22 @@ def test_an_example_is_prepared_once_and_tokenized_as_before(name, monkeypatch):
         assert repr(one) == repr(other)
 
 
+def test_images_of_a_size_are_prepared_once_if_tokens_follow_from_it(monkeypatch):
+    _, processor = stock("qwen2_vl")
+    examples = [
+        Example((image(n, (56, 84) if n == 3 else (40, 30)),), branches(2), str(n), f"a.jsonl:{n}") for n in range(5)
+    ]
+    options = {"max_length": 10_000, "too_long": "error", "report": pytest.fail, "progress": lambda it, total: it}
+    alone = [make_items([example], processor, **options)[0][0].tree for example in examples]
+    runs = counting(processor, monkeypatch)
+    items, _ = make_items(examples, processor, **options)
+    assert [item.tree for item in items] == alone
+    assert runs.total() == 2
+
+
 def test_other_pixels_of_the_same_size_are_prepared_anew(monkeypatch):
     _, processor = stock("qwen2_vl")
+    monkeypatch.delattr(type(processor), "_get_num_multimodal_tokens")
     runs = counting(processor, monkeypatch)
     with processed_once(processor):
         made = [processor.image_processor([image(n)], return_tensors="pt") for n in (0, 1, 0)]

@@ -120,37 +120,38 @@ def make_items(
     items: list[TreeItem] = []
     left_out = LeftOut()
     memory: dict[str, TokenizedBranch] = {}
-    for index in progress(range(len(examples)), len(examples)):
-        example = examples[index]
-        if features is not None and index not in features:
-            continue
-        try:
-            # Kept features were made of images that open.
-            opened = features is None and open_images
-            images = [open_image(source, where=example.where) for source in example.images] if opened else []
-            if not getattr(processor, "tiling", None):
-                sizes = []
-            elif opened:
-                sizes = [size_of(image) for image in images]
-            else:
-                sizes = [image_size(source, where=example.where) for source in example.images]
-        except ImageError as error:
-            report(image_problem(error, example))
-            continue
-        try:
-            with processed_once(processor), naming_refused(processor, images):
-                branches = [_tokenize(processor, branch, images, sizes, memory) for branch in example.branches]
-        except RefusedImages as error:
-            pairs = zip(images, example.images, strict=True)
-            named = [found for image, source in pairs if (found := error.of(image, source, example.where))]
-            report(image_problem(named[0], example))
-            continue
-        groups = _groups(branches, processor)
-        kept = [fitting for group in groups if (fitting := _fit(group, max_length, too_long, example, left_out))]
-        left_out.examples += not kept
-        keys = features[index] if features is not None else ()
-        answers = sum(map(len, kept))
-        items += [TreeItem(make_tree(group), example, keys, answers, tuple(sizes)) for group in kept]
+    with processed_once(processor):
+        for index in progress(range(len(examples)), len(examples)):
+            example = examples[index]
+            if features is not None and index not in features:
+                continue
+            try:
+                # Kept features were made of images that open.
+                opened = features is None and open_images
+                images = [open_image(source, where=example.where) for source in example.images] if opened else []
+                if not getattr(processor, "tiling", None):
+                    sizes = []
+                elif opened:
+                    sizes = [size_of(image) for image in images]
+                else:
+                    sizes = [image_size(source, where=example.where) for source in example.images]
+            except ImageError as error:
+                report(image_problem(error, example))
+                continue
+            try:
+                with naming_refused(processor, images):
+                    branches = [_tokenize(processor, branch, images, sizes, memory) for branch in example.branches]
+            except RefusedImages as error:
+                pairs = zip(images, example.images, strict=True)
+                named = [found for image, source in pairs if (found := error.of(image, source, example.where))]
+                report(image_problem(named[0], example))
+                continue
+            groups = _groups(branches, processor)
+            kept = [fitting for group in groups if (fitting := _fit(group, max_length, too_long, example, left_out))]
+            left_out.examples += not kept
+            keys = features[index] if features is not None else ()
+            answers = sum(map(len, kept))
+            items += [TreeItem(make_tree(group), example, keys, answers, tuple(sizes)) for group in kept]
     return items, left_out
 
 

@@ -36,26 +36,34 @@ def image_inputs(processor: Any, rows: Sequence[Sequence[Image.Image]]) -> dict[
     return {name: value for name, value in made.items() if name in names}
 
 
+KEPT = 8
+"""Results of an image processor that are kept in memory at a time."""
+
+
 @contextmanager
 def processed_once(processor: Any) -> Iterator[None]:
-    """Have the image processor of a transformers model prepare the same images once while the context lasts.
+    """Have the image processor of a transformers model prepare images once, for their tokens, while the context lasts.
 
     Such a processor counts an image's tokens by preparing it, and a conversation is tokenized once for each beginning
-    that ends with an answer. What was made is kept until the context is left: one example's images at a time.
+    that ends with an answer. The last `KEPT` results are given again for equal pixels. If the processor says how many
+    tokens an image of a size has, they are given for images of equal size: of what is made, pixels are not to be used.
     """
     image_processor = getattr(processor, "image_processor", None)
     prepare = getattr(image_processor, "preprocess", None)
     if prepare is None or hasattr(processor, "prepare_images") or "preprocess" in vars(image_processor):
         yield
         return
-    made: dict[Any, Any] = {}
+    by_size = hasattr(processor, "_get_num_multimodal_tokens")
+    made: dict[str, Any] = {}
 
     def preprocess(images: Any, *args: Any, **options: Any) -> Any:
-        pixels = _digests(images)
-        if pixels is None:
+        described = _described(images, by_size)
+        if described is None:
             return prepare(images, *args, **options)
-        key = repr((pixels, args, sorted(options.items())))
+        key = repr((described, args, sorted(options.items())))
         if key not in made:
+            while len(made) >= KEPT:
+                del made[next(iter(made))]
             made[key] = prepare(images, *args, **options)
         return copy.copy(made[key])  # a processor takes out what the model is not given
 
@@ -66,13 +74,13 @@ def processed_once(processor: Any) -> Iterator[None]:
         del image_processor.preprocess  # type: ignore[union-attr]
 
 
-def _digests(images: Any) -> Any:
+def _described(images: Any, by_size: bool) -> Any:
     """What tells images, in lists or not, from others; None if there is something else than images of Pillow."""
     if isinstance(images, Image.Image):
-        return image_sha256(images)
+        return (images.mode, images.size) if by_size else image_sha256(images)
     if isinstance(images, list | tuple):
-        digests = [_digests(image) for image in images]
-        return None if None in digests else digests
+        described = [_described(image, by_size) for image in images]
+        return None if None in described else described
     return None
 
 
