@@ -271,6 +271,7 @@ class TreeCollator:
 
     `plain` gives each item, of one branch then, a row of its own, without `position_ids` and with an `attention_mask`
     `[B, L]`. `answer_weighting` is that of the recipe; `root_answers` adds `loss_weights [B, L]`.
+    A `blank` row, with images and without labels, is added to batches without images.
     """
 
     processor: Any
@@ -278,8 +279,11 @@ class TreeCollator:
     masks: TreeMasks | None = None
     plain: bool = False
     answer_weighting: Literal["equal_tokens", "root_answers"] = "equal_tokens"
+    blank: Row | None = None
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        if self.blank is not None and not any(item.example.images for row in rows for item in row):
+            rows = [*rows, self.blank]
         if self.plain:
             rows = [[item] for row in rows for item in row]
         items = [item for row in rows for item in row]

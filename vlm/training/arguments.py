@@ -59,6 +59,9 @@ def _arguments(recipe: Recipe, stage: Stage, train: Mapping[str, Any], folder: P
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # as they were called before 5.24
         if old in chosen:
             chosen[old.replace("gradient", "activation")] = chosen.pop(old)
+    if chosen.get("activation_checkpointing") and not _is_reentrant(chosen):
+        # As without it. transformers turns this off, since the other kind of checkpointing needs that.
+        chosen.setdefault("ddp_find_unused_parameters", True)
     chosen = {key: value for key, value in chosen.items() if key not in STOPPING}
     if "early_stopping_patience" in train:
         chosen.setdefault("metric_for_best_model", "loss")
@@ -71,6 +74,11 @@ def _arguments(recipe: Recipe, stage: Stage, train: Mapping[str, Any], folder: P
         prediction_loss_only=True,
         **chosen,
     )
+
+
+def _is_reentrant(train: Mapping[str, Any]) -> bool:
+    options = train.get("activation_checkpointing_kwargs")
+    return isinstance(options, Mapping) and bool(options.get("use_reentrant"))
 
 
 def _attempt(recipe: Recipe, stage: Stage, make: Callable[[Mapping[str, Any]], _Made]) -> _Made:

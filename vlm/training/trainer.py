@@ -121,6 +121,8 @@ class VLMTrainer(PartTrainer):
         losses, rows = token_losses(outputs, inputs["labels"])
         each = torch.stack([losses, torch.ones_like(losses)], dim=1).double()
         sums = sum_by_index(each, rows, len(inputs["labels"]))
+        if self.data_collator.blank is not None and not (inputs["labels"][-1] != IGNORE).any():
+            sums = sums[:-1]  # a row that only this process has
         self._evaluated += self.accelerator.gather_for_metrics(sums).sum(dim=0)
         return loss.detach(), None, None
 
