@@ -258,7 +258,7 @@ def test_pictures_of_bridges_are_as_drawn() -> None:
 
 def test_code_to_load_a_pushed_model_is_that_of_the_model_card(tmp_path: Path) -> None:
     """tests/vlm/test_hub.py runs the card's code."""
-    from vlm.hub import model_card
+    from vlm.model_card import model_card
 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "vlm"}))

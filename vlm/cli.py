@@ -424,12 +424,16 @@ def push(
     merge_lora: Annotated[
         bool, typer.Option("--merge-lora/--keep-lora", help="Merge LoRA into the weights, or push it beside them.")
     ] = True,
-    private: Annotated[bool, typer.Option("--private")] = False,
+    target: Annotated[
+        str | None,
+        typer.Option("--as", metavar="TYPE", help="Push a transformers model: llava, idefics3, ... as in vlm export."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository private.")] = False,
 ) -> None:
     """Publish a model on the Hugging Face Hub."""
     from vlm import hub
 
-    console.print(hub.push(run, repository, merge_lora=merge_lora, private=private))
+    hub.run(run, repository, merge_lora=merge_lora, target=target, private=private, console=console)
 
 
 @app.command()

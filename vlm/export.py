@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +28,41 @@ def run(name: str, target: str, output: Path | None, *, console: Any) -> None:
     The folder appears when it is whole. Raises UserError as [`to_stock`] does, for an unknown target, and for a folder
     that is not empty, and InUse if another process writes it.
     """
-    if target not in (*FAMILIES, *OTHERS) and target not in REASONS:
-        raise UserError(f"a model cannot be exported to {target!r}; {nearest(target, (*FAMILIES, *OTHERS))}")
-    if target not in OTHERS:
-        target_of(target)
+    require_target(target, (*FAMILIES, *OTHERS))
     folder = output or Path(checkpoint_of(name)).parent / f"exported-{target}"
     with locked(folder, "Wait until it ends, or choose another --output."):
         require_new(folder)
-        _export(name, target, folder, console=console)
+        with atomic_folder(folder) as unfinished:
+            about = write(name, target, unfinished)
+    console.print(f"{folder}: {about}")
 
 
-def _export(name: str, target: str, folder: Path, *, console: Any) -> None:
+def require_target(target: str, targets: Sequence[str]) -> None:
+    """Raise UserError for a target that is none of `targets`, with the reason if there is one."""
+    if target not in targets and target not in REASONS:
+        raise UserError(f"a model cannot be exported to {target!r}; {nearest(target, targets)}")
+    if target not in OTHERS:
+        target_of(target)
+
+
+def write(name: str, target: str, folder: Path) -> str:
+    """Write the run or checkpoint `name` to `folder` as `target` and return what it is, in words.
+
+    Raises UserError as [`to_stock`] does, and for a model that is none of ours.
+    """
     model, processor = generation.load(name, device="cpu")
     if not isinstance(model, VLMForConditionalGeneration):
         raise UserError(f"{name} is a {model.config.model_type} model of transformers already")
     if target == "gguf":
-        with atomic_folder(folder) as unfinished:
-            names = [path.name for path in gguf.write(model, processor, unfinished)]
-        console.print(f"{folder / names[0]} and {folder / names[1]}, for llama.cpp")
-        if notice := gguf.notice(model):
-            console.print(f"Note: {notice}")
-        return
+        files = " and ".join(path.name for path in gguf.write(model, processor, folder))
+        notice = gguf.notice(model)
+        return f"{files}, for llama.cpp" + (f"\nNote: {notice}" if notice else "")
     if target == "remote_code":
-        with atomic_folder(folder) as unfinished:
-            remote_code.write(model, processor, unfinished)
-        console.print(f"{folder}: loads without vlm, with trust_remote_code=True")
-        return
+        remote_code.write(model, processor, folder)
+        return "loads without vlm, with trust_remote_code=True"
     stock, stock_processor = to_stock(model, processor, target)
-    with atomic_folder(folder) as unfinished:
-        save(stock, stock_processor, unfinished)
-    console.print(f"{folder}: {type(stock).__name__}, equal to {name} on a question about an image")
+    save(stock, stock_processor, folder)
+    return f"{type(stock).__name__}, equal to {name} on a question about an image"
 
 
 def save(stock: PreTrainedModel, processor: Any, folder: Path) -> None:

@@ -19,23 +19,20 @@ AUTO_MODULE = "transformers.models.auto"
 def register() -> None:
     """Register configuration, model and processor with AutoConfig, AutoModelForImageTextToText and AutoProcessor, dual
     encoders with AutoModel, and encoders side by side with AutoModel and AutoImageProcessor."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     from vlm.configuration import VLMConfig
     from vlm.dual_encoder import DualEncoderConfig, DualEncoderModel
     from vlm.modeling import VLMForConditionalGeneration
     from vlm.processing import VLMProcessor
-    from vlm.vision_towers import VisionTowers, VisionTowersConfig, VisionTowersImageProcessor
+    from vlm.vision_towers import register as register_vision_towers
 
     AutoConfig.register(VLMConfig.model_type, VLMConfig, exist_ok=True)
     AutoModelForImageTextToText.register(VLMConfig, VLMForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
     AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig, exist_ok=True)
     AutoModel.register(DualEncoderConfig, DualEncoderModel, exist_ok=True)
-    AutoConfig.register(VisionTowersConfig.model_type, VisionTowersConfig, exist_ok=True)
-    AutoModel.register(VisionTowersConfig, VisionTowers, exist_ok=True)
-    backends: dict[str, type] = dict.fromkeys(("torchvision", "pil"), VisionTowersImageProcessor)
-    AutoImageProcessor.register(VisionTowersConfig, image_processor_classes=backends, exist_ok=True)
+    register_vision_towers()
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):

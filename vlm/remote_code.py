@@ -10,40 +10,46 @@ import ast
 import importlib.util
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm.errors import UserError
-
-AUTO_MAP = {
-    "config.json": {
-        "AutoConfig": "configuration.VLMConfig",
-        "AutoModelForImageTextToText": "modeling.VLMForConditionalGeneration",
+AUTO_MAPS: dict[str, dict[str, dict[str, str]]] = {
+    "vlm": {
+        "config.json": {
+            "AutoConfig": "configuration.VLMConfig",
+            "AutoModelForImageTextToText": "modeling.VLMForConditionalGeneration",
+        },
+        "processor_config.json": {"AutoProcessor": "processing.VLMProcessor"},
     },
-    "processor_config.json": {"AutoProcessor": "processing.VLMProcessor"},
+    "vlm_dual_encoder": {
+        "config.json": {"AutoConfig": "dual_encoder.DualEncoderConfig", "AutoModel": "dual_encoder.DualEncoderModel"}
+    },
 }
+"""By `model_type`, the file whose `auto_map` names a class, and the class by its Auto class."""
+
+SEVERAL_ENCODERS = "\n\nfrom .vision_towers import register\n\nregister()\n"
+"""What the entry modules of a model with several encoders end with: the Auto classes have to know those first."""
 
 
 def write(model: Any, processor: Any, folder: Path) -> None:
-    """Save a model and its processor with their code. Raises UserError for several encoders side by side, which the
-    Auto classes would have to know first."""
-    if model.config.vision_config.model_type == "vision_towers":
-        raise UserError(
-            "several encoders side by side are loaded by an Auto class that only vlm teaches: push the model"
-        )
+    """Save a model and its processor with their code."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    for name, text in code().items():
+    for name, text in code(model.config.to_dict()).items():
         (folder / name).write_text(text, encoding="utf-8")
-    for name, auto_map in AUTO_MAP.items():
+    for name, auto_map in AUTO_MAPS[model.config.model_type].items():
         values = json.loads((folder / name).read_text(encoding="utf-8")) | {"auto_map": auto_map}
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def code() -> dict[str, str]:
-    """The files, by name: the modules that `AUTO_MAP` names and all of ours that they import."""
-    entries = {target.partition(".")[0] for auto_map in AUTO_MAP.values() for target in auto_map.values()}
-    waiting, texts = [f"vlm.{name}" for name in sorted(entries)], dict[str, str]()
+def code(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the files of a model with this `config`, by name: the modules that `AUTO_MAPS` names and all of ours that
+    they import."""
+    auto_maps = AUTO_MAPS[config["model_type"]]
+    entries = {target.partition(".")[0] for auto_map in auto_maps.values() for target in auto_map.values()}
+    several = (config.get("vision_config") or {}).get("model_type") == "vision_towers"
+    waiting, texts = [f"vlm.{name}" for name in sorted(entries | ({"vision_towers"} if several else set()))], {}
     while waiting:
         module = waiting.pop()
         if _file_name(module) not in texts:
@@ -54,6 +60,9 @@ def code() -> dict[str, str]:
                 for node in ast.walk(ast.parse(text))
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vlm.")
             ]
+    if several:
+        for name in entries - {"modeling"}:  # the model comes after its configuration
+            texts[f"{name}.py"] += SEVERAL_ENCODERS
     return texts
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, BatchFeature, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, BatchFeature, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
@@ -145,3 +145,11 @@ def side_by_side(
     sizes = [image_size_of(image_processor) for image_processor in image_processors]
     both = VisionTowersConfig(vision_configs=configs, image_sizes=sizes)
     return VisionTowers(both, vision_towers), VisionTowersImageProcessor(image_processors)
+
+
+def register() -> None:
+    """Make AutoConfig, AutoModel and AutoImageProcessor know several encoders as one."""
+    AutoConfig.register(VisionTowersConfig.model_type, VisionTowersConfig, exist_ok=True)
+    AutoModel.register(VisionTowersConfig, VisionTowers, exist_ok=True)
+    backends: dict[str, type] = dict.fromkeys(("torchvision", "pil"), VisionTowersImageProcessor)
+    AutoImageProcessor.register(VisionTowersConfig, image_processor_classes=backends, exist_ok=True)

@@ -19,7 +19,7 @@ from vlm import classify, evaluate, recipe
 from vlm.embedding import load_embedder
 from vlm.errors import UserError
 from vlm.eval.runner import Processes
-from vlm.hub import model_card
+from vlm.model_card import model_card
 from vlm.recipe_evaluation import Classification
 from vlm.recognition.labels import TEMPLATES
 from vlm.recognition.likelihood import label_likelihood

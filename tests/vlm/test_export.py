@@ -92,7 +92,7 @@ def test_mistakes_are_told(exported):
     folder = exported["llava"][2]
     for command, message in (
         (["export", str(folder / "run"), "--to", "lava"], "did you mean 'llava'?"),
-        (["export", str(folder / "run"), "--to", "llava", "--output", str(folder / "out")], "is not empty"),
+        (["export", str(folder / "run"), "--to", "llava", "--output", str(folder / "out")], "exists already"),
         (["export", str(folder / "out"), "--to", "llava", "--output", str(folder / "new")], "already"),
     ):
         result = CliRunner().invoke(app, command)

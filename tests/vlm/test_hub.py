@@ -23,7 +23,9 @@ from tests.stock import stock
 from tests.training.helpers import LORA
 from vlm.dual_encoder import DualEncoderConfig, DualEncoderModel
 from vlm.errors import UserError
-from vlm.hub import model_card, push
+from vlm.hub import push
+from vlm.model_card import model_card
+from vlm.publication import prepare
 from vlm.training.parts import add_lora
 
 hub = fake_hub.hub
@@ -84,7 +86,7 @@ save_file({"logits": model.eval()(**inputs).logits_per_image.detach()}, "outputs
 
 
 def load_by_name(hub: FakeHub, tmp_path: Path, inputs: dict, and_then: str = AND_THEN) -> torch.Tensor:
-    """Logits of the model that a fresh process gets from the Hub by the code in the card, run as it stands."""
+    """Logits of the model that a process without this package gets from the Hub by the code in the card, unchanged."""
     save_file(inputs, tmp_path / "inputs.safetensors")
     tiny.image().save(tmp_path / "photo.jpg")
     code = card_of(hub, tmp_path).text.split("```python\n")[1].split("```")[0]
@@ -95,8 +97,9 @@ def load_by_name(hub: FakeHub, tmp_path: Path, inputs: dict, and_then: str = AND
         "NO_PROXY": "127.0.0.1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
+    visitor = "" if "from vlm." in code else 'import sys\nsys.modules["vlm"] = None  # any import of it fails\n'
     done = subprocess.run(
-        [sys.executable, "-c", code + and_then], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", visitor + code + and_then], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return load_file(tmp_path / "outputs.safetensors")["logits"]
@@ -154,7 +157,7 @@ def test_a_dual_encoder_is_compared_by_the_code_of_its_card(hub, run_dir, tmp_pa
 
     card = card_of(hub, tmp_path)
     assert card.data.pipeline_tag == "zero-shot-image-classification"
-    assert ("import vlm" in card.text) == ours
+    assert ("trust_remote_code=True" in card.text) == ours
     assert "Blind is a random order." in card.text
     texts = ["a photo of a cat.", "a photo of a dog."]
     tiny.image().save(tmp_path / "photo.jpg")
@@ -175,10 +178,12 @@ def test_card_says_what_it_is_and_how_it_scores(hub, run_dir, tmp_path):
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == {"cider_d": 0.8125, "exact_match": 0.5}
     assert "| cider_d | 0.8125 | 0.7000 to 0.9000 | 0.1250 | 0.1000 to 0.1500 |" in card.text
-    assert "import vlm" in card.text
-    assert f'AutoModelForImageTextToText.from_pretrained("{REPO}")' in card.text
-    recipe = card.text.split("```yaml\n")[1].split("```")[0]
-    assert yaml.safe_load(recipe) == yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    assert f'AutoModelForImageTextToText.from_pretrained("{REPO}", trust_remote_code=True)' in card.text
+    recipe = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
+    expected = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    expected["model"]["language"] = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the folder is a copy of
+    assert recipe == expected
+    assert yaml.safe_load(hub.repos[REPO].commits[-1].files["recipe.yaml"]) == expected
 
 
 def test_a_run_without_recipe_and_scores_has_a_card_too(hub, run_dir, tmp_path):
@@ -213,7 +218,7 @@ def test_lora_is_merged(hub, lora_run, made, inputs):
     push(lora_run, REPO, token=TOKEN)
 
     files = hub.repos[REPO].commits[-1].files
-    assert not [name for name in files if "adapter" in name]
+    assert not [name for name in files if name.startswith("adapter/")]
     assert files["model.safetensors"] == (lora_run / "model" / "model.safetensors").read_bytes()
     assert not torch.allclose(tiny.logits(model_of(lora_run), **inputs), tiny.logits(made[0], **inputs), atol=0.1)
 
@@ -263,6 +268,100 @@ def test_a_merged_push_takes_the_place_of_an_unmerged_one(hub, lora_run):
     assert files["notes.txt"] == b"mine"
 
 
+def test_only_files_of_the_model_are_pushed(hub, run_dir, tmp_path):
+    model = run_dir / "model"
+    left_out = ["notes.txt", "keys.json", "optimizer.pt", "pytorch_model.bin", ".env", "photos/cat.safetensors"]
+    for name in left_out:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("MINE")
+    (tmp_path / "elsewhere").write_text("MINE")
+    (model / "vocab.txt").symlink_to(tmp_path / "elsewhere")
+    (model / "adapter").symlink_to(tmp_path, target_is_directory=True)
+    publication = prepare(run_dir, REPO, tmp_path / "scratch", merge_lora=True, target=None)
+
+    assert {*left_out, "vocab.txt", "adapter", "training_args.bin"} == publication.left_out.keys()
+    assert publication.left_out["vocab.txt"] == "a link"
+    listing = publication.listing()
+    assert "not uploaded: notes.txt (no file of the model)" in listing
+    assert f"{(model / 'model.safetensors').stat().st_size:,} bytes  model.safetensors" in listing
+    push(run_dir, REPO, token=TOKEN)
+    files = hub.repos[REPO].commits[-1].files
+    assert files.keys() == publication.files.keys() | {".gitattributes"} & files.keys()
+    assert not any(b"MINE" in content for content in files.values())
+
+
+def test_weights_that_are_a_link_are_not_pushed(hub, run_dir, tmp_path):
+    (run_dir / "model" / "model.safetensors").rename(tmp_path / "weights")
+    (run_dir / "model" / "model.safetensors").symlink_to(tmp_path / "weights")
+    with pytest.raises(UserError, match=r"no weights that can be uploaded .*model\.safetensors is a link"):
+        push(run_dir, REPO, token=TOKEN)
+    assert hub.requests == []
+
+
+def test_no_published_file_names_a_folder_or_a_credential(hub, run_dir, tmp_path):
+    secrets = ["hf_AbCdEfGhIjKlMnOpQrSt", "me:pass@", "X-Amz-Signature", "hunter2"]
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    recipe |= {
+        "output_dir": str(tmp_path / "run"),
+        "train": {"hub_token": secrets[0], "run_name": f"of {tmp_path}/run by {secrets[0]}"},
+        "data": {
+            "base_dir": str(tmp_path),
+            "train": [
+                {"format": "image_folder", "path": str(tmp_path / "photos" / "cats")},
+                {"format": "dataset", "path": "webdataset", "data_files": "s3://me:pass@bucket/{0..9}.tar"},
+                {"format": "dataset", "path": "json", "data_files": "https://x.org/a.json?v=2&X-Amz-Signature=5"},
+                {"format": "image_folder", "path": "/mnt/elsewhere/dogs", "password": secrets[3]},
+            ],
+        },
+    }
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    config = json.loads((run_dir / "model" / "config.json").read_text())
+    config["text_config"]["_name_or_path"] = str(tmp_path / "smollm2")
+    (run_dir / "model" / "config.json").write_text(json.dumps(config))
+    summary = SUMMARY | {"data": f"format=image_folder path={tmp_path}/photos"}
+    (run_dir / "evaluation" / "summary.json").write_text(json.dumps(summary))
+    push(run_dir, REPO, token=TOKEN)
+
+    files = hub.repos[REPO].commits[-1].files
+    for name, content in files.items():
+        for private in (str(tmp_path), "/mnt/elsewhere", *secrets):
+            assert private.encode() not in content, (name, private)
+    pushed = yaml.safe_load(files["recipe.yaml"])
+    assert pushed["output_dir"] == "./run"
+    assert pushed["data"]["base_dir"] == "."
+    assert [source.get("path") for source in pushed["data"]["train"]] == [
+        "./photos/cats", "webdataset", "json", "./dogs",
+    ]  # fmt: skip
+    assert [source.get("data_files") for source in pushed["data"]["train"][1:3]] == [
+        "s3://bucket/{0..9}.tar", "https://x.org/a.json?v=2",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_model_is_pushed_as_one_of_transformers(hub, run_dir, tmp_path):
+    """Nothing of this package is needed to load it, and nothing of its code is there."""
+    model, processor = tiny.tiny(projector="mlp")
+    shutil.rmtree(run_dir / "model")
+    for part in (model, processor):
+        part.save_pretrained(run_dir / "model")
+    push(run_dir, REPO, token=TOKEN, target="llava")
+
+    files = hub.repos[REPO].commits[-1].files
+    assert json.loads(files["config.json"])["model_type"] == "llava"
+    assert not [name for name in files if name.endswith(".py")]
+    assert "trust_remote_code" not in files["README.md"].decode()
+    inputs = dict(tiny.encode(processor, [[tiny.user(tiny.image(), "Describe the image.")]]))
+    torch.testing.assert_close(load_by_name(hub, tmp_path, inputs), tiny.logits(model, **inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_model_cannot_be_pushed_as(hub, run_dir):
+    with pytest.raises(UserError, match="cannot be exported to 'lava'"):
+        push(run_dir, REPO, token=TOKEN, target="lava")
+    with pytest.raises(UserError, match="leave out --keep-lora"):
+        push(run_dir, REPO, token=TOKEN, target="llava", merge_lora=False)
+    assert hub.requests == []
+
+
 def test_private(hub, run_dir):
     push(run_dir, REPO, token=TOKEN, private=True)
     assert hub.repos[REPO].private
@@ -303,6 +402,16 @@ def test_processor_loads_from_what_was_pushed(hub, run_dir, tmp_path, made):
     for name, content in hub.repos[REPO].commits[-1].files.items():
         (tmp_path / "back" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "back" / name).write_bytes(content)
+    visitor = 'import sys\nsys.modules["vlm"] = None\nfrom transformers import AutoProcessor\n'
+    done = subprocess.run(
+        [sys.executable, "-c", f"{visitor}AutoProcessor.from_pretrained({str(tmp_path / 'back')!r})"],
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf_home")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode
+    assert "trust_remote_code=True" in done.stderr  # and no bare tokenizer
     processor = AutoProcessor.from_pretrained(tmp_path / "back")
     assert processor.tokenizer.get_vocab() == made[1].tokenizer.get_vocab()
     assert processor.chat_template == made[1].chat_template

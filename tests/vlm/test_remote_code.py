@@ -7,15 +7,41 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, Dinov2Config, SiglipImageProcessor, SiglipVisionConfig
 
 from tests.counterparts import PHOTO, export, fit
-from tests.tiny import continuation, encode, logits, small_projector, tiny, user
+from tests.tiny import (
+    byte_level_tokenizer,
+    continuation,
+    encode,
+    logits,
+    small_projector,
+    text_config,
+    tiny,
+    user,
+)
 from vlm import generation
-from vlm.errors import UserError
+from vlm.build import assemble
 from vlm.modeling import VLMForConditionalGeneration
 from vlm.processing import VLMProcessor
-from vlm.remote_code import code, write
-from vlm.vision_towers import VisionTowersConfig
+from vlm.remote_code import code
+from vlm.vision_towers import side_by_side
+
+
+def two_encoders():
+    """A model whose vision tower is DINOv2 and SigLIP, each with its own image processor."""
+    torch.manual_seed(0)
+    common = {"num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    towers = [
+        AutoModel.from_config(Dinov2Config(hidden_size=24, layerscale_value=1.0, **common)),
+        AutoModel.from_config(SiglipVisionConfig(hidden_size=16, intermediate_size=32, **common)),
+    ]
+    size = {"height": 32, "width": 32}
+    processors = [SiglipImageProcessor(size=size), SiglipImageProcessor(size=size, image_mean=[0.2, 0.3, 0.4])]
+    language = AutoModelForCausalLM.from_config(text_config())
+    tower, image_processor = side_by_side(towers, processors)
+    return assemble(tower, language, image_processor, byte_level_tokenizer(), projector="mlp", fusion="prefix")
+
 
 CASES = {
     "flamingo": {"projector": small_projector("resampler"), "fusion": "cross_attention"},
@@ -26,6 +52,7 @@ CASES = {
     "tiles": {"projector": "pixel_shuffle", "tiling": {"type": "tiles", "max_tiles": 4}},
     "gemma3": {"decoder": "gemma3", "projector": "linear", "image_attention": "bidirectional"},
     "paligemma": {"decoder": "gemma2", "image_attention": "prefix_lm", "chat_template": "paligemma"},
+    "two encoders": None,
 }
 
 WITHOUT_VLM = """
@@ -53,7 +80,7 @@ def exported(tmp_path_factory):
     made = {}
     for name, options in CASES.items():
         folder = tmp_path_factory.mktemp(name)
-        model, processor = tiny(**options)
+        model, processor = two_encoders() if options is None else tiny(**options)
         fit(model)
         export(model, processor, "remote_code", folder)
         made[name] = model, processor, folder
@@ -79,15 +106,8 @@ def test_here_it_loads_as_the_model_of_this_package(exported):
     assert type(processor) is VLMProcessor
 
 
-def test_several_encoders_are_refused(tmp_path):
-    model, processor = tiny()
-    model.config.vision_config = VisionTowersConfig()
-    with pytest.raises(UserError, match="several encoders side by side"):
-        write(model, processor, tmp_path)
-
-
 def test_the_code_is_that_of_the_model_and_no_more():
-    files = code()
+    files = code({"model_type": "vlm"})
     assert {"modeling.py", "configuration.py", "processing.py", "adapters_projectors.py"} <= files.keys()
     assert not {"recipe.py", "cli.py", "data_dataset.py", "training_trainer.py"} & files.keys()
     for name, text in files.items():
