@@ -58,13 +58,15 @@ _THING = rf"(?:[dlno]'(?={_L})(?!(?:[sdmt]|ll|re|ve)(?!{_L})))?{_A}+"
 _ABBREVIATION = "(?:" + "|".join(sorted(_ABBREVIATIONS.split(), key=len, reverse=True)) + ")"
 _CAPITALS = "(?-i:" + "|".join(w.upper() + "|" + w for w in _CAPITAL_ABBREVIATIONS.split()) + ")"
 
+_EMAIL = rf"{_A}[\w.+-]*@{_A}+(?:\.{_A}+)*"
+
 # The longest match wins, what stands in a look-ahead counted (the group "ahead"); on a tie the earlier rule wins.
 _RULES = [
     re.compile(rule, re.IGNORECASE)
     for rule in (
         rf"</?{_L}[^<>]*>",
         r"https?://[^\s\"<>]+|www\.[^\s\"<>]*[^\W_]",
-        rf"{_A}[\w.+-]*@{_A}+(?:\.{_A}+)*",
+        _EMAIL,
         rf"{_L}+?(?=(?P<ahead>(?<!n)n't(?!{_L})))",  # is|n't
         rf"{_L}{_A}*(?:[.!?]{_L}{_A}*)*",  # a word; also "cat.dog", where the space is missing
         rf"{_THING}(?:[-_]{_THING})*",  # red-haired, foo_bar, d'angelo
@@ -91,6 +93,8 @@ _RULES = [
     )
 ]
 
+_BEFORE_AT = re.compile(r"[\w.+-]*")
+
 _NUMBERED = re.compile(rf"(?:{_BEFORE_NUMBER})\.", re.IGNORECASE)
 
 _CONTRACTED = re.compile(rf"'(?:ll|re|ve|[sdm])(?!{_L})", re.IGNORECASE)  # "cannot's" stays whole
@@ -103,10 +107,14 @@ def _chunk(chunk: str) -> tuple[str, ...]:
     if lowered.isascii() and lowered.isalpha() and lowered not in _SPLIT_WORDS:
         return (lowered,)
     tokens: list[str] = []
-    at = 0
+    at = before_at = 0
     while at < len(chunk):
         end, longest = at + 1, 0
+        if at >= before_at:  # once for all places up to there: else long chunks take the square of their length
+            before_at = max(at + 1, _BEFORE_AT.match(chunk, at).end())  # type: ignore[union-attr]  # it always matches
         for rule in _RULES:
+            if rule.pattern == _EMAIL and chunk[before_at : before_at + 1] != "@":
+                continue
             match = rule.match(chunk, at)
             if match and match.end() > at:
                 reach = match.end("ahead") if "ahead" in rule.groupindex else match.end()

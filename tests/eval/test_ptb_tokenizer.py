@@ -1,12 +1,14 @@
 """The Python tokenizer against the Java one that pycocoevalcap ships, and against tokens read off by hand."""
 
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from vlm.eval import ptb_tokenizer
 from vlm.eval.ptb_tokenizer import PUNCTUATIONS, tokenize
 
 CAPTIONS = """\
@@ -123,3 +125,25 @@ def test_punctuation_is_the_list_of_coco_caption() -> None:
 )
 def test_by_hand(caption: str, tokens: str) -> None:
     assert tokenize(caption) == tokens.split()
+
+
+@pytest.mark.parametrize(("chunk", "looks"), [("a+" * 200, 0), ("a+" * 200 + "@b", 1), ("x@y,a+" + "a+" * 200, 1)])
+def test_a_long_chunk_is_gone_through_once(chunk: str, looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands before an @ may be as long as the chunk, and is looked at once, not from each place in it."""
+    rules = list(ptb_tokenizer._RULES)
+    expected = tokenize(chunk)
+    seen = []
+
+    class Email:
+        pattern, groupindex = ptb_tokenizer._EMAIL, dict[str, int]()
+
+        def match(self, text: str, at: int) -> re.Match[str] | None:
+            seen.append(at)
+            return re.compile(self.pattern, re.IGNORECASE).match(text, at)
+
+    changed = [Email() if rule.pattern == ptb_tokenizer._EMAIL else rule for rule in rules]
+    monkeypatch.setattr(ptb_tokenizer, "_RULES", changed)
+    ptb_tokenizer._chunk.cache_clear()
+    assert tokenize(chunk) == expected
+    assert len(seen) == looks
+    ptb_tokenizer._chunk.cache_clear()

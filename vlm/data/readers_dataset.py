@@ -244,7 +244,7 @@ class DatasetSource(Source):
             files = list((builder.config.data_files or {}).get(split, []))
             for file in files:
                 require_whole_tar(file)
-            if isinstance(builder, WebDataset) and files and split == self.split:
+            if isinstance(builder, WebDataset) and files and split == self.split and self.columns.of_images:
                 # What is kept of other or changed files is not taken for these.
                 stamps = [os.path.getmtime(file) for file in files if os.path.isfile(file)]
                 made = {"tars": files} | self.fields(files[0])

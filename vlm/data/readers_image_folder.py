@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import ClassVar
 
+from vlm.data.example import Problem
 from vlm.data.image_files import has_image_suffix, is_hidden
 from vlm.data.readers_common import (
     Collector,
@@ -44,7 +45,7 @@ class ImageFolderSource(Source):
         label = str(Path(self.path) / name)
         collector = Collector(self.limit)
         rows = RowReader(self.prompt, self.question_prompt)
-        for where, row in _rows(metadata, label, collector):
+        for where, row in metadata_rows(metadata, label, collector.problems):
             if miss := unknown_near_miss(row, _KNOWN):
                 collector.bad(where, *miss)
                 continue
@@ -63,11 +64,12 @@ class ImageFolderSource(Source):
         return collector.result(label)
 
 
-def _rows(metadata: Path, label: str, collector: Collector) -> Rows:
+def metadata_rows(metadata: Path, label: str, problems: list[Problem]) -> Rows:
+    """Return the rows of a metadata file, by what it is called, and where each stands; bad ones go to `problems`."""
     suffix = metadata.suffix.lower()
     if suffix in (".csv", ".tsv"):
-        return read_csv(metadata, label, collector.problems)
-    return read_parquet(metadata, label) if suffix == ".parquet" else read_rows(metadata, label, collector.problems)
+        return read_csv(metadata, label, problems)
+    return read_parquet(metadata, label) if suffix == ".parquet" else read_rows(metadata, label, problems)
 
 
 def _metadata_in(folder: Path) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 from vlm.data.example import ImageSource, Problem, StoredImage
 from vlm.data.image_files import find_images, is_hidden
 from vlm.data.readers_dataset import Columns, DatasetSource
-from vlm.data.readers_json import read_json_lines
+from vlm.data.readers_image_folder import METADATA_FILES, metadata_rows
+from vlm.data.readers_text import RowError, as_text, file_names, required_text
 from vlm.errors import UserError, nearest
 from vlm.paths import existing, existing_folder
 from vlm.recognition.labels import require_labels
 
-METADATA = "metadata.jsonl"
 LABEL = "label"
 
 
@@ -37,7 +37,8 @@ class LabelledImages:
 def read_labelled_images(data: str, label_column: str | None = None) -> LabelledImages:
     """Read everything but the pixels of
 
-    - a folder with `metadata.jsonl`, in the layout of `datasets`' imagefolder: `file_name` and `label_column` in a row;
+    - a folder with `metadata.jsonl`, `.csv` or `.parquet`, in the layout of `datasets`' imagefolder: `file_name` and
+      `label_column` in a row;
     - any other folder: each folder in it is a label, and has its images in it, or in folders of its own;
     - a data set that `datasets` loads, `NAME` or `NAME:SPLIT` (`train` if not said), on the Hub or saved on this disk,
       whose `label_column` holds a `ClassLabel` or strings.
@@ -49,10 +50,11 @@ def read_labelled_images(data: str, label_column: str | None = None) -> Labelled
     """
     folder = existing_folder(data)
     if folder is not None and not _is_saved(folder):
-        if (folder / METADATA).is_file():
-            return _from_rows(folder, label_column or LABEL)
+        metadata = [folder / name for name in METADATA_FILES if (folder / name).is_file()]
+        if metadata:
+            return _from_rows(metadata[0], label_column or LABEL)
         if label_column:
-            raise UserError(f"--label-column {label_column}: there is no {METADATA} in {data}")
+            raise UserError(f"--label-column {label_column}: there is none of {', '.join(METADATA_FILES)} in {data}")
         return _from_folders(folder)
     return _from_dataset(data, label_column or LABEL)
 
@@ -75,25 +77,29 @@ def _from_folders(folder: Path) -> LabelledImages:
     return _labelled(dict(zip(images, images, strict=True)), list(images.values()), labels, problems, str(folder))
 
 
-def _from_rows(folder: Path, column: str) -> LabelledImages:
+def _from_rows(metadata: Path, column: str) -> LabelledImages:
     problems: list[Problem] = []
     images: dict[str, ImageSource] = {}
     found: list[str] = []
-    rows = read_json_lines(folder / METADATA, str(folder / METADATA), problems)
+    rows = metadata_rows(metadata, str(metadata), problems)
     if rows and not any(column in row for _, row in rows):
-        raise UserError(f"{folder / METADATA}: no row has {column!r} (--label-column); {nearest(column, rows[0][1])}")
+        raise UserError(f"{metadata}: no row has {column!r} (--label-column); {nearest(column, rows[0][1])}")
     for where, row in rows:
-        name, label = row.get("file_name"), row.get(column)
-        if not isinstance(name, str) or not name:
-            problems.append(Problem(where, "file_name", "expected the name of an image"))
-        elif label is None or isinstance(label, list | dict) or not str(label).strip():
-            problems.append(Problem(where, column, f"expected a label, found {label!r}"))
-        elif (path := str(folder / name)) in images:
+        try:
+            name = row.get("file_name")
+            if isinstance(name, list):
+                raise RowError("file_name", "expected the name of one image")
+            file_names(name, "file_name", "expected the name of an image")
+            label = required_text(row, column)
+        except RowError as error:
+            problems.append(Problem(where, error.key, error.why))
+            continue
+        if (path := str(metadata.parent / name)) in images:
             problems.append(Problem(where, "file_name", f"{name} has a row already"))
         else:
             images[path] = path
-            found.append(str(label).strip())
-    return _labelled(images, found, sorted(set(found)), problems, str(folder / METADATA))
+            found.append(label)
+    return _labelled(images, found, sorted(set(found)), problems, str(metadata))
 
 
 def _from_dataset(data: str, column: str) -> LabelledImages:
@@ -117,7 +123,7 @@ def _from_dataset(data: str, column: str) -> LabelledImages:
             problems.append(Problem(f"{data}:row {row}", column, "no label"))
             continue
         images[f"{data}:row {row}"] = StoredImage(dataset, row, columns[0])
-        found.append(feature.int2str(value) if isinstance(feature, ClassLabel) else str(value))
+        found.append(feature.int2str(value) if isinstance(feature, ClassLabel) else as_text(value) or str(value))
     labels = list(feature.names) if isinstance(feature, ClassLabel) else sorted(set(found))
     return _labelled(images, found, labels, problems, data)
 
