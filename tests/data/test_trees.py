@@ -143,7 +143,7 @@ def conversations(draw, image_token, image_size):
 
 
 def gradients(model):
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad.cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
 

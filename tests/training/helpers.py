@@ -121,7 +121,7 @@ def lora_trainer(folder: Path, callbacks: Any = (), **changes: Any) -> VLMTraine
 
 
 def weights(model: Any) -> dict[str, Any]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
 def save_parts(folder: Path, **changes: Any) -> Path:

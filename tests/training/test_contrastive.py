@@ -55,15 +55,14 @@ def test_loss_and_gradients_are_those_of_clip_itself(tmp_path):
     model, processor = loaded(tmp_path / "clip", "clip")
     items = pairs(processor, model.config)
     trainer = trainer_of(tmp_path, model, processor, items)
-    batch = trainer.data_collator(items)
+    batch = trainer._prepare_inputs(trainer.data_collator(items))
     with embedding_pairs(model, None):
         loss = trainer.compute_loss(model, batch)
         loss.backward()
     ours = gradients(model)
     model.zero_grad()
-    stock = CLIPModel.from_pretrained(tmp_path / "clip").train()(
-        **{key: batch[key] for key in MODEL_INPUTS if key in batch}, return_loss=True
-    )
+    alone = CLIPModel.from_pretrained(tmp_path / "clip").to(model.device).train()
+    stock = alone(**{key: batch[key] for key in MODEL_INPUTS if key in batch}, return_loss=True)
     assert stock.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     again = model(**{key: batch[key] for key in MODEL_INPUTS if key in batch}, return_loss=True)
     again.loss.backward()
@@ -77,7 +76,7 @@ def test_loss_and_gradients_are_those_of_siglip_itself(tmp_path):
     model, processor = loaded(tmp_path / "siglip", "siglip")
     items = pairs(processor, model.config)
     trainer = trainer_of(tmp_path, model, processor, items, loss="sigmoid")
-    batch = trainer.data_collator(items)
+    batch = trainer._prepare_inputs(trainer.data_collator(items))
     with embedding_pairs(model, None):
         loss = trainer.compute_loss(model, batch)
         loss.backward()
@@ -111,10 +110,10 @@ def test_blank_items_count_nowhere(tmp_path):
     items = pairs(processor, model.config)[:5]
     trainer = trainer_of(tmp_path, model, processor, items)
     rows = trainer.train_dataset
+    indices = (range(5), (0, 1, 2, 3, 4, ~0, ~3), (0, 1, 2, 3, 4, 0, 3))
+    batches = [trainer._prepare_inputs(trainer.data_collator([rows[n] for n in each])) for each in indices]
     with embedding_pairs(model, None):
-        whole = trainer.compute_loss(model, trainer.data_collator([rows[n] for n in range(5)]))
-        filled = trainer.compute_loss(model, trainer.data_collator([rows[n] for n in (0, 1, 2, 3, 4, ~0, ~3)]))
-        copied = trainer.compute_loss(model, trainer.data_collator([rows[n] for n in (0, 1, 2, 3, 4, 0, 3)]))
+        whole, filled, copied = (trainer.compute_loss(model, batch) for batch in batches)
     torch.testing.assert_close(whole, filled)
     assert not torch.isclose(whole, copied, rtol=1e-4), "a copy would count"
     assert trainer.data_collator([rows[0], rows[~1]])["counts"][1].tolist() == [0, 0, 0]
@@ -128,7 +127,7 @@ def test_the_temperature_keeps_below_clips_limit(tmp_path):
     trainer = trainer_of(tmp_path, model, processor, items)
     model.logit_scale.data.fill_(9.0)
     with embedding_pairs(model, None):
-        trainer.compute_loss(model, trainer.data_collator(items))
+        trainer.compute_loss(model, trainer._prepare_inputs(trainer.data_collator(items)))
     assert model.logit_scale.exp().item() == pytest.approx(100)
 
 

@@ -7,6 +7,7 @@ decoders that scale or cap their logits, and what is computed how often.
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 
 from tests.data.test_tree_masks import examples
 from tests.data.test_trees import assert_close, gradients
@@ -28,7 +29,7 @@ def trained_loss(folder, model, processor, rates, **changes):
     rows = rows_of(processor, examples(), 400).rows
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     trainer = trainer_of(folder, rates, made=(model, processor), data=examples(), **changes)
-    batch = TreeCollator(processor, masks=TreeMasks(base))(rows)
+    batch = trainer._prepare_inputs(TreeCollator(processor, masks=TreeMasks(base))(rows))
     model.train()
     with tree_attention(base):
         loss = trainer.compute_loss(model, batch)
@@ -39,13 +40,14 @@ def trained_loss(folder, model, processor, rates, **changes):
 def one_at_a_time(model, processor):
     """The stock way: all logits of each conversation, and cross-entropy over the supervised."""
     model.eval()
-    total, count = torch.tensor(0.0), 0
+    total, count = torch.tensor(0.0, device=model.device), 0
     for row in rows_of(processor, examples()).rows:
         for item in row:
-            pixels = TreeCollator(processor).images([item])
+            pixels = send_to_device(TreeCollator(processor).images([item]), model.device)
             for path in paths(item.tree):
-                scores = model(input_ids=torch.tensor([path.input_ids]), use_cache=False, **pixels).logits[0, :-1]
-                labels = torch.tensor(path.labels[1:])
+                ids = torch.tensor([path.input_ids], device=model.device)
+                scores = model(input_ids=ids, use_cache=False, **pixels).logits[0, :-1]
+                labels = torch.tensor(path.labels[1:], device=model.device)
                 total = total + F.cross_entropy(scores.float(), labels, reduction="sum", ignore_index=X)
                 count += int((labels != X).sum())
     loss = total / count

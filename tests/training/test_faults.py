@@ -137,7 +137,7 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch):
     error = in_words(raised.value, trainer, tmp_path / "run" / "checkpoints" / "train")
     assert isinstance(error, TrainingError)
     for words in (
-        "step 3 does not fit into the memory of cpu: a batch of 1 rows",
+        f"step 3 does not fit into the memory of {trainer.args.device}: a batch of 1 rows",
         f"of {trainer.batch_shape[1]} tokens",
         "train.activation_checkpointing: true",
         "halve train.per_device_train_batch_size",
@@ -151,8 +151,10 @@ def test_out_of_memory_says_what_to_change(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate")]
 )
-def test_memory_of_the_machine_is_memory_too(tmp_path, error):
+def test_memory_of_the_machine_is_memory_too(tmp_path, error, monkeypatch):
+    """Also on a GPU."""
     trainer = trainer_of(tmp_path)
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda:0"))
     assert "does not fit into the memory of cpu" in str(in_words(error, trainer, tmp_path))
     trainer.control.should_evaluate = True
     assert "lower train.per_device_eval_batch_size, which is 8" in str(in_words(error, trainer, tmp_path))

@@ -59,7 +59,7 @@ class Held(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        ctx.save_for_backward(torch.ones(50_000_000))
+        ctx.save_for_backward(torch.ones(50_000_000, device=x.device))
         return x.clone()
 
     @staticmethod

@@ -91,7 +91,7 @@ def test_accumulating_equals_a_large_batch(tmp_path, fusion, weighting):
 def test_the_loss_is_the_mean_over_supervised_tokens(tmp_path):
     made = tiny()
     trainer = trainer_of(tmp_path, made=made)
-    batch = trainer.data_collator(trainer.train_dataset.rows)
+    batch = trainer._prepare_inputs(trainer.data_collator(trainer.train_dataset.rows))
     labels = batch["labels"]
     with torch.no_grad():
         scores = made[0](**{k: v for k, v in batch.items() if k != "labels"}).logits
@@ -109,9 +109,10 @@ def test_an_answer_weighs_one_over_the_root_of_how_many_there_are(tmp_path, plai
     total, weights = 0.0, 0.0
     for item in items:
         for path in paths(item.tree):
-            pixels = TreeCollator(made[1]).images([item])
+            pixels = trainer._prepare_inputs(TreeCollator(made[1]).images([item]))
             with torch.no_grad():
-                scores = made[0](torch.tensor([path.input_ids]), **pixels).logits[0, :-1]
+                ids = torch.tensor([path.input_ids], device=trainer.args.device)
+                scores = made[0](ids, **pixels).logits[0, :-1].cpu()
             labels = torch.tensor(path.labels[1:])
             weight = 1 / math.sqrt(item.answers)
             total += weight * float(F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum"))
@@ -119,7 +120,7 @@ def test_an_answer_weighs_one_over_the_root_of_how_many_there_are(tmp_path, plai
     if plain:
         items = one_row_an_answer(items)
         trainer.data_collator.plain = True
-    batch = trainer.data_collator([items])
+    batch = trainer._prepare_inputs(trainer.data_collator([items]))
     count = trainer._get_num_items_in_batch([batch], trainer.args.device)
     assert float(count) == pytest.approx(weights, rel=1e-6)
     with torch.no_grad():
@@ -232,7 +233,7 @@ def test_a_trained_encoder_is_in_training_mode(tmp_path):
 def test_dropout_of_a_frozen_encoder_is_off(tmp_path):
     made = tiny(vision_config=clip_config(attention_dropout=0.9))
     trainer = trainer_of(tmp_path, made=made)
-    batch = trainer.data_collator(trainer.train_dataset.rows)
+    batch = trainer._prepare_inputs(trainer.data_collator(trainer.train_dataset.rows))
     made[0].train()
     with torch.no_grad():
         losses = {trainer.compute_loss(made[0], copy.copy(batch)).item() for _ in range(3)}
@@ -269,7 +270,7 @@ def _some_logits(model, processor):
     batch = TreeCollator(processor)(rows_of(processor, examples(3), 500).rows)
     batch.pop("labels")
     with torch.no_grad():
-        return model(**batch).logits
+        return model.cpu()(**batch).logits
 
 
 @pytest.mark.few(3)

@@ -22,16 +22,16 @@ def in_words(error: Exception, trainer: Any, checkpoints: Path) -> Exception:
     step = trainer.state.global_step + 1
     last = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     go_on = f"Then go on with --resume, {f'from {last[-1]}' if last else 'from the start: there is no checkpoint yet'}."
-    if _out_of_memory(error):
+    if memory := _exhausted(error, trainer.args.device):
         args = trainer.args
         if trainer.control.should_evaluate:
             return TrainingError(
-                f"the evaluation after step {trainer.state.global_step} does not fit into the memory of {args.device}: "
+                f"the evaluation after step {trainer.state.global_step} does not fit into the memory of {memory}: "
                 f"lower train.per_device_eval_batch_size, which is {args.per_device_eval_batch_size}. {go_on}"
             )
         rows, tokens = [*trainer.batch_shape[:2], 0, 0][:2]
         return TrainingError(
-            f"step {step} does not fit into the memory of {args.device}: a batch of {rows} rows (train."
+            f"step {step} does not fit into the memory of {memory}: a batch of {rows} rows (train."
             f"per_device_train_batch_size is {args.per_device_train_batch_size}) of {tokens:,} tokens, as many as the "
             f"longest has. {trainer.less_memory}. {go_on}"
         )
@@ -56,6 +56,9 @@ def _image_error(error: Exception) -> str | None:
     return str(error).strip().rpartition("ImageError: ")[2] if str(error).startswith("Caught ImageError") else None
 
 
-def _out_of_memory(error: Exception) -> bool:
-    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+def _exhausted(error: Exception, device: torch.device) -> torch.device | None:
+    """Return the device whose memory `error` says is exhausted: that of training, or the host."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return device
+    on_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return torch.device("cpu") if on_host or isinstance(error, MemoryError) else None
