@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from vlm import generation, remote_code
 from vlm.errors import UserError, nearest
 from vlm.files import atomic_folder, locked, require_new
+from vlm.generation_config import make_savable
 from vlm.interop import FAMILIES, REASONS, family_of, gguf, target_of, to_stock
 from vlm.loading import checkpoint_of
 from vlm.modeling import VLMForConditionalGeneration
@@ -51,6 +52,8 @@ def write(name: str, target: str, folder: Path) -> str:
     Raises UserError as [`to_stock`] does, and for a model that is none of ours.
     """
     model, processor = generation.load(name, device="cpu")
+    if note := make_savable(model):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     if not isinstance(model, VLMForConditionalGeneration):
         raise UserError(f"{name} is a {model.config.model_type} model of transformers already")
     if target == "gguf":

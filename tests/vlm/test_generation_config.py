@@ -76,7 +76,7 @@ def plain(model, processor, request):
     return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("key", HONOURED)
 def test_a_batch_has_the_answers_of_single_requests(made, model, key):
     _, processor = made

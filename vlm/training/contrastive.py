@@ -45,6 +45,7 @@ from vlm.training.pair_embeddings import can_keep, embedding_pairs, pooled_featu
 from vlm.training.parts import add_lora, set_trainable, trains_vision
 from vlm.training.processes import GlobalBatch, sharded, what_differs
 from vlm.training.quantization import merged
+from vlm.training.rehearsal import rehearse
 from vlm.training.report import parts_table
 from vlm.training.skipped import SkippedSteps
 from vlm.training.stage import (
@@ -131,6 +132,10 @@ def run_stages(
             model = save_stage(stage_home(folder, recipe.stage_names, number), trained, adapter, processor)
             with going_on(folder / "loss.png"):
                 draw_losses({recipe.name: folder / "metrics.jsonl"}, folder / "loss.png", "contrastive loss")
+        elif processes.is_main_process and number == done:
+            batch = PairCollator(processor, model.config, cache)(train[:2])
+            model, said = rehearse(trained, processor, batch, args.device)
+            console.print(said, highlight=False, soft_wrap=True)
         else:
             model = merged(trained)
         processes.wait_for_everyone()

@@ -38,6 +38,7 @@ from vlm.errors import UserError
 from vlm.eval import Processes, evaluate
 from vlm.eval.summary import show
 from vlm.files import going_on, write_text
+from vlm.generation_config import make_savable
 from vlm.loading import checkpoint_of, no_loading_bar
 from vlm.precision import generation_in_bfloat16
 from vlm.printing import json_text
@@ -57,6 +58,7 @@ from vlm.training.history import draw_losses
 from vlm.training.parts import trains_vision
 from vlm.training.processes import join_processes, sharded
 from vlm.training.quantization import merged, quantize
+from vlm.training.rehearsal import rehearse
 from vlm.training.report import environment
 from vlm.training.stage import Batches, initialize_projector, run_stage
 from vlm.training.streams import Stream, mixture_of, stream_layout
@@ -117,6 +119,8 @@ def _train(
     read_tasks(recipe.evaluation.classification)  # what is wrong with them is said now
     done = finished_stages(folder, recipe.stage_names) if resume else 0
     model, processor = _start_model(recipe, folder, done)
+    if note := make_savable(model):
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     processes.wait_for_everyone()  # so that none looks for a run in the folder when there is one
     if processes.is_main_process and not dry_run:  # only now: a mistake in the recipe or its data changes no folder
         _prepare_folder(folder, recipe, changed, overwrite=overwrite, console=console)
@@ -192,7 +196,16 @@ def _run_stages(
                 recipe, stage, model, batches, folder, dry_run=dry_run, resume=resume, stop=stop, console=console
             )
         if dry_run:
-            model = merged(trained)
+            if processes.is_main_process and number == done:
+                wanted = recipe.model.quantization_config
+                device = torch.device("cpu") if sharded(args) else args.device
+                model, said = rehearse(
+                    trained, processor, batches.first(), device, wanted.to_config() if wanted else None
+                )
+                console.print(said, highlight=False, soft_wrap=True)
+            else:
+                model = merged(trained)
+            processes.wait_for_everyone()
             continue
         home_of_stage = stage_home(folder, recipe.stage_names, number)
         if processes.is_main_process:
@@ -267,18 +280,24 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
     elif spec.pretrained:
         source = checkpoint_of(spec.pretrained)
     else:
-        return build(
-            **spec.model_dump(exclude={"preset", "pretrained", "adapter", "quantization_config"}),
-            **spec.adapter.model_dump(exclude={"data_dependent_init"}),
-        )
+        try:
+            return build(
+                **spec.model_dump(exclude={"preset", "pretrained", "adapter", "quantization_config"}),
+                **spec.adapter.model_dump(exclude={"data_dependent_init"}),
+            )
+        except (OSError, ValueError) as error:
+            raise error if isinstance(error, UserError) else UserError(f"model: {error}") from error
     return _load(source, recipe)
 
 
 def _load(source: str, recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     trust = recipe.model.trust_remote_code
-    with no_loading_bar():
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype="float32", trust_remote_code=trust)
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust)
+    try:
+        with no_loading_bar():
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype="float32", trust_remote_code=trust)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {source}: {error}") from error
     generation.require_supported(model, processor)
     return model, processor
 

@@ -19,6 +19,7 @@ from vlm.data.batches import RowSampler, padding
 from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, one_row_an_answer, supervised_tokens
 from vlm.data.pairs import PairDataset
 from vlm.data.stream import StreamDataset
+from vlm.data.tree_masks import NotATree
 from vlm.errors import UserError
 from vlm.recipe import Recipe, Stage
 from vlm.recipe_train import STOPPING
@@ -67,6 +68,14 @@ class Batches:
             collator=replace(self.collator, plain=True),
             stream=self.stream.one_row_an_answer() if self.stream else None,
         )
+
+    def first(self) -> dict[str, Any]:
+        """A batch of the first example."""
+        try:
+            return self.collator([[self.train[0]]])
+        except NotATree:
+            plain = self.one_row_an_answer()
+            return plain.collator([[plain.train[0]]])
 
     def held_out(self, max_tokens: int) -> TreeDataset:
         """The rows that the loss is taken over; when there are no trees an index has one answer, since Trainer gathers
