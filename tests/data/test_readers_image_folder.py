@@ -188,3 +188,24 @@ def test_names_as_other_systems_write_them(tmp_path):
     assert [p.where for p in problems] == [f"f/metadata.jsonl:{line}" for line in (3, 4, 5)]
     assert problems[0].why.endswith("2024/B.png; there is b.PNG, and capitals matter: write the name so")
     assert all(p.why.startswith("no such image: ") for p in problems)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "image_idx",
+        "img_id",
+        "question_ids",
+        "conversation_id",
+        "prompts",
+        "message",
+        "filename",
+        "caption_1",
+        "answer_2",
+    ],
+)
+def test_columns_of_other_people_are_left_alone(tmp_path, other):
+    rows = [{"file_name": "a.png", "caption": "x", other: "y"}, {"file_name": "b.png", "promt": "y", "caption": "x"}]
+    examples, problems = read_folder(tmp_path, rows)
+    assert [e.branches[0].answer for e in examples] == ["x"]
+    assert lines(problems) == ["f/metadata.jsonl:2: promt: unknown key, did you mean 'prompt'?"]

@@ -23,6 +23,7 @@ from typing import Any
 from vlm.data.example import Branch, Problem
 from vlm.data.readers_conversations import asked_branch, completed_branch, conversation_branch
 from vlm.data.readers_text import (
+    CONTENT_KEYS,
     RowError,
     answer_text,
     answer_texts,
@@ -49,7 +50,6 @@ ROW_KEYS = (
     "completion",
 )
 """What a row may say, and a misspelt key may mean."""
-_CONTENT_KEYS = ("caption", "captions", "question", "qa", "messages", "conversations", "completion")
 _OTHER_NAMES = {
     "answer": "an answer needs a 'question'",
     "answers": "answers need a 'question'",
@@ -71,9 +71,9 @@ class RowReader:
     def branches(self, row: Mapping[str, Any], *, num_images: int, where: str, problems: list[Problem]) -> list[Branch]:
         """All branches of a row. What is bad goes to `problems`, and the rest of the row is kept."""
         given, row = row, {key: value for key, value in row.items() if not is_null(value)}
-        if "text" in row and not any(key in row for key in _CONTENT_KEYS):
+        if "text" in row and not any(key in row for key in CONTENT_KEYS):
             row["caption"] = row.pop("text")
-        if not any(key in row for key in _CONTENT_KEYS):
+        if not any(key in row for key in CONTENT_KEYS):
             problems.append(_nothing_to_answer(given, where))
             return []
         try:
@@ -152,9 +152,9 @@ def _only_known(item: Mapping[str, Any], known: tuple[str, ...]) -> None:
 
 
 def _nothing_to_answer(row: Mapping[str, Any], where: str) -> Problem:
-    if empty := [key for key in _CONTENT_KEYS if key in row]:
+    if empty := [key for key in CONTENT_KEYS if key in row]:
         return Problem(where, "", f"nothing to answer: {empty[0]!r} is null")
     hint = next((f" ({key!r}: {_OTHER_NAMES[key]})" for key in row if key in _OTHER_NAMES), "")
-    hint = hint or next((f" ({key!r}{h})" for key in row if (h := near_miss(key, _CONTENT_KEYS))), "")
+    hint = hint or next((f" ({key!r}{h})" for key in row if (h := near_miss(key, CONTENT_KEYS))), "")
     found = ", ".join(map(show, row)) or "nothing"
-    return Problem(where, "", f"nothing to answer: none of {', '.join(_CONTENT_KEYS)} among {found}{hint}")
+    return Problem(where, "", f"nothing to answer: none of {', '.join(CONTENT_KEYS)} among {found}{hint}")

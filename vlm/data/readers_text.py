@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime, time
@@ -13,6 +14,9 @@ from typing import Any
 
 IMAGE_PLACEHOLDER = "<image>"
 NO_IMAGE_IN_ANSWER = "an image stands in an answer; images are only allowed in questions"
+CONTENT_KEYS = ("caption", "captions", "question", "qa", "messages", "conversations", "completion")
+"""What a row may have to answer."""
+_ID = re.compile("(id|ids|idx|index)[0-9]*$")
 _EXACT = 2**53  # up to here a float holds every integer
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring, _REPR.maxother = 3, 4, 4, 60, 60
@@ -175,10 +179,15 @@ def near_miss(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def unknown_near_miss(row: Mapping[str, Any], known: Sequence[str]) -> tuple[str, str] | None:
-    """Return a key that is nearly a known one, and why it is bad. Keys that resemble none are other columns, and so are
-    those that resemble one that the row has (`answer_1` next to `answer`)."""
-    missing = [key for key in known if key not in row]
+    """Return a key that is nearly a known one, and why it is bad. Others are columns of other people, and so are those
+    of a row with something to answer that are words of their own (`prompts`) or ids (`image_idx`)."""
+    several = {key if key.endswith("s") else f"{key}s" for key in row if key in known}
+    missing = [key for key in known if key not in row and (key if key.endswith("s") else f"{key}s") not in several]
+    answered = any(key in row for key in CONTENT_KEYS)
     for key in row:
-        if key not in known and (hint := near_miss(key, missing, cutoff=0.85)):
-            return key, f"unknown key{hint}"
+        if key in known or (answered and _ID.search(key)):
+            continue
+        for meant in difflib.get_close_matches(key, missing, n=1, cutoff=0.85):
+            if not (answered and (key.startswith(meant) or meant.startswith(key))):
+                return key, f"unknown key, did you mean {meant!r}?"
     return None

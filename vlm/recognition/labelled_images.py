@@ -86,16 +86,15 @@ def _from_rows(metadata: Path, column: str) -> LabelledImages:
         raise UserError(f"{metadata}: no row has {column!r} (--label-column); {nearest(column, rows[0][1])}")
     for where, row in rows:
         try:
-            name = row.get("file_name")
-            if isinstance(name, list):
-                raise RowError("file_name", "expected the name of one image")
-            file_names(name, "file_name", "expected the name of an image")
+            names = file_names(row.get("file_name"), "file_name", "expected the name of an image")
+            if len(names) != 1:
+                raise RowError("file_name", f"expected the name of one image, found {len(names)}")
             label = required_text(row, column)
         except RowError as error:
             problems.append(Problem(where, error.key, error.why))
             continue
-        if (path := str(metadata.parent / name)) in images:
-            problems.append(Problem(where, "file_name", f"{name} has a row already"))
+        if (path := str(metadata.parent / names[0])) in images:
+            problems.append(Problem(where, "file_name", f"{names[0]} has a row already"))
         else:
             images[path] = path
             found.append(label)
