@@ -52,8 +52,7 @@ def write(name: str, target: str, folder: Path) -> str:
     Raises UserError as [`to_stock`] does, and for a model that is none of ours.
     """
     model, processor = generation.load(name, device="cpu")
-    if note := make_savable(model):
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    note = make_savable(model)
     if not isinstance(model, VLMForConditionalGeneration):
         raise UserError(f"{name} is a {model.config.model_type} model of transformers already")
     if target == "gguf":
@@ -62,10 +61,10 @@ def write(name: str, target: str, folder: Path) -> str:
         return f"{files}, for llama.cpp" + (f"\nNote: {notice}" if notice else "")
     if target == "remote_code":
         remote_code.write(model, processor, folder)
-        return "loads without vlm, with trust_remote_code=True"
+        return "loads without vlm, with trust_remote_code=True" + (f"\n{note}" if note else "")
     stock, stock_processor = to_stock(model, processor, target)
     save(stock, stock_processor, folder)
-    return f"{type(stock).__name__}, equal to {name} on a question about an image"
+    return f"{type(stock).__name__}, equal to {name} on a question about an image" + (f"\n{note}" if note else "")
 
 
 def save(stock: PreTrainedModel, processor: Any, folder: Path) -> None:
