@@ -98,19 +98,18 @@ def part_of(module: str) -> str:
     return [*module.split("."), ""][1]
 
 
+LINKED = ("adapters", "eval", "recipes")
+"""Folders at the top that are packages inside `vlm`: by links, or where there are none by `pyproject.toml`."""
+
+
 def sources() -> Iterator[tuple[str, Path]]:
-    """Every module of the package with its file, through the three linked folders too."""
-    for path in sorted(_walk(ROOT / "vlm")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
-
-
-def _walk(folder: Path) -> Iterator[Path]:  # rglob follows links in some versions of Python and not in others
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _walk(path)
-        elif path.suffix == ".py":
-            yield path
+    """Every module of the package with its file."""
+    folders = {"vlm": ROOT / "vlm"} | {f"vlm.{name}": ROOT / name for name in LINKED}
+    for package, folder in folders.items():
+        for path in sorted(folder.rglob("*.py")):
+            inside = path.relative_to(folder).with_suffix("").parts
+            if package != "vlm" or inside[0] not in LINKED:  # some versions of Python follow the links
+                yield ".".join((package, *(inside[:-1] if inside[-1] == "__init__" else inside))), path
 
 
 def imports(path: Path) -> Iterator[str]:

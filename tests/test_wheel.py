@@ -12,11 +12,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["links", pytest.param("text files for links", marks=pytest.mark.slow)])
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a checkout as it is, and as one where git makes no symbolic links (`core.symlinks=false`)."""
     copy = tmp_path_factory.mktemp("source") / "project"  # building writes into the source folder
     unwanted = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "tests", "benchmarks")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=unwanted)
+    if request.param != "links":
+        for link in [path for path in (copy / "vlm").iterdir() if path.is_symlink()]:
+            target = os.readlink(link)
+            link.unlink()
+            link.write_text(target)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(copy / "dist"), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
