@@ -1,9 +1,13 @@
 """`vlm train` on the device: the defaults of a recipe, pinned memory and data loader workers included."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+import yaml
 
 from tests.emulated_gpu.log import log
 from tests.training.conftest import images, parts, values, vlm_home  # noqa: F401 - fixtures
@@ -59,5 +63,22 @@ def test_a_deterministic_run(recipe, tmp_path):
         train(recipe("cuda", full_determinism=True))
     finally:
         torch.use_deterministic_algorithms(False)
+    found, expected = losses(tmp_path / "cuda"), losses(tmp_path / "cpu")
+    assert [entry[2] for entry in found] == pytest.approx([entry[2] for entry in expected], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_machine_with_two_gpus(recipe, tmp_path):
+    """It uses one of them, and trains on whole batches."""
+    train(recipe("cpu"))
+    path = tmp_path / "recipe.yaml"
+    mine = recipe("cuda")
+    mine["train"].pop("use_cpu")
+    path.write_text(yaml.safe_dump(mine))
+    environment = os.environ | {"EMULATED_GPU_COUNT": "2"}
+    words = [sys.executable, "-m", "vlm", "train", str(path)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "this run uses 1 of 2 GPUs" in done.stdout
     found, expected = losses(tmp_path / "cuda"), losses(tmp_path / "cpu")
     assert [entry[2] for entry in found] == pytest.approx([entry[2] for entry in expected], rel=1e-4)

@@ -1,17 +1,20 @@
 """What no run can do is refused before models are loaded, with its key and value."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
-from transformers import get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
 from vlm import recipe
 from vlm.errors import UserError
 from vlm.training import arguments, run
-from vlm.training.arguments import require_arguments
+from vlm.training.arguments import require_arguments, training_arguments
+from vlm.training.processes import idle_gpus
 
 
 def made(**train: Any) -> recipe.Recipe:
@@ -92,3 +95,24 @@ def test_a_schedule_is_tried_as_the_trainer_makes_it(monkeypatch: pytest.MonkeyP
     )
     require_arguments(made(lr_scheduler_type="cosine", lr_scheduler_kwargs={"num_cycles": 2}, warmup_steps=10))
     assert (seen["num_warmup_steps"], seen["scheduler_specific_kwargs"]) == (10, {"num_cycles": 2})
+
+
+def test_one_process_uses_one_gpu(monkeypatch, tmp_path):
+    """DataParallel would divide a batch, and rows of trees from their layout."""
+
+    class OnFourGPUs(TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 4
+
+    monkeypatch.setattr(arguments, "TrainingArguments", OnFourGPUs)
+    one = made()
+    assert training_arguments(one, one.stages[0], tmp_path).n_gpu == 1
+
+
+def test_gpus_that_are_not_used_are_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
+    assert "uses 1 of 4 GPUs" in idle_gpus(SimpleNamespace(device=gpu, num_processes=1))
+    assert idle_gpus(SimpleNamespace(device=gpu, num_processes=4)) is None
+    assert idle_gpus(SimpleNamespace(device=cpu, num_processes=1)) is None

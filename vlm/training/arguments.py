@@ -65,7 +65,7 @@ def _arguments(recipe: Recipe, stage: Stage, train: Mapping[str, Any], folder: P
     chosen = {key: value for key, value in chosen.items() if key not in STOPPING}
     if "early_stopping_patience" in train:
         chosen.setdefault("metric_for_best_model", "loss")
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder),
         seed=recipe.seed,
         data_seed=recipe.seed,
@@ -74,6 +74,10 @@ def _arguments(recipe: Recipe, stage: Stage, train: Mapping[str, Any], folder: P
         prediction_loss_only=True,
         **chosen,
     )
+    # One process would use all visible GPUs by DataParallel, which divides the tensors of a batch by their first
+    # dimension. That of a tree layout is not the number of rows.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
 def _is_reentrant(train: Mapping[str, Any]) -> bool:

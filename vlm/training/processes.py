@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -34,6 +35,17 @@ def join_processes(recipe: Recipe) -> PartialState:
         )
     seconds = max(train.get("ddp_timeout", TrainingArguments.ddp_timeout) for train in stages)
     return PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
+
+
+def idle_gpus(processes: PartialState) -> str | None:
+    """Return how to train on all GPUs, if there are several and one process was started; None otherwise."""
+    count = torch.cuda.device_count() if processes.device.type == "cuda" else 0
+    if processes.num_processes > 1 or count < 2:
+        return None
+    return (
+        f"this run uses 1 of {count} GPUs. To train on all: accelerate launch --num_processes {count} -m vlm train ... "
+        "(docs/scaling.md)"
+    )
 
 
 def sharded(args: TrainingArguments) -> bool:

@@ -56,7 +56,7 @@ from vlm.training.features import Keys, kept_features
 from vlm.training.folder import finished_stages, save_stage, stage_home, unscored_stages
 from vlm.training.history import draw_losses
 from vlm.training.parts import trains_vision
-from vlm.training.processes import join_processes, sharded
+from vlm.training.processes import idle_gpus, join_processes, sharded
 from vlm.training.quantization import merged, quantize
 from vlm.training.rehearsal import rehearse
 from vlm.training.report import environment
@@ -88,6 +88,8 @@ def train(
     for stage in recipe.stages:
         require_trackers(stage.train.get("report_to"))
     processes = join_processes(recipe)
+    if note := idle_gpus(processes):
+        console.print(note, style="yellow", highlight=False, soft_wrap=True)
     require_arguments(recipe)
     folder = Path(recipe.output_dir)
     require_place(folder, recipe)
