@@ -18,7 +18,7 @@ from vlm.embedding import load_embedder
 from vlm.errors import UserError
 from vlm.files import atomic_write, new_file
 from vlm.loading import Placement
-from vlm.printing import json_text
+from vlm.printing import json_text, require_unicode
 from vlm.recognition.labelled_images import read_labelled_images
 from vlm.recognition.labels import read_labels, read_templates
 from vlm.recognition.likelihood import LabelLikelihood
@@ -54,6 +54,7 @@ def run(
         raise UserError("--labels says what the images may be; --data has labels of its own")
     if label_column is not None and data is None:
         raise UserError("--label-column is a column of --data")
+    require_unicode(prompt or "", "--prompt")
     with new_file(output):
         texts = read_templates(template, templates)
         labelled = read_labelled_images(data, label_column) if data else None

@@ -20,7 +20,7 @@ from vlm.errors import UserError
 from vlm.files import is_write_fault, locked, saving
 from vlm.loading import Placement
 from vlm.paths import existing
-from vlm.printing import json_text
+from vlm.printing import json_text, require_unicode
 
 Request = tuple[list[Image.Image], list[Message]]
 Generate = Callable[[list[Request]], list[str]]
@@ -163,6 +163,7 @@ def run(
 
     Raises InUse if another process writes `output`.
     """
+    require_unicode(prompt, "--prompt")
     found = find_images(patterns)
     found.show_left_out(console)
     images = found.paths

@@ -15,6 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.segment import Segment
 
+from vlm.errors import UserError
+
 # C0 and C1 without tab and line feed; line and paragraph separators; bidirectional embeddings, overrides and isolates;
 # surrogates, which no encoding has. Marks and joiners stay: Arabic, Persian and emoji need them.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -41,6 +43,16 @@ def json_text(value: Any, **options: Any) -> str:
     a byte of a file name that is not UTF-8, becomes an escape (`\\udce9`): read back, the name is the same."""
     text = json.dumps(value, ensure_ascii=False, **options)
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def require_unicode(text: str, what: str) -> None:
+    """Raise UserError if a tokenizer cannot take a text: it has half of a surrogate pair, or a byte from the command
+    line that is not UTF-8. `what` is called so in the message."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = printable(text[error.start])
+        raise UserError(f"{what}: character {error.start} is no Unicode ({found}); write it as UTF-8") from None
 
 
 def _written_out(match: re.Match[str]) -> str:

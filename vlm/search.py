@@ -13,7 +13,7 @@ from vlm.embedding import Embedder
 from vlm.errors import UserError
 from vlm.index import load_encoder
 from vlm.paths import existing, existing_file
-from vlm.printing import printable_name
+from vlm.printing import printable_name, require_unicode
 from vlm.retrieval.index import ImageIndex
 from vlm.retrieval.page import write_hits
 
@@ -28,6 +28,8 @@ def run(query: str, *, index: Path, k: int, html: Path | None, console: Console)
     photo = existing_file(query)
     if photo is None and Path(query).suffix.lower() in IMAGE_SUFFIXES:
         raise UserError(f"{query}: the file does not exist")
+    if photo is None:
+        require_unicode(query, "the words to search for")
     opened = ImageIndex.open(index)
     with console.status("loading the encoder"):
         embedder = load_encoder(opened)

@@ -3,13 +3,18 @@
 import io
 import json
 import os
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlm import classify, predict, search
+from vlm.errors import UserError
 from vlm.paths import existing, existing_file, existing_folder, expanded
 from vlm.printing import SafeConsole, html_text, json_text, printable, printable_name
+from vlm.recognition.labels import read_labels, read_templates
 
 NAME = "\x1b]0;TITLE\x07\x1b[2J\x9b31m\u202ered\u2066\ud83d" + os.fsdecode(b"caf\xe9")
 
@@ -67,3 +72,24 @@ def test_what_is_there_is_found(tmp_path, monkeypatch) -> None:
     assert existing("~/a.txt") == existing_file("~/a.txt") == tmp_path / "a.txt"
     assert existing_folder("~/a.txt") is None
     assert existing("~") == existing_folder("~") == tmp_path
+
+
+HALF, BYTE = "half \ud83d", os.fsdecode(b"caf\xe9")
+
+
+@pytest.mark.parametrize("text", [HALF, BYTE])
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda text: read_labels(f"cat,{text}"),
+        lambda text: read_templates([f"a {{}} {text}"], None),
+        lambda text: predict.run("no-model", [], prompt=text, output=Path("no"), console=Console()),
+        lambda text: classify.run("no-model", ["no.png"], labels="a,b", prompt=text, console=Console()),
+        lambda text: search.run(text, index=Path("no"), k=1, html=None, console=Console()),
+    ],
+    ids=["labels", "templates", "predict", "classify", "search"],
+)
+def test_words_that_are_no_unicode_are_refused_before_anything_is_loaded(command, text) -> None:
+    with pytest.raises(UserError, match="is no Unicode") as raised:
+        command(text)
+    assert str(raised.value).encode()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlm.errors import UserError, nearest
 from vlm.paths import existing_file, expanded
+from vlm.printing import printable, require_unicode
 
 PLACE = "{}"
 """Where the label goes in a template."""
@@ -45,6 +46,8 @@ def read_labels(labels: str) -> list[str]:
 
 def require_labels(labels: Sequence[str], where: str) -> None:
     """Raise UserError unless there is something to choose from, and no label twice."""
+    for label in labels:
+        require_unicode(label, f"{printable(where)}: label {printable(label)}")
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
         raise UserError(f"{where}: {', '.join(map(repr, twice))} more than once; give each label once")
@@ -69,6 +72,7 @@ def read_templates(templates: Sequence[str], named: str | None) -> tuple[str, ..
     if named and not found:
         raise UserError(f"templates {named}: there is no template in it")
     for template in found:
+        require_unicode(template, f"template {printable(template)}")
         if PLACE not in template:
             raise UserError(f"template {template!r} has no {PLACE} where the label goes")
     return tuple(found)
