@@ -417,3 +417,58 @@ def test_a_model_that_ignores_the_mask_gets_no_trees(values, monkeypatch):
     assert said.count("no trees for LlamaForCausalLM, a row for each answer: several answers in a row have a loss") == 1
     assert seen[:2] == [2, 4], "one by one, then as trees"
     assert set(seen[2:]) == {2}
+
+
+# --- the run folder
+
+
+def _nothing_is_loaded(monkeypatch):
+    monkeypatch.setattr("vlm.training.run.read", lambda *args, **kwargs: pytest.fail("the data were read"))
+    monkeypatch.setattr("vlm.training.run.build", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+
+
+def _notes(folder):
+    (folder / "model").mkdir(parents=True)
+    (folder / "model/notes.txt").write_text("mine")
+
+
+PLACES = {
+    "a file": (lambda run: run.write_text(""), "is a file; choose another"),
+    "a folder with a model": (_notes, r"is no run, and it holds model, which a run would replace\. Choose another"),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}])
+@pytest.mark.parametrize("name", PLACES)
+def test_a_folder_that_is_no_run_is_refused_before_anything_is_loaded(values, monkeypatch, name, options):
+    make, why = PLACES[name]
+    folder = Path(values["output_dir"])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    make(folder)
+    _nothing_is_loaded(monkeypatch)
+    with pytest.raises(UserError, match=why):
+        train(values, **options)
+    assert name == "a file" or (folder / "model/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("key", ["data.train.path", "model.vision"])
+def test_a_run_does_not_write_into_what_it_reads(values, monkeypatch, key):
+    section, *rest = key.split(".")
+    place = values[section]
+    for name in rest:
+        place = place[name]
+    _nothing_is_loaded(monkeypatch)
+    for folder in (Path(place), Path(place) / "deep" / "run"):
+        with pytest.raises(UserError, match=rf"output_dir: .* is in .*, which {key} reads"):
+            train(values | {"output_dir": str(folder)})
+    assert not (Path(place) / "deep").exists()
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(values, monkeypatch):
+    from vlm.files import locked_folder
+
+    _nothing_is_loaded(monkeypatch)
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with locked_folder(Path(values["output_dir"])), pytest.raises(UserError, match="is in use by process"):
+            train(values, **options)
+    assert not Path(values["output_dir"]).exists()

@@ -44,7 +44,7 @@ from vlm.training.streams import Stream, report
 from vlm.training.throughput import in_words
 from vlm.training.tracking import Progress, into_run_folder, outlive_trackers
 from vlm.training.trainer import VLMTrainer, stream_file
-from vlm.training.unused import blank_image_row, freeze_unread
+from vlm.training.unused import blank_image_row, every_part_must_run, freeze_unread
 
 INITIALIZATION_IMAGES = 256
 """So many, or tiles, are enough for a mean and a deviation per channel: an image has hundreds of patches."""
@@ -124,7 +124,7 @@ def run_stage(
                 f"vision encoder: {unread:,} weights frozen, since they come after the layers that are read",
                 highlight=False,
             )
-    if args.world_size > 1:
+    if every_part_must_run(args):
         batches.collator.blank = blank_image_row(batches.train)
     tried = TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed, recipe.data.augmentation)
     rows = batches.stream.rows(args) if batches.stream else tried

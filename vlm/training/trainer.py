@@ -20,6 +20,7 @@ from vlm.training.inputs import training_inputs
 from vlm.training.part_trainer import PartTrainer
 from vlm.training.parts import freeze_state
 from vlm.training.throughput import CountingCollator
+from vlm.training.unused import drop_gradients_of_images
 from vlm.tree_attention import sum_by_index
 
 
@@ -67,8 +68,13 @@ class VLMTrainer(PartTrainer):
         # The loss is ours: the model need not be told how many items it is divided by.
         self.model_accepts_loss_kwargs = False
         self._loss_shifts_labels = True
+        self._images_in_step = False
         self.measures: list[Callable[[float], dict[str, float]]] = []
         """What else an evaluation gives: called with the held-out loss, after it."""
+
+    @property
+    def _adds_blank_rows(self) -> bool:
+        return getattr(self.data_collator, "blank", None) is not None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in Trainer, and in each batch what is counted of it."""
@@ -92,6 +98,7 @@ class VLMTrainer(PartTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if isinstance(self.train_dataset, StreamDataset):
             self.train_dataset.trained(inputs.pop("trained"))
+        self._images_in_step |= bool(inputs["counts"][:, 0].any())
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -102,6 +109,16 @@ class VLMTrainer(PartTrainer):
         # Trainer hands outputs, labels and their number to its loss, and nothing else.
         self.compute_loss_func = partial(supervised_loss, weights=inputs.get("loss_weights"))
         return super().compute_loss(model, given, *args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As in PartTrainer. If no process had an image in this step, weights that only images reach stay as they are,
+        as they do in one process."""
+        if self._adds_blank_rows:
+            seen = torch.tensor([self._images_in_step], device=self.args.device)
+            if not bool(self.accelerator.gather(seen).any()):
+                drop_gradients_of_images(self.accelerator.unwrap_model(model))
+            self._images_in_step = False
+        return super()._get_grad_norm(model, grad_norm)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """What the loss is divided by: as in Trainer the supervised tokens of the global batch, or their weights."""
@@ -121,7 +138,7 @@ class VLMTrainer(PartTrainer):
         losses, rows = token_losses(outputs, inputs["labels"])
         each = torch.stack([losses, torch.ones_like(losses)], dim=1).double()
         sums = sum_by_index(each, rows, len(inputs["labels"]))
-        if self.data_collator.blank is not None and not (inputs["labels"][-1] != IGNORE).any():
+        if self._adds_blank_rows and not (inputs["labels"][-1] != IGNORE).any():
             sums = sums[:-1]  # a row that only this process has
         self._evaluated += self.accelerator.gather_for_metrics(sums).sum(dim=0)
         return loss.detach(), None, None

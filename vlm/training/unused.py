@@ -1,7 +1,8 @@
 """Weights that a step does not use: those that never are, and those of the bridge in a batch without images.
 
-Processes that share a model wait for each other in every part of it, and DDP waits for every gradient. So each process
-has to run the vision encoder and the bridge in each step, and weights without a gradient are frozen.
+Processes that share a model wait for each other in every part of it, and with DDP too unless it looks for unused
+weights. There each process has to run the vision encoder and the bridge in each step. Weights that never have a
+gradient are frozen.
 """
 
 from __future__ import annotations
@@ -11,11 +12,23 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from vlm.data.dataset import Row, TreeCollator, TreeItem
 from vlm.training.inputs import training_inputs
 from vlm.training.parts import named_parts, weights_of
+from vlm.training.processes import sharded
+
+
+def every_part_must_run(args: TrainingArguments) -> bool:
+    """Whether processes wait for each other in parts of the model that a batch may not use."""
+    if args.world_size == 1:
+        return False
+    looks_for_unused = args.ddp_find_unused_parameters
+    if looks_for_unused is None:  # as Trainer decides then
+        looks_for_unused = not args.activation_checkpointing
+    return sharded(args) or not looks_for_unused
 
 
 def blank_image_row(items: Sequence[TreeItem]) -> Row | None:
@@ -26,6 +39,17 @@ def blank_image_row(items: Sequence[TreeItem]) -> Row | None:
     """
     shown = [item for item in items if item.example.images]
     return [min(shown, key=lambda item: len(item.tree)).blank()] if shown else None
+
+
+def drop_gradients_of_images(model: nn.Module) -> None:
+    """Make gradients None that images alone give: of all parts but the language model and its LoRA.
+
+    After a step without images they are zero where blank rows were run. Adam moves weights whose gradient is zero, by
+    its momentum, and no others.
+    """
+    for part, _, parameter in named_parts(model):
+        if part not in ("language", "lora"):
+            parameter.grad = None
 
 
 def freeze_unread(model: Any, collator: TreeCollator, items: Sequence[TreeItem], device: torch.device) -> int:
