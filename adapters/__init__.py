@@ -7,10 +7,11 @@ from vlm.adapters.cross_attention import (
     MllamaCrossAttention,
     VisionStates,
 )
-from vlm.adapters.projectors import PROJECTORS, build_projector, check_options, unknown_name
+from vlm.adapters.projectors import LARGEST, PROJECTORS, build_projector, check_options, unknown_name
 from vlm.adapters.tiles import AnyresMerger, TilePositions
 
 __all__ = [
+    "LARGEST",
     "PROJECTORS",
     "AnyresMerger",
     "FlamingoCrossAttention",

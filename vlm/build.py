@@ -16,7 +16,7 @@ from vlm.chat_templates import CHATML, TemplateName, chat_template_for, ends_wit
 from vlm.configuration import VLMConfig
 from vlm.encoder import encode, load_vision_tower, mllama_feature_layers, resize_positions
 from vlm.image_processors import ImageAspectRatio, ImageSize, image_size_of, keep_tiles_whole, load_image_processor
-from vlm.loading import checkpoint_of, load_quietly
+from vlm.loading import checkpoint_of, load_quietly, reading
 from vlm.modeling import VLMForConditionalGeneration
 from vlm.processing import IMAGE_TOKEN, VLMProcessor, pad_left
 from vlm.tiling import MAX_TILES, tiler_of
@@ -51,8 +51,12 @@ def build(
     vision_tower, image_processor = load_vision(
         vision, image_size=image_size, image_aspect_ratio=image_aspect_ratio, trust_remote_code=trust_remote_code
     )
-    language_model = load_quietly(AutoModelForCausalLM, language, dtype="float32", trust_remote_code=trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(language, trust_remote_code=trust_remote_code)
+    with reading(language, kind="a language model"):
+        language_model = load_quietly(
+            AutoModelForCausalLM, language, dtype="float32", trust_remote_code=trust_remote_code
+        )
+    with reading(language, "tokenizer", kind="a language model"):
+        tokenizer = AutoTokenizer.from_pretrained(language, trust_remote_code=trust_remote_code)
     return assemble(
         vision_tower,
         language_model,
@@ -83,15 +87,17 @@ def load_vision(
     sizes = image_size if isinstance(image_size, list | tuple) else [image_size] * len(names)
     if len(sizes) != len(names):
         raise ValueError(f"image_size has {len(sizes)} sizes for {len(names)} encoders; give each one, or one for all")
-    towers = [load_vision_tower(name, pooled=pooled, trust_remote_code=trust_remote_code) for name in names]
-    image_processors = [
-        load_image_processor(
-            name, image_size=size, image_aspect_ratio=image_aspect_ratio, trust_remote_code=trust_remote_code
-        )
-        for name, size in zip(names, sizes, strict=True)
-    ]
-    for tower, image_processor in zip(towers, image_processors, strict=True):
-        resize_positions(tower, *image_size_of(image_processor))
+    towers, image_processors = [], []
+    for name, size in zip(names, sizes, strict=True):
+        with reading(name, kind="a vision encoder"):
+            tower = load_vision_tower(name, pooled=pooled, trust_remote_code=trust_remote_code)
+        with reading(name, "image processor", kind="a vision encoder"):
+            image_processor = load_image_processor(
+                name, image_size=size, image_aspect_ratio=image_aspect_ratio, trust_remote_code=trust_remote_code
+            )
+            resize_positions(tower, *image_size_of(image_processor))
+        towers.append(tower)
+        image_processors.append(image_processor)
     return (towers[0], image_processors[0]) if len(names) == 1 else side_by_side(towers, image_processors)
 
 

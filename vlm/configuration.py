@@ -7,7 +7,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from vlm.adapters import PROJECTORS, unknown_name
+from vlm.adapters import LARGEST, PROJECTORS, unknown_name
 from vlm.tiling import tiler_of
 
 BLOCKS = ("flamingo", "idefics")
@@ -69,6 +69,11 @@ class VLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         projector = self.projector or "mlp"
+        if not isinstance(projector, str | dict):
+            raise ValueError(f"projector must be a name, or an object with `type`, not {projector!r:.80}")
+        for name, least in (("cross_attention_every", 1), ("image_seq_length", 1), ("image_token_id", 0)):
+            if type(value := getattr(self, name)) is not int or not least <= value <= LARGEST:
+                raise ValueError(f"{name} must be a whole number from {least} to {LARGEST:,}, not {value!r:.80}")
         self.projector = {"type": projector} if isinstance(projector, str) else dict(projector)
         if self.projector.get("type") not in PROJECTORS:
             raise unknown_name("projector", str(self.projector.get("type")), PROJECTORS)

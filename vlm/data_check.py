@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vlm import recipe
-from vlm.errors import UserError
 
 
 def run(words: Sequence[str], *, model: str | None, console: Console) -> bool:
@@ -49,14 +48,12 @@ def _reading(model: str, max_length: int) -> dict[str, Any]:
     from vlm.data.example import Example
     from vlm.data.image_inputs import processed_once
     from vlm.data.images import image_size, open_image
-    from vlm.loading import checkpoint_of
+    from vlm.loading import checkpoint_of, reading
     from vlm.processing import VLMProcessor
 
     source = checkpoint_of(model)
-    try:
+    with reading(source, "processor"):
         processor = AutoProcessor.from_pretrained(source)
-    except OSError as error:
-        raise UserError(f"--model {model}: no processor there: {error}") from None
 
     def tokenize(example: Example) -> list[tuple[list[int], list[int]]]:
         if isinstance(processor, VLMProcessor):  # which knows the length of an image without its pixels

@@ -35,7 +35,7 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 from vlm.adapters.contrastive_loss import infonce, sigmoid
 from vlm.build import load_vision
 from vlm.encoder import encode, unsplittable
-from vlm.loading import checkpoint_of, load_quietly
+from vlm.loading import checkpoint_of, load_quietly, reading
 from vlm.precision import dtype_of
 
 TextPooling = Literal["mean", "cls", "last", "pooler"]
@@ -264,12 +264,14 @@ def load_text_encoder(name: str, *, pooled: bool, trust_remote_code: bool = Fals
     Raises ValueError if weights are missing; those of its pooling layer only if it is to be `pooled`, and for a
     tokenizer that has nothing to pad with.
     """
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    config = getattr(config, "text_config", None) or config
-    text_model = load_quietly(
-        AutoModel, name, pooled=pooled, config=config, dtype="float32", trust_remote_code=trust_remote_code
-    )
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with reading(name, kind="a text encoder"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = getattr(config, "text_config", None) or config
+        text_model = load_quietly(
+            AutoModel, name, pooled=pooled, config=config, dtype="float32", trust_remote_code=trust_remote_code
+        )
+    with reading(name, "tokenizer", kind="a text encoder"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {name} has neither a padding token nor an end-of-sequence token")
@@ -280,7 +282,9 @@ def load_text_encoder(name: str, *, pooled: bool, trust_remote_code: bool = Fals
 def longest_text(tokenizer: Any, config: Any) -> int:
     """How many tokens the text half of the dual encoder of `config` reads; 512 where it does not say."""
     places = getattr(config.text_config, "max_position_embeddings", None) or 512
-    return int(min(tokenizer.model_max_length, places))
+    if not isinstance(most := tokenizer.model_max_length, int | float):
+        raise ValueError(f"model_max_length in tokenizer_config.json must be a number, not {most!r:.80}")
+    return int(min(most, places))
 
 
 def text_lengths(tokenizer: Any, texts: Sequence[str]) -> list[int]:

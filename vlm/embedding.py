@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import align_module_device
+from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
@@ -27,7 +28,7 @@ from vlm.data.images import ImageError
 from vlm.dual_encoder import is_dual_encoder, tokenize
 from vlm.encoder import encode
 from vlm.errors import UserError
-from vlm.loading import checkpoint_of, load_quietly
+from vlm.loading import checkpoint_of, load_quietly, reading
 from vlm.precision import default_device, input_device
 
 BATCH_TEXTS = 64
@@ -113,10 +114,23 @@ def unit(vectors: Tensor) -> Tensor:
 def load_dual_encoder(
     source: str, *, dtype: str = "float32", device_map: Any = None, trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
-    """Model and processor. Raises ValueError if weights are missing."""
+    """Model and processor. Raises UserError for a checkpoint that is damaged or lacks weights."""
     options = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-    model = load_quietly(AutoModel, source, pooled=True, **options)
-    return model, AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    with reading(source, kind="an encoder"):
+        model = load_quietly(AutoModel, source, pooled=True, **options)
+    with reading(source, "processor", kind="an encoder"):
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return model, require_parts(source, processor)
+
+
+def require_parts(source: str, processor: Any) -> Any:
+    """Return `processor`. Raises UserError if it lacks an image processor or a tokenizer."""
+    for part in ("image_processor", "tokenizer"):
+        if getattr(processor, part, None) is None:
+            raise UserError(
+                f"cannot load {source!r} as an encoder: processor: {type(processor).__name__} has no {part}"
+            )
+    return processor
 
 
 def load_embedder(
@@ -134,16 +148,25 @@ def load_embedder(
     """
     source = checkpoint_of(name_or_path)
     device = device or default_device()
-    try:
+    with reading(name_or_path, "config.json", kind="an encoder"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if not is_dual_encoder(config):
+    if not is_dual_encoder(config):
+        with reading(name_or_path, kind="an encoder"):
             tower, image_processor = load_vision(source, pooled=True, trust_remote_code=trust_remote_code)
-            return Embedder(name_or_path, tower.to(device).eval().requires_grad_(False), image_processor)  # type: ignore[arg-type]
-        model, processor = load_dual_encoder(
-            source, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {name_or_path!r} as an encoder: {error}") from None
+        return _tried(Embedder(name_or_path, tower.to(device).eval().requires_grad_(False), image_processor))  # type: ignore[arg-type]
+    model, processor = load_dual_encoder(
+        source, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+    )
     if device_map is None:
         model = model.to(device)
-    return Embedder(name_or_path, model.eval().requires_grad_(False), processor.image_processor, processor.tokenizer)
+    model = model.eval().requires_grad_(False)
+    return _tried(Embedder(name_or_path, model, processor.image_processor, processor.tokenizer))
+
+
+def _tried(embedder: Embedder) -> Embedder:
+    """Return `embedder`. Raises UserError if it fails on a blank image, or on a word: a value in its files is wrong."""
+    with reading(embedder.name, "a blank image and a word", kind="an encoder"):
+        embedder.embed_pixels(embedder.prepare_images([Image.new("RGB", (64, 64))])["pixel_values"])
+        if embedder.tokenizer:
+            embedder.embed_texts(["a"])
+    return embedder

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
@@ -107,12 +108,17 @@ class _Whole:
 
 def _load(name: str, *, image_size: int | None, pooled: bool) -> tuple[Any, Any, tuple[int, int]]:
     """Encoder, image processor, and the size in pixels that images are brought to."""
+    import torch
+
     from vlm.build import load_vision
+    from vlm.encoder import encode
     from vlm.image_processors import image_size_of
+    from vlm.loading import reading
 
     try:
         tower, image_processor = load_vision(name, image_size=image_size, pooled=pooled)
+        with reading(name, "a blank image", kind="a vision encoder"), torch.no_grad():
+            encode(tower.eval(), image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"])
         return tower, image_processor, image_size_of(image_processor)
-    except (OSError, ValueError) as error:
-        hint = "; --patches does without" if "pooler" in str(error) else ""
-        raise UserError(f"cannot load {name!r} as a vision encoder: {error}{hint}") from None
+    except UserError as error:
+        raise UserError(f"{error}{'; --patches does without' if 'pooler' in str(error) else ''}") from None

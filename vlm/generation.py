@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,10 +28,9 @@ from vlm.data.conversation import template_options, with_images
 from vlm.data.example import Message
 from vlm.data.image_inputs import naming_refused
 from vlm.data.prompts import encode_prompt, end_token_id, has_chat_template, require_prompt
-from vlm.errors import UserError
+from vlm.errors import UserError, cut
 from vlm.generation_config import answering, reads_the_prompt, require_honoured, setting, writer
-from vlm.loading import checkpoint_of, no_loading_bar
-from vlm.paths import existing
+from vlm.loading import checkpoint_of, no_loading_bar, reading, user_errors
 from vlm.precision import default_device, input_device
 from vlm.processing import pad_left
 from vlm.shared_prefix import SharedPrefixLayer, can_share_prefix, shared_prefix
@@ -57,15 +57,16 @@ def load(
     config = load_config(name_or_path, trust_remote_code=trust_remote_code)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not getattr(config, "auto_map", None):
         raise UserError(f"{name_or_path} is of type {config.model_type}, which is no vision-language model")
-    try:
+    with reading(name_or_path, "processor"):
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-        with no_loading_bar():
-            model = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
-            )
-    except (OSError, ValueError) as error:
-        raise _cannot_load(name_or_path, error) from None
-    require_supported(model, processor)
+    with reading(name_or_path), no_loading_bar():
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        )
+    try:
+        require_supported(model, processor)
+    except UserError as error:
+        raise UserError(f"{name_or_path}: {error}") from None
     pad_left(processor.tokenizer)  # also for those that save it again
     if device_map is None:
         model = model.to(device or default_device())  # type: ignore[arg-type]  # a string is a device
@@ -74,15 +75,8 @@ def load(
 
 def load_config(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration in a run folder, a checkpoint folder or a Hub name. Raises UserError if there is none."""
-    try:
+    with reading(name_or_path, "config.json"):
         return AutoConfig.from_pretrained(checkpoint_of(name_or_path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(name_or_path, error) from None
-
-
-def _cannot_load(name_or_path: str, error: Exception) -> UserError:
-    here = "" if existing(name_or_path) else " (there is no such folder here)"
-    return UserError(f"cannot load {name_or_path!r}{here} as a run, a checkpoint folder or a Hub name: {error}")
 
 
 def require_supported(model: Any, processor: Any) -> None:
@@ -316,16 +310,17 @@ def generate(
         max_batch_tokens: prompts and answers of a batch, with padding, take no more; see [`vlm.batches`].
         progress: is called with the number of answers of each batch that is done.
 
-    Raises UserError when a batch does not fit into the memory of the accelerator, and for a setting that is not
-    supported, in `generate_kwargs` or in the model's generation config; and RefusedImages, mostly before there is an
-    answer, if the image processor does not take an image.
+    Raises UserError when a batch does not fit into the memory of the accelerator, for a setting that is not supported,
+    in `generate_kwargs` or in the model's generation config, and for a model that cannot answer; and RefusedImages,
+    mostly before there is an answer, if the image processor does not take an image.
     """
     require_honoured(model, generate_kwargs)
     options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
-    lengths = [length + max_new_tokens for length in prompt_lengths(model, processor, requests)]
+    with sound(model, processor):
+        lengths = [length + max_new_tokens for length in prompt_lengths(model, processor, requests)]
+        shapes = prompt_shapes(processor, requests)
     keys = [tuple(id(image) for image in images) for images, _ in requests]
     answers = [""] * len(requests)
-    shapes = prompt_shapes(processor, requests)
     if reads_the_prompt(model, options):  # and padding with it: there may not be any
         shapes = [*zip(shapes, lengths, strict=True)]
     alike = [[row for row in range(len(requests)) if shapes[row] == shape] for shape in dict.fromkeys(shapes)]
@@ -336,7 +331,8 @@ def generate(
     )
     for rows in batches:
         try:
-            texts = _answers(model, processor, [requests[row] for row in rows], options)
+            with sound(model, processor):
+                texts = _answers(model, processor, [requests[row] for row in rows], options)
         except torch.OutOfMemoryError as error:
             size = len(rows) * max(lengths[row] for row in rows)
             raise UserError(
@@ -358,3 +354,36 @@ def _answers(model: Any, processor: Any, batch: Sequence[Request], options: dict
         output = model.generate(**to_generate(model, processor, inputs, honoured))
     new = output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+@contextmanager
+def sound(model: Any, processor: Any) -> Iterator[None]:
+    """Turn an error raised within it into a UserError that names the model, if the model cannot answer anything: then
+    not the question is at fault, but a value in one of the checkpoint's files, which did not keep it from loading."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError | torch.OutOfMemoryError) or _can_answer(model, processor):
+            raise
+        with user_errors(lambda error: cannot_answer(model, error)):
+            raise error from None
+
+
+def cannot_answer(model: Any, error: Exception) -> str:
+    """What is said of a model that was loaded, and fails on a blank image."""
+    name = getattr(model, "name_or_path", "") or f"of type {type(model).__name__}"
+    return (
+        f"the model {name} loads, but fails on a blank image too; a value in its configuration, image processor or "
+        f"tokenizer is wrong: {type(error).__name__}: {cut(str(error), 1000)}"
+    )
+
+
+def _can_answer(model: Any, processor: Any) -> bool:
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    request: Any = ([Image.new("RGB", (64, 64))], [{"role": "user", "content": content}])
+    try:
+        prompt_lengths(model, processor, [request])
+        _answers(model, processor, [request], {"do_sample": False, "max_new_tokens": 1})
+    except Exception:
+        return False
+    return True

@@ -1,16 +1,19 @@
 """Where a checkpoint is; loading one without the bar over every weight, and a part of one without the report on the
-rest."""
+rest; what is said of one that is damaged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers.utils import logging
 
-from vlm.errors import UserError
+from vlm.errors import UserError, cut
 from vlm.paths import existing, existing_folder
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -53,6 +56,87 @@ def _devices() -> list[str]:
     if accelerator is None:
         return ["cpu"]
     return ["cpu", accelerator.type, *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()))]
+
+
+ANY_MODEL = "a run, a checkpoint folder or a Hub name"
+SMALL_FILE = 1_000_000
+"""Bytes. Smaller JSON files are read before loading; of a tokenizer only after it has failed."""
+
+
+@contextmanager
+def reading(
+    name: str, part: str = "weights", *, kind: str = "a run, a checkpoint folder or a Hub name"
+) -> Iterator[None]:
+    """Turn what goes wrong while `part` of the checkpoint `name` is loaded into a UserError that names the folder, and
+    the damaged file if there is one.
+
+    A damaged file can make transformers, tokenizers or torch raise anything. An error that our own code raises without
+    meaning to (TypeError, KeyError ...) stays as it is: it is a bug.
+    """
+    folder = existing_folder(checkpoint_of(name))
+    if folder and (found := damage(folder)):
+        raise UserError(f"cannot load {name!r} as {kind}: {found}")
+    with user_errors(lambda error: _cannot_load(name, part, kind, error)):
+        yield
+
+
+@contextmanager
+def user_errors(say: Callable[[Exception], str]) -> Iterator[None]:
+    """Turn errors raised within it into a UserError with the message that `say` makes of them, but for bugs of ours and
+    memory that ran out."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if not isinstance(error, ValueError | OSError) and (_is_ours(error) or "out of memory" in str(error).lower()):
+            raise
+        raise UserError(say(error)) from error
+
+
+def damage(folder: Path, *, whole: bool = False) -> str | None:
+    """Say which file of a checkpoint cannot be read, and why; None if all can. With `whole`, large files too."""
+    for path in sorted(folder.glob("*.json")):
+        if whole or path.stat().st_size <= SMALL_FILE:
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                return f"{path.name} is damaged: {cut(str(error), 200)}"
+            if not isinstance(found, dict):
+                return f"{path.name} is damaged: it holds a {type(found).__name__} in place of an object with keys"
+            if path.name.endswith(".safetensors.index.json") and (gone := _missing_shard(folder, found)):
+                return f"{path.name} {gone}"
+    for path in sorted(folder.glob("*.safetensors")) if whole else ():
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except Exception as error:  # safetensors has an error of its own, and raises others
+            return f"{path.name} is damaged: {error}"
+    return None
+
+
+def _missing_shard(folder: Path, index: dict[str, Any]) -> str | None:
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        return "is damaged: its weight_map does not say which file each weight is in"
+    gone = next((name for name in sorted(set(shards.values())) if not (folder / name).is_file()), None)
+    return f"names a file that is not there: {gone}" if gone is not None else None
+
+
+def _cannot_load(name: str, part: str, kind: str, error: Exception) -> str:
+    here = "" if existing(name) else " (there is no such folder here)"
+    why = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+    folder = existing_folder(checkpoint_of(name))
+    found = damage(folder, whole=True) if folder else None
+    return f"cannot load {name!r}{here} as {kind}: {found or f'{part}: {cut(why, 1000)}'}"
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the line that raised `error` is one of vlm."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return bool(trace) and str(trace.tb_frame.f_globals.get("__name__")).startswith("vlm.")
 
 
 @contextmanager

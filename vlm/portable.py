@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+from vlm.errors import UserError
 from vlm.paths import existing
 from vlm.recipe_source import read_yaml
 
@@ -114,5 +115,9 @@ def hub_id(name: str) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The object in a JSON file; empty if there is no such file. Raises UserError for a damaged one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     return found if isinstance(found, dict) else {}

@@ -15,6 +15,8 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import _MARKED_RE
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END
 
+from vlm.adapters import LARGEST, unknown_name
+from vlm.configuration import IMAGE_ATTENTIONS
 from vlm.tiling import Size, size_of, tiler_of
 
 IMAGE_TOKEN = "<image>"
@@ -54,6 +56,12 @@ class VLMProcessor(ProcessorMixin):
         qformer_tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        if type(image_seq_length) is not int or not 1 <= image_seq_length <= LARGEST:
+            raise ValueError(f"image_seq_length must be a whole number from 1 to {LARGEST:,}, not {image_seq_length!r}")
+        if not isinstance(image_token, str):
+            raise ValueError(f"image_token must be text, not {image_token!r}")
+        if image_attention not in IMAGE_ATTENTIONS:
+            raise unknown_name("image_attention", str(image_attention), IMAGE_ATTENTIONS)
         self.image_seq_length = image_seq_length
         self.tiling, self.tiler = tiling, tiler_of(tiling)
         self.image_attention = image_attention

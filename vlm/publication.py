@@ -152,11 +152,13 @@ def _without_lora(model_dir: Path, adapter_dir: Path, target: Path, repo_id: str
     from vlm.dual_encoder import is_dual_encoder
     from vlm.embedding import load_dual_encoder
     from vlm.generation_config import make_savable
+    from vlm.loading import reading
 
     dual = is_dual_encoder(generation.load_config(str(model_dir)))
     model, processor = load_dual_encoder(str(model_dir)) if dual else generation.load(str(model_dir), device="cpu")
     make_savable(model)  # should the file have been edited
-    wrapped: Any = PeftModel.from_pretrained(model, str(adapter_dir))
+    with reading(str(adapter_dir), "LoRA", kind="an adapter"):
+        wrapped: Any = PeftModel.from_pretrained(model, str(adapter_dir))
     for layer in wrapped.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merged_adapters.extend(layer.active_adapters)  # what the checkpoint is, and peft cannot know

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, T
 
 from vlm.adapters import VisionStates
 from vlm.data.prompts import is_prefix_lm
-from vlm.generation import Request, encode_images, fixed_image_tokens, to_generate, tokenize
+from vlm.generation import Request, encode_images, fixed_image_tokens, sound, to_generate, tokenize
 from vlm.generation_config import answering, has_plain_generate, require_honoured, setting
 from vlm.precision import input_device
 from vlm.processing import QFORMER_INPUTS
@@ -85,7 +85,8 @@ class Session:
 
         def work() -> None:
             try:
-                self._generate(request, options)
+                with sound(self.model, self.processor):
+                    self._generate(request, options)
             except BaseException as error:
                 failure.append(error)
                 streamer.end()

@@ -32,6 +32,7 @@ Size = tuple[int, int]
 
 TilingType = Literal["tiles", "anyres", "idefics3", "internvl"]
 TILINGS = get_args(TilingType)
+MOST_TILES = 1000
 MAX_TILES = 6
 """Where nothing says how many."""
 
@@ -198,12 +199,27 @@ def tiler_of(tiling: dict[str, Any] | None) -> Tiler | None:
     option than there is."""
     if tiling is None:
         return None
+    if not isinstance(tiling, dict):
+        raise ValueError(f"tiling must be an object with `type`, not {tiling!r:.80}")
     options = [field.name for field in fields(Tiler)]
     if unknown := [key for key in tiling if key not in options]:
         raise unknown_name("option of tiling", unknown[0], options)
     if tiling.get("type") not in TILINGS:
         raise unknown_name("tiling", str(tiling.get("type")), TILINGS)
+    if not _is_count(most := tiling.get("max_tiles", MAX_TILES)) or most > MOST_TILES:
+        raise ValueError(f"max_tiles of tiling must be a whole number from 1 to {MOST_TILES}, not {most!r:.80}")
+    if tiling.get("tile_size") is None:
+        raise ValueError("tiling has no tile_size, the pixels of a tile: [height, width]")
+    pairs = [tiling[key] for key in ("tile_size", "token_grid") if tiling.get(key) is not None]
+    grids = tiling.get("grids")
+    for pair in [*pairs, *(grids if isinstance(grids, list | tuple) else [] if grids is None else [grids])]:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_count, pair)):
+            raise ValueError(f"sizes and grids of tiling are pairs of whole numbers, [rows, columns], not {pair!r:.80}")
     return Tiler(**{key: _tuples(value) for key, value in tiling.items()})
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 1_000_000
 
 
 def _tuples(value: Any) -> Any:

@@ -27,7 +27,7 @@ from vlm.embedding import Embedder, load_dual_encoder
 from vlm.errors import UserError
 from vlm.files import going_on
 from vlm.generation import load_config
-from vlm.loading import checkpoint_of
+from vlm.loading import checkpoint_of, user_errors
 from vlm.pair_evaluation import evaluate_pairs
 from vlm.recipe import Recipe, Stage
 from vlm.recipe_contrastive import Contrastive
@@ -66,7 +66,7 @@ def start_model(recipe: Recipe, source: str | None) -> tuple[PreTrainedModel, An
     if source is None and spec.pretrained is None:
         sigmoid = contrastive.loss == "sigmoid"
         start = {"logit_scale_init_value": SIGLIP_SCALE, "logit_bias_init_value": SIGLIP_BIAS} if sigmoid else {}
-        try:
+        with user_errors(lambda error: f"model: {error}"):
             return build_dual_encoder(
                 spec.encoders,
                 spec.language or "",
@@ -78,8 +78,6 @@ def start_model(recipe: Recipe, source: str | None) -> tuple[PreTrainedModel, An
                 text_pooling=contrastive.text_pooling,
                 **start,
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"model: {error}") from None
     name = source or checkpoint_of(spec.pretrained or "")
     if not is_dual_encoder(config := load_config(name, trust_remote_code=spec.trust_remote_code)):
         raise UserError(

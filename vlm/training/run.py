@@ -39,7 +39,7 @@ from vlm.eval import Processes, evaluate
 from vlm.eval.summary import show
 from vlm.files import going_on, write_text
 from vlm.generation_config import make_savable
-from vlm.loading import checkpoint_of, no_loading_bar
+from vlm.loading import checkpoint_of, no_loading_bar, reading, user_errors
 from vlm.precision import generation_in_bfloat16
 from vlm.printing import json_text
 from vlm.recipe import Recipe, Stage, require_models
@@ -282,24 +282,20 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
     elif spec.pretrained:
         source = checkpoint_of(spec.pretrained)
     else:
-        try:
+        with user_errors(lambda error: f"model: {error}"):
             return build(
                 **spec.model_dump(exclude={"preset", "pretrained", "adapter", "quantization_config"}),
                 **spec.adapter.model_dump(exclude={"data_dependent_init"}),
             )
-        except (OSError, ValueError) as error:
-            raise error if isinstance(error, UserError) else UserError(f"model: {error}") from error
     return _load(source, recipe)
 
 
 def _load(source: str, recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     trust = recipe.model.trust_remote_code
-    try:
-        with no_loading_bar():
-            model = AutoModelForImageTextToText.from_pretrained(source, dtype="float32", trust_remote_code=trust)
+    with reading(source), no_loading_bar():
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype="float32", trust_remote_code=trust)
+    with reading(source, "processor"):
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {source}: {error}") from error
     generation.require_supported(model, processor)
     return model, processor
 
