@@ -128,7 +128,8 @@ def _cannot_load(name: str, part: str, kind: str, error: Exception) -> str:
     why = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
     folder = existing_folder(checkpoint_of(name))
     found = damage(folder, whole=True) if folder else None
-    return f"cannot load {name!r}{here} as {kind}: {found or f'{part}: {cut(why, 1000)}'}"
+    where = f"{part}: " if folder else ""
+    return f"cannot load {name!r}{here} as {kind}: {found or where + cut(why, 1000)}"
 
 
 def _is_ours(error: Exception) -> bool:

@@ -136,7 +136,7 @@ def test_an_encoder_that_does_not_pool_is_refused(encoders, photos, tmp_path):
         ({"dtype": "bfloat"}, "no --dtype bfloat; did you mean 'bfloat16'"),
         ({"vision_feature_layer": [-2]}, "--vision-feature-layer goes with --patches"),
         ({"vision_feature_layer": [-9], "patches": True}, "vision_feature_layer is -9; this encoder gives 4"),
-        ({"encoder": "/nowhere"}, "cannot load '/nowhere' as a vision encoder"),
+        ({"encoder": "/nowhere"}, "cannot load '/nowhere' .* as a vision encoder"),
         ({"patterns": ["photos/03.png"]}, "no image could be opened, of 1"),
         ({"patterns": ["photos/x.png"]}, "is no file or folder"),
     ],
