@@ -4,6 +4,7 @@ rest; what is said of one that is damaged."""
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,10 +135,8 @@ def _cannot_load(name: str, part: str, kind: str, error: Exception) -> str:
 
 def _is_ours(error: Exception) -> bool:
     """Whether the line that raised `error` is one of vlm."""
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    return bool(trace) and str(trace.tb_frame.f_globals.get("__name__")).startswith("vlm.")
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("vlm.")
 
 
 @contextmanager

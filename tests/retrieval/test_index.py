@@ -145,3 +145,39 @@ def test_it_is_plain_files(saved):
     about = json.loads((saved / "index.json").read_text())
     lines = (saved / about["content"] / "files.jsonl").read_text().splitlines()
     assert [json.loads(line)["path"] for line in lines] == NAMES
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("files.jsonl", lambda text: text.replace(b'"path"', b'"pth"')),
+        ("files.jsonl", lambda text: b"x\n" * text.count(b"\n")),
+        ("files.jsonl", lambda text: b'{"path": 7, "size": 1, "mtime_ns": 1, "sha256": ""}\n' * text.count(b"\n")),
+        ("files.jsonl", lambda text: b"[1]\n" * text.count(b"\n")),
+        ("files.jsonl", lambda text: b"[" * 100_000 + b"\n" * text.count(b"\n")),
+        ("vectors.npy", lambda text: b""),
+        ("vectors.npy", lambda text: text[:20]),
+        ("vectors.npy", lambda text: text.replace(b"<f4", b"<i4")),
+        ("index.json", lambda text: text.replace(b"content-", b"../content-")),
+        ("index.json", lambda text: b"[]"),
+        ("index.json", lambda text: b"[" * 100_000),
+        ("index.json", lambda text: b'{"format": 2, "encoder": 7, "encoder_key": "x", "content": "y"}'),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, change):
+    index = ImageIndex(tmp_path, "some/encoder", "key")
+    files = [IndexedFile(f"/photos/{n}.png", n, n, "0" * 64) for n in range(3)]
+    index.add(files, np.eye(3, 8, dtype=np.float32))
+    index.save()
+    assert [hit.path for hit in ImageIndex.open(tmp_path).search(np.eye(3, 8)[1], 1)] == ["/photos/1.png"]
+    path = next(tmp_path.rglob(name))
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=f"{tmp_path}.* make the index anew"):
+        ImageIndex.open(tmp_path).search(np.ones(8), 3)
+
+
+def test_vectors_of_another_length_are_named(tmp_path):
+    index = ImageIndex(tmp_path, "some/encoder", "key")
+    index.add([IndexedFile("/a.png", 1, 1, "0" * 64)], np.ones((1, 8), dtype=np.float32))
+    with pytest.raises(UserError, match=r"its vectors have 8 numbers, and those of some/encoder 4"):
+        index.search(np.ones(4), 1)

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm.errors import UserError
+from vlm.errors import UserError, cut
 from vlm.files import atomic_folder, holds, remove_leftovers, write_text
 from vlm.retrieval.vectors import VectorIndex
 
 FORMAT = 2
 REMOVED = b""
+_KINDS = {"path": str, "size": int, "mtime_ns": int, "sha256": str}
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,18 @@ class ImageIndex:
             about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
             if about["format"] != FORMAT:
                 raise UserError(f"{folder} has format {about['format']}, and {FORMAT} is read; make the index anew")
-            index = cls(folder, about["encoder"], about["encoder_key"])
-            content = folder / about["content"]
+            encoder, encoder_key, name = (about[key] for key in ("encoder", "encoder_key", "content"))
+            if not all(isinstance(value, str) for value in (encoder, encoder_key, name)) or "/" in name:
+                raise ValueError("index.json has values of another kind than text")
+            index = cls(folder, encoder, encoder_key)
+            content = folder / name
             index._lines = (content / "files.jsonl").read_bytes().split(b"\n")[:-1]
         except FileNotFoundError as error:
             raise UserError(f"{folder} is no index: {error.filename} is missing; vlm index makes one") from None
-        except (ValueError, KeyError, TypeError, NotADirectoryError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{folder} is no index, or damaged ({error}); make the index anew") from None
+            raise UserError(f"{folder} is no index, or damaged ({cut(str(error))}); make the index anew") from None
         index._vectors = VectorIndex.read(content, np.array([*index._numbers()], dtype=np.int64))
         index._content = about["content"]
         return index
@@ -89,8 +93,22 @@ class ImageIndex:
         return 0 if self._vectors is None else len(self._vectors)
 
     def files(self) -> dict[int, IndexedFile]:
-        """All files by their numbers."""
-        return {number: IndexedFile(**json.loads(self._lines[number])) for number in self._numbers()}
+        """All files by their numbers. Raises UserError if one cannot be read."""
+        return {number: self._file(number) for number in self._numbers()}
+
+    def _file(self, number: int) -> IndexedFile:
+        try:
+            values = json.loads(self._lines[number])
+            file = IndexedFile(**values)
+            if not all(type(values[name]) is kind for name, kind in _KINDS.items()):
+                raise ValueError("a value of another type")
+        except (ValueError, TypeError, RecursionError) as error:
+            where = self.folder / (self._content or "") / "files.jsonl"
+            raise UserError(
+                f"{self.folder} is damaged: line {number + 1} of {where} is not that of a file ({cut(str(error))}); "
+                "make the index anew"
+            ) from None
+        return file
 
     def add(self, files: Sequence[IndexedFile], vectors: np.ndarray) -> None:
         """Add `files` with their unit `vectors [len(files), D]` float32."""
@@ -117,9 +135,13 @@ class ImageIndex:
         """The up to `k` images whose vectors have the largest inner product with the unit `vector [D]`, best first."""
         if self._vectors is None:
             return []
+        if self._vectors.dimension != len(vector):
+            raise UserError(
+                f"{self.folder} is damaged: its vectors have {self._vectors.dimension} numbers, and those of "
+                f"{self.encoder} {len(vector)}; make the index anew"
+            )
         scores, numbers = self._vectors.search(vector, k)
-        found = [json.loads(self._lines[number])["path"] for number in numbers]
-        return [Hit(path, float(score)) for path, score in zip(found, scores, strict=True)]
+        return [Hit(self._file(number).path, float(score)) for number, score in zip(numbers, scores, strict=True)]
 
     def save(self) -> None:
         """Replace what is on disk, in one step, if there is a change, and it was not interrupted half way.

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm.errors import UserError
+from vlm.errors import UserError, cut
 
 try:
     import faiss
@@ -48,6 +48,11 @@ class VectorIndex:
 
     def __len__(self) -> int:
         return len(self._numbers) - int(self._removed.sum())
+
+    @property
+    def dimension(self) -> int:
+        """The numbers of a vector."""
+        return int(self._parts[0].shape[1])
 
     @property
     def lists(self) -> int:
@@ -120,8 +125,13 @@ class VectorIndex:
             read._parts = [np.load(folder / "vectors.npy", mmap_mode="r")]
             codes = folder / "codes.faiss"
             read._codes = faiss.read_index(str(codes)) if codes.exists() else None
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{folder} is damaged ({str(error).splitlines()[-1]}); make the index anew") from None
+        except (OSError, RuntimeError, ValueError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
+            why = [type(error).__name__, *str(error).splitlines()][-1]
+            raise UserError(f"{folder} is damaged ({cut(why)}); make the index anew") from None
+        if read._parts[0].ndim != 2 or read._parts[0].dtype != np.float32:
+            raise UserError(f"{folder} is damaged: vectors.npy has no vectors of float32; make the index anew")
+        if read._codes is not None and read._codes.d != read.dimension:
+            raise UserError(f"{folder} is damaged: codes and vectors are not as long; make the index anew")
         found = [len(read._parts[0])] + ([] if read._codes is None else [read._codes.ntotal])
         if any(count != len(numbers) for count in found):
             raise UserError(f"{folder} is damaged: files and vectors are not as many; make the index anew")
