@@ -26,7 +26,7 @@ import vlm  # noqa: F401 - registers our classes with the Auto classes
 from vlm.batches import MAX_BATCH_TOKENS, batches_of
 from vlm.data.conversation import template_options, with_images
 from vlm.data.example import Message
-from vlm.data.image_inputs import naming_refused
+from vlm.data.image_inputs import RefusedImages, naming_refused, refused_images
 from vlm.data.prompts import encode_prompt, end_token_id, has_chat_template, require_prompt
 from vlm.errors import UserError, cut
 from vlm.generation_config import answering, reads_the_prompt, require_honoured, setting, writer
@@ -35,6 +35,9 @@ from vlm.precision import default_device, input_device
 from vlm.processing import pad_left
 from vlm.shared_prefix import SharedPrefixLayer, can_share_prefix, shared_prefix
 from vlm.tiling import size_of
+
+BLANK = (64, 64)
+"""Pixels of the blank image that a model is tried on when it fails."""
 
 Request = tuple[list[Image.Image], list[Message]]
 """Images, and messages that end with the user's. Image parts take the images in order."""
@@ -362,6 +365,10 @@ def sound(model: Any, processor: Any) -> Iterator[None]:
     not the question is at fault, but a value in one of the checkpoint's files, which did not keep it from loading."""
     try:
         yield
+    except RefusedImages as error:
+        if refused_images(processor, [Image.new("RGB", BLANK)]):
+            raise UserError(cannot_answer(model, error)) from error
+        raise
     except Exception as error:
         if isinstance(error, UserError | torch.OutOfMemoryError) or _can_answer(model, processor):
             raise
@@ -380,7 +387,7 @@ def cannot_answer(model: Any, error: Exception) -> str:
 
 def _can_answer(model: Any, processor: Any) -> bool:
     content = [{"type": "image"}, {"type": "text", "text": "?"}]
-    request: Any = ([Image.new("RGB", (64, 64))], [{"role": "user", "content": content}])
+    request: Any = ([Image.new("RGB", BLANK)], [{"role": "user", "content": content}])
     try:
         prompt_lengths(model, processor, [request])
         _answers(model, processor, [request], {"do_sample": False, "max_new_tokens": 1})
