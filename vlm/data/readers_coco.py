@@ -28,7 +28,7 @@ class CocoCaptionsSource(Source):
                 raise SourceError(
                     f"{path}: not COCO captions: expected an object with lists 'images' and 'annotations'"
                 )
-        collector = Collector()
+        collector = Collector(inside=self.inside(folder))
         captions = self._captions(content["annotations"], collector)
         known: dict[str, str] = {}
         for index, image in enumerate(content["images"]):

@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
+from urllib.parse import unquote
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from vlm.data.example import Branch, Example, ImageSource, Message, Problem, StoredImage
 from vlm.data.inline_images import inline_image
+from vlm.data.inside import Inside
 from vlm.errors import UserError, cut, nearest
 
 
@@ -36,12 +38,14 @@ class ReadResult(NamedTuple):
 
 
 class Source(BaseModel):
-    """The options of one format, checked before anything is read. `limit` keeps the first so many images."""
+    """The options of one format, checked before anything is read. `limit` keeps the first so many images. With
+    `allow_outside` images may lie outside the folders of the data, at absolute paths, past `..` or behind links."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format_name: ClassVar[str]
 
     limit: PositiveInt | None = None
+    allow_outside: bool = False
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> Self:
@@ -55,6 +59,10 @@ class Source(BaseModel):
         except ValidationError as error:
             lines = [_option_error(e, cls) for e in error.errors()]
             raise SourceError(f"data source of format {cls.format_name!r}: " + "; ".join(lines)) from None
+
+    def inside(self, *folders: Path) -> Inside | None:
+        """Where images may be, if these are the folders of the data; None for anywhere."""
+        return None if self.allow_outside else Inside(folders)
 
     def read(self, base_dir: Path) -> ReadResult:
         """Read everything but the pixels. Relative paths start at `base_dir`."""
@@ -109,8 +117,9 @@ class Collector:
     of their own, whose ids name the row too.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, inside: Inside | None = None) -> None:
         self.limit = limit
+        self.inside = inside
         self.problems: list[Problem] = []
         self._examples: dict[tuple[_Images, str], Example] = {}
         self._num_images = 0
@@ -163,10 +172,16 @@ class Collector:
         return found
 
     def missing_images(self, paths: Iterable[Path], where: str, lost: int = 1) -> bool:
-        """Note the first of these image files that is not there; whether there was one. Opens none of them."""
+        """Note the first of these image files that is not there, or outside the folders of the data; whether there was
+        one. Opens none of them."""
         for path in paths:
             if not os.path.isfile(path):  # which is also said of names that are too long for any file
                 self.bad(where, "image", f"no such image: {cut(str(path), 300)}{_called_otherwise(path)}", lost)
+                return True
+            if self.inside is not None and not self.inside.holds(path):
+                folders = " or ".join(map(str, self.inside.folders))
+                why = f"{path} is outside {folders}; if you trust the data, set allow_outside: true in its source"
+                self.bad(where, "image", why, lost)
                 return True
         return False
 
@@ -195,12 +210,12 @@ def image_sources(names: Sequence[str], folder: Path, key: str) -> list[ImageSou
 
 
 def _file(folder: Path, name: str) -> Path:
-    """A file in a folder whose name may be as another system writes it: with backslashes, or accents as characters of
-    their own."""
+    """A file in a folder whose name may be as another system writes it: with backslashes, accents as characters of
+    their own, or as in web addresses (`%20`)."""
     path = folder / name
-    if "\\" in name or not name.isascii():
+    if "\\" in name or "%" in name or not name.isascii():
         slashed = name.replace("\\", "/")
-        ways = (slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD")))
+        ways = [slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD")), unquote(slashed)]
         return next((folder / way for way in (name, *ways) if os.path.isfile(folder / way)), path)
     return path
 

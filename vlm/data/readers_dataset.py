@@ -118,7 +118,7 @@ class DatasetSource(Source):
 
         labels = class_labels(dataset.features)
         label = f"{self.data_files if isinstance(self.data_files, str) else self.path}[{self.split}]"
-        collector = Collector(self.limit)
+        collector = Collector(self.limit, self.inside(*self.folders(base_dir)))
         for index, (row, cell) in enumerate(self._rows(dataset, columns.of_words, columns.of_images)):
             if collector.full and columns.image_id is None:
                 break
@@ -132,6 +132,18 @@ class DatasetSource(Source):
     def image_folder(self, base_dir: Path) -> Path:
         """Where a column of paths starts."""
         return base_dir if self.images is None else resolve(self.images, base_dir, "images", folder=True)
+
+    def folders(self, base_dir: Path) -> list[Path]:
+        """The folders of the data: where a column of paths starts, and those of its files."""
+        path, files = self.place(base_dir)
+        local = [Path(path), *(Path(file.partition("*")[0]).parent for file in files or [] if "://" not in file)]
+        found = [self.image_folder(base_dir), *(folder for folder in local if folder.is_dir())]
+        if not os.path.exists(path) and files is None:  # on the Hub: where its files are brought to
+            import datasets
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            found += [Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)]
+        return list(dict.fromkeys(found))
 
     def check_columns(self, known: Sequence[str]) -> None:
         """Raise SourceError for a column that is not there."""

@@ -43,7 +43,7 @@ class ImageFolderSource(Source):
         name = self.metadata or _metadata_in(folder)
         metadata = resolve(name, folder, "metadata")
         label = str(Path(self.path) / name)
-        collector = Collector(self.limit)
+        collector = Collector(self.limit, self.inside(folder))
         rows = RowReader(self.prompt, self.question_prompt)
         for where, row in metadata_rows(metadata, label, collector.problems):
             if miss := unknown_near_miss(row, _KNOWN):

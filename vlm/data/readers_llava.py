@@ -24,7 +24,7 @@ class LlavaSource(Source):
     def read(self, base_dir: Path) -> ReadResult:
         path = resolve(self.path, base_dir, "path")
         folder = path.parent if self.images is None else resolve(self.images, base_dir, "images", folder=True)
-        collector = Collector(self.limit)
+        collector = Collector(self.limit, self.inside(folder, path.parent))
         for where, row in read_rows(path, self.path, collector.problems):
             if "id" in row:
                 where = f"{where} (id {show(row['id'])})"

@@ -28,7 +28,7 @@ def read_row_by_row(source: DatasetSource, base_dir: Path, error: SourceError) -
     files = sorted(file for pattern in source.place(base_dir)[1] or [] for file in glob.glob(pattern, recursive=True))
     if source.path not in _READERS or source.split != "train" or not files:
         raise error
-    collector = Collector(source.limit)
+    collector = Collector(source.limit, source.inside(*source.folders(base_dir)))
     rows = [row for file in files for row in _READERS[source.path](Path(file), file, collector.problems)]
     if not rows:
         raise error

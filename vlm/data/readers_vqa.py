@@ -59,7 +59,7 @@ class VQAv2Source(Source):
         if "{data_subtype" in self.image_pattern and "data_subtype" not in content:
             raise SourceError(f"{questions_path}: has no 'data_subtype'; set image_pattern without {{data_subtype}}")
 
-        collector = Collector(self.limit)
+        collector = Collector(self.limit, self.inside(folder))
         asked: dict[str, str] = {}
         annotations = self._annotations(annotations_path, collector)
         for index, row in enumerate(content["questions"]):

@@ -77,6 +77,7 @@ class _Dataset:
     def __init__(self, source: DatasetSource, base_dir: Path) -> None:
         self.source = source
         self.folder = source.image_folder(base_dir)
+        self.inside = source.inside(*source.folders(base_dir))
         self.labels: dict[str, Any] = {}
         """The columns of class labels."""
 
@@ -98,7 +99,7 @@ class _Dataset:
             raise SourceError(f"{self.where(Place(piece, row))}: cannot be read ({error})") from error
 
     def examples(self, rows: Sequence[tuple[Place, dict[str, Any]]]) -> ReadResult:
-        columns, collector = self.source.columns, Collector()
+        columns, collector = self.source.columns, Collector(inside=self.inside)
         for place, row in rows:
             where = self.where(place)
             images = images_of(row[columns.of_images], self.folder, columns.of_images) if columns.of_images else ()

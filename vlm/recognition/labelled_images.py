@@ -9,6 +9,7 @@ from typing import Any
 
 from vlm.data.example import ImageSource, Problem, StoredImage
 from vlm.data.image_files import find_images, is_hidden
+from vlm.data.inside import Inside
 from vlm.data.readers_dataset import Columns, DatasetSource
 from vlm.data.readers_image_folder import METADATA_FILES, metadata_rows
 from vlm.data.readers_text import RowError, as_text, file_names, required_text
@@ -81,6 +82,7 @@ def _from_rows(metadata: Path, column: str) -> LabelledImages:
     problems: list[Problem] = []
     images: dict[str, ImageSource] = {}
     found: list[str] = []
+    inside = Inside([metadata.parent])
     rows = metadata_rows(metadata, str(metadata), problems)
     if rows and not any(column in row for _, row in rows):
         raise UserError(f"{metadata}: no row has {column!r} (--label-column); {nearest(column, rows[0][1])}")
@@ -95,6 +97,8 @@ def _from_rows(metadata: Path, column: str) -> LabelledImages:
             continue
         if (path := str(metadata.parent / names[0])) in images:
             problems.append(Problem(where, "file_name", f"{names[0]} has a row already"))
+        elif not inside.holds(path):
+            problems.append(Problem(where, "file_name", f"{names[0]} is outside {metadata.parent}"))
         else:
             images[path] = path
             found.append(label)
