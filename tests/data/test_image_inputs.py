@@ -5,7 +5,9 @@ from collections import Counter
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPConfig, CLIPProcessor
 
+from tests.dual_encoders import save_clip
 from tests.stock import STOCK, stock
 from tests.stock_prompted import PROMPTED
 from tests.tiny import image, tiny
@@ -16,6 +18,7 @@ from vlm.data.encoding import encode_images
 from vlm.data.example import Example, question_and_answer
 from vlm.data.image_inputs import SizeCheck, naming_refused, processed_once
 from vlm.data.images import RefusedImages
+from vlm.data.pairs import make_pairs
 from vlm.predict import Counts, predict
 
 
@@ -161,3 +164,18 @@ def test_errors_that_no_image_is_to_blame_for_stay_as_they_are():
     _, processor = stock("qwen2_vl")
     with pytest.raises(KeyError, match="other"), naming_refused(processor, [image(0)]):
         raise KeyError("other")
+
+
+def test_pairs_leave_out_and_name_it_too(monkeypatch, tmp_path):
+    save_clip(tmp_path)
+    processor = CLIPProcessor.from_pretrained(tmp_path)
+    refusing(processor, monkeypatch, 50)
+    examples = [
+        Example((image(n, (50, 40) if n == 1 else (40, 40)),), branches(1), str(n), f"a.jsonl:{n}") for n in range(3)
+    ]
+    problems = []
+    config = CLIPConfig.from_pretrained(tmp_path)
+    items, _ = make_pairs(examples, processor, config, report=problems.append, progress=lambda it, total: it)
+    assert [item.example.where for item in items] == ["a.jsonl:0", "a.jsonl:2"]
+    assert [problem.where for problem in problems] == ["a.jsonl:1: image in memory"]
+    assert "no such width" in problems[0].why

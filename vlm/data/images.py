@@ -73,8 +73,11 @@ class RefusedImages(UserError):  # noqa: N818 - named for what it says
 
     def of(self, image: Image.Image, source: ImageSource, where: str = "") -> ImageError | None:
         """The error of one image, named by its source; None if it was not refused."""
-        why = self.reasons.get(id(image))
-        return ImageError(_name(source, where), why, "resize it, or crop it") if why else None
+        return self.error_of(image, source, where) if id(image) in self.reasons else None
+
+    def error_of(self, image: Image.Image, source: ImageSource, where: str = "") -> ImageError:
+        """The error of an image that was refused."""
+        return ImageError(_name(source, where), self.reasons[id(image)], "resize it, or crop it")
 
 
 def open_image(

@@ -18,7 +18,8 @@ from vlm.data.check import image_problem
 from vlm.data.dataset import Progress, opened_images
 from vlm.data.example import Example, Problem
 from vlm.data.features import FeatureCache
-from vlm.data.images import ImageError, open_image
+from vlm.data.image_inputs import SizeCheck
+from vlm.data.images import ImageError, RefusedImages, open_image
 from vlm.dual_encoder import longest_text, text_lengths, tokenize
 from vlm.errors import UserError
 
@@ -87,6 +88,7 @@ def make_pairs(
     """
     items = []
     cut = CutTexts(longest_text(processor.tokenizer, config))
+    check = SizeCheck(processor)
     for index in progress(range(len(examples)), len(examples)):
         example = examples[index]
         if features is not None and index not in features:
@@ -98,9 +100,13 @@ def make_pairs(
             continue
         if features is None:
             try:
-                open_image(example.images[0], where=example.where)
+                image = open_image(example.images[0], where=example.where)
+                check([image])
             except ImageError as error:
                 report(image_problem(error, example))
+                continue
+            except RefusedImages as refused:
+                report(image_problem(refused.error_of(image, example.images[0], example.where), example))
                 continue
         lengths = text_lengths(processor.tokenizer, texts)
         cut.saw(lengths)
