@@ -438,4 +438,4 @@ def reason(error: BaseException) -> str:
     if isinstance(error, RuntimeError):
         return "torch could not write a file; is the disk full?"
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    return "the disk is full" if full else str(error)
+    return "the disk is full" if full else getattr(error, "strerror", None) or " ".join(str(error).split())

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from vlm.errors import UserError
-from vlm.files import InUse, atomic_folder, atomic_write, locked, remove_leftovers, write_text
+from vlm.files import InUse, atomic_folder, atomic_write, discard, locked, remove_leftovers, write_text
 
 
 def names(folder):
@@ -190,3 +190,44 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a") as file:
         file.write((tmp_path / "missing").read_text())
     assert names(tmp_path) == []
+
+
+REPLACES = """
+with files.replacing_files(pathlib.Path(sys.argv[1])) as folder:
+    for name in ("predictions.jsonl", "samples.html"):
+        (folder / name).write_text("new")
+    print("ready", flush=True); sys.stdin.read()
+    (folder / "summary.json").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_files_are_replaced_together_or_stay_whatever_signal_comes(tmp_path, number):
+    every = ["predictions.jsonl", "samples.html", "summary.json"]
+    for name in every:
+        (tmp_path / name).write_text("old")
+    (tmp_path / "notes").write_text("mine")
+    writer = process(REPLACES, tmp_path)
+    writer.send_signal(number)
+    writer.communicate()
+    assert writer.returncode != 0
+    assert {(tmp_path / name).read_text() for name in every} == {"old"}
+    writer = process(REPLACES, tmp_path)
+    assert len(names(tmp_path)) == 4 + 2, "what is written now, and its lock; what was killed is gone"
+    writer.communicate()
+    assert writer.returncode == 0
+    assert {(tmp_path / name).read_text() for name in every} == {"new"}
+    assert names(tmp_path) == sorted(["notes", *every])
+
+
+def test_a_folder_is_removed_under_another_name(tmp_path, monkeypatch):
+    """So that a process that is killed leaves no half of it."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)  # it is killed here
+        discard(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
+    discard(tmp_path / "model")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlm.errors import UserError, cut
+from vlm.files import DiskError
 
 try:
     import faiss
@@ -114,7 +115,10 @@ class VectorIndex:
                     file.write(some[~self._removed[start : start + len(some)]].tobytes())
                     start += len(some)
         if self._codes is not None:
-            faiss.write_index(self._codes, str(folder / "codes.faiss"))
+            try:
+                faiss.write_index(self._codes, str(folder / "codes.faiss"))
+            except RuntimeError as error:  # as faiss says that a file cannot be written
+                raise DiskError(f"{folder} could not be saved: {error}", str(error).splitlines()[-1]) from error
 
     @classmethod
     def read(cls, folder: Path, numbers: np.ndarray) -> VectorIndex:
