@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 import vlm.training.run  # noqa: F401 - so that it is there in the process that is forked
+from tests.stock import stock
 from tests.training.helpers import TRAIN, recipe_values, save_images, save_parts
 from vlm.cli import app
 from vlm.training.checkpoints import newest
@@ -29,13 +30,18 @@ Trouble = Callable[[], None]
 
 @dataclass
 class Workshop:
-    """A folder for runs on the same tiny model and data, with LoRA, dropout, accumulation, and a rotation of two."""
+    """A folder for runs on the same tiny model and data, with LoRA, dropout, accumulation, and a rotation of two; or,
+    with a `family` of `tests.stock.STOCK`, on a model of transformers, whose language model is trained in full."""
 
     folder: Path
+    family: str = ""
 
     def __post_init__(self) -> None:
         self.parts = save_parts(self.folder / "parts")
         self.images = save_images(self.folder / "images")
+        if self.family:
+            for part in stock(self.family):
+                part.save_pretrained(self.folder / "pretrained")
 
     def values(self, name: str, **train: Any) -> dict[str, Any]:
         """The recipe of the run `name`."""
@@ -45,6 +51,9 @@ class Workshop:
             "max_steps": STEPS, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine",
             "save_steps": 2, "save_total_limit": 2, "eval_steps": 4, **train,
         }  # fmt: skip
+        if self.family:
+            values |= {"model": {"pretrained": str(self.folder / "pretrained")}, "trainable": {"language": 1e-2}}
+            del values["lora"], values["data"]["cache_features"]
         return values
 
     def run(self, values: dict[str, Any], *options: str, trouble: Trouble | None = None) -> tuple[int, str]:
@@ -79,7 +88,9 @@ def outcome(values: dict[str, Any]) -> dict[str, Any]:
     """Everything that a finished run has left that must not depend on what happened to it: the bytes of the weights,
     the losses, the answers."""
     run = Path(values["output_dir"])
-    files = ["model/model.safetensors", "adapter/adapter_model.safetensors", "evaluation/predictions.jsonl"]
+    files = ["model/model.safetensors", "evaluation/predictions.jsonl"]
+    if "lora" in values:
+        files.append("adapter/adapter_model.safetensors")
     entries = read_metrics(run / "metrics.jsonl")
     losses = [(entry["step"], entry.get("loss"), entry.get("eval_loss")) for entry in entries]
     return {name: (run / name).read_bytes() for name in files} | {"losses": [row for row in losses if any(row[1:])]}

@@ -2,8 +2,9 @@
 
 Each of 20 runs is ended once by SIGKILL, at a random moment: a third while a checkpoint is written, a third while an
 old one is removed, the rest anywhere, from the start to the last answer. It is then resumed, and its weights, losses
-and answers have to be those of the undisturbed run, bit for bit. The table is printed, and written into docs/faults.md
-if all 20 were run.
+and answers have to be those of the undisturbed run, bit for bit. Every second one trains all weights of the language
+model of a LLaVA from transformers, the others LoRA in a model that vlm joined. The table is printed, and written into
+docs/faults.md if all 20 were run.
 """
 
 import json
@@ -24,6 +25,8 @@ from benchmarks.disturbed import STEPS, Workshop, last_checkpoint, outcome, put_
 from vlm.training.callbacks import MetricsLog
 
 KILLS = 20
+MODELS = {"joined, LoRA": "", "LLaVA, all weights": "llava"}
+"""The models that are trained in turn: what the table calls them, and the family if they are of transformers."""
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 MOMENTS = {
     "rotate_checkpoints": "removing an old checkpoint",
@@ -129,34 +132,50 @@ def draw(rng: random.Random, number: int, note: Path, counts: dict[str, int], se
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| kill | after step | while | resumed from | equal |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| kill | model | after step | while | resumed from | equal |", "| --- | --- | --- | --- | --- | --- |"]
     for number, row in enumerate(rows, start=1):
         start = f"step {row['from']}" if row["from"] else "the start"
-        lines.append(f"| {number} | {row['step']} | {row['moment']} | {start} | {'yes' if row['equal'] else 'no'} |")
+        equal = "yes" if row["equal"] else "no"
+        lines.append(f"| {number} | {row['model']} | {row['step']} | {row['moment']} | {start} | {equal} |")
     return "\n".join(lines) + "\n"
 
 
+@dataclass
+class Undisturbed:
+    """A run that nothing happens to, of the model called `name`: its `outcome`, the seconds a step takes, and how often
+    a file is touched at each moment."""
+
+    name: str
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.workshop = Workshop(self.folder, MODELS[self.name])
+        values = self.workshop.values("undisturbed")
+        start = time.monotonic()
+        code, said = self.workshop.run(values, trouble=CountEvents(self.folder / "events.txt"))
+        assert code == 0, said
+        self.seconds = (time.monotonic() - start) / STEPS
+        self.counts = Counter((self.folder / "events.txt").read_text(encoding="utf-8").splitlines())
+        self.outcome = outcome(values)
+
+
 def run(kills: int, folder: Path, seed: int = 0) -> list[dict[str, Any]]:
-    """Kill and resume so many runs; gives a row for each."""
-    workshop, rng = Workshop(folder), random.Random(seed)
-    undisturbed = workshop.values("undisturbed")
-    start = time.monotonic()
-    code, said = workshop.run(undisturbed, trouble=CountEvents(folder / "events.txt"))
-    assert code == 0, said
-    seconds = (time.monotonic() - start) / STEPS
-    counts = Counter((folder / "events.txt").read_text(encoding="utf-8").splitlines())
-    wanted, rows, tries = outcome(undisturbed), [], 0
+    """Kill and resume so many runs, of each model in turn; gives a row for each."""
+    rng, rows, tries = random.Random(seed), [], 0
+    models = [Undisturbed(name, folder / str(number)) for number, name in enumerate(list(MODELS)[:kills])]
     while len(rows) < kills:
         tries += 1
-        values, note = workshop.values(f"run-{tries}"), folder / f"note-{tries}.json"
-        code, said = workshop.run(values, trouble=draw(rng, len(rows), note, counts, seconds))
+        model = models[len(rows) % len(models)]
+        values, note = model.workshop.values(f"run-{tries}"), folder / f"note-{tries}.json"
+        trouble = draw(rng, len(rows), note, model.counts, model.seconds)
+        code, said = model.workshop.run(values, trouble=trouble)
         if code == 0:  # it was done before the moment came
             continue
         assert code == -signal.SIGKILL, said
-        row = json.loads(note.read_text(encoding="utf-8")) | {"from": last_checkpoint(values)}
-        code, said = workshop.run(values, "--resume")
+        row = json.loads(note.read_text(encoding="utf-8")) | {"model": model.name, "from": last_checkpoint(values)}
+        code, said = model.workshop.run(values, "--resume")
         assert code == 0, said
-        rows.append(row | {"equal": outcome(values) == wanted})
+        rows.append(row | {"equal": outcome(values) == model.outcome})
         print(rows[-1], flush=True)
     return rows
 

@@ -7,7 +7,7 @@ from benchmarks import disturbed, kill
 
 @pytest.mark.slow
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
-    """One while a checkpoint is written, one while an old one is removed, one anywhere."""
+    """One while a checkpoint is written, one while an old one is removed, one anywhere; two models in turn."""
     rows = kill.run(3, tmp_path, seed=1)
     assert [row["equal"] for row in rows] == [True] * 3
     assert rows[0]["moment"].startswith("writing a checkpoint")
@@ -15,10 +15,10 @@ def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
 
 
 def test_the_table_says_what_was_not_equal():
-    row = {"step": 4, "moment": "between steps", "from": 0, "equal": False}
+    row = {"model": "LLaVA", "step": 4, "moment": "between steps", "from": 0, "equal": False}
     assert kill.table([row, row | {"from": 2, "equal": True}]).splitlines()[2:] == [
-        "| 1 | 4 | between steps | the start | no |",
-        "| 2 | 4 | between steps | step 2 | yes |",
+        "| 1 | LLaVA | 4 | between steps | the start | no |",
+        "| 2 | LLaVA | 4 | between steps | step 2 | yes |",
     ]
 
 

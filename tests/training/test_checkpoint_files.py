@@ -1,6 +1,7 @@
 """Which checkpoints are whole, which is gone on from, and whether the data are still those."""
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.training.helpers import examples, rows_of
 from vlm.data.example import question_and_answer
 from vlm.errors import UserError
 from vlm.files import write_text
-from vlm.training.checkpoints import fingerprint, newest, require_same_data, seal, why_broken
+from vlm.training.checkpoints import fingerprint, mark_diverged, newest, require_same_data, seal, why_broken
 
 DATA = {"examples": 1, "answers": 2, "sha256": "0"}
 
@@ -38,9 +39,20 @@ def blank(path):
     path.write_bytes(bytes(path.stat().st_size))
 
 
+def flip(path):
+    """One bit, in the middle; size and index are as they were."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "harm", "why"),
     [
+        ("model.safetensors", flip, r"the content of model\.safetensors has changed"),
+        ("optimizer.pt", flip, r"the content of optimizer\.pt has changed"),
+        ("trainer_state.json", flip, r"the content of trainer_state\.json has changed"),
+        ("shards/0.distcp", flip, r"the content of shards/0\.distcp has changed"),
         ("manifest.json", Path.unlink, r"has no manifest\.json"),
         ("manifest.json", cut, r"its manifest\.json cannot be read"),
         ("manifest.json", lambda path: path.write_text("[]"), r"its manifest\.json cannot be read"),
@@ -78,6 +90,44 @@ def test_the_manifest_names_what_is_there(tmp_path):
     assert manifest["files"].keys() == {"model.safetensors", "optimizer.pt", "trainer_state.json", "shards/0.distcp"}
     assert manifest["files"]["shards/0.distcp"] == 30
     assert {key: manifest[key] for key in ("step", "data")} == {"step": 3, "data": DATA}
+
+
+def test_the_hashes_are_those_of_sha256sum(tmp_path):
+    made = checkpoint(tmp_path, 3)
+    written = subprocess.run(
+        ["sha256sum", "shards/0.distcp", "model.safetensors"], cwd=made, capture_output=True
+    ).stdout
+    found = json.loads((made / "manifest.json").read_text())["sha256"]
+    for line in written.decode().splitlines():
+        value, name = line.split()
+        assert found[name] == value
+
+
+def test_a_checkpoint_from_before_there_were_hashes_is_whole(tmp_path):
+    made = checkpoint(tmp_path, 3)
+    manifest = json.loads((made / "manifest.json").read_text())
+    del manifest["sha256"]
+    write_text(made / "manifest.json", json.dumps(manifest))
+    assert newest(tmp_path, print) == made
+
+
+def test_whether_contents_are_read_is_for_the_caller_to_say(tmp_path):
+    made = checkpoint(tmp_path, 3)
+    flip(made / "model.safetensors")
+    assert why_broken(made, contents=False) is None
+    assert why_broken(made)
+
+
+def test_a_checkpoint_that_has_diverged_is_not_gone_on_from_in_the_same_precision(tmp_path):
+    made = [checkpoint(tmp_path, step) for step in (2, 4, 6)]
+    mark_diverged(tmp_path, 4, "bfloat16")
+    said = []
+    assert newest(tmp_path, said.append, precision="bfloat16") == made[0]
+    assert [line.split(":")[0] for line in said] == ["checkpoint-6 has diverged", "checkpoint-4 has diverged"]
+    assert newest(tmp_path, said.append, precision="float32") == made[2]
+    mark_diverged(tmp_path, 0, "bfloat16")
+    with pytest.raises(UserError, match=r"or train in float32"):
+        newest(tmp_path, said.append, precision="bfloat16")
 
 
 def test_what_cannot_be_read_back_is_not_sealed(tmp_path):

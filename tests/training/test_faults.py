@@ -228,7 +228,7 @@ def test_too_many_in_a_row_stop_the_run_which_goes_on_from_a_good_checkpoint(cop
             "vlm.training.trainer.supervised_loss", lambda outputs, *args, **kwargs: outputs.logits.sum() * torch.nan
         )
         with pytest.raises(
-            TrainingError, match=r"skipped_steps\.jsonl names their examples.*--resume, from .*checkpoint-4"
+            TrainingError, match=r"skipped_steps\.jsonl names their examples.*--resume, from .*checkpoint-3"
         ):
             train(copy, resume=True)
     assert len((tmp_path / "run/skipped_steps.jsonl").read_text().splitlines()) == 2

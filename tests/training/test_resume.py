@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -62,6 +63,27 @@ def test_an_interrupted_run_resumes_to_the_same_weights(two_stages, values, tmp_
         for path in (two_stages / "metrics.jsonl", tmp_path / "run/metrics.jsonl")
     ]
     assert logs[0] == logs[1], "the log is that of the undisturbed run too"
+
+
+@pytest.mark.slow
+def test_a_stage_is_not_started_from_a_model_that_has_changed_on_the_disk(two_stages, values, tmp_path, monkeypatch):
+    """Without it, its stage makes it anew from its last checkpoint, and the run ends as the undisturbed one."""
+    with monkeypatch.context() as patch:
+        kill_in(patch, "tune", 3)
+        with pytest.raises(Killed):
+            train(staged(values))
+    model = tmp_path / "run/stages/align/model"
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[-9] ^= 0x10
+    (model / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"align/model is damaged: the content of model\.safetensors has changed"):
+        train(staged(values), resume=True)
+    shutil.rmtree(model)
+    train(staged(values), resume=True)
+    wanted, _ = generation.load(str(two_stages), device="cpu")
+    found, _ = generation.load(str(tmp_path / "run"), device="cpu")
+    for (name, p), (_, q) in zip(wanted.named_parameters(), found.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 @pytest.mark.parametrize(

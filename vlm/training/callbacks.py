@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from vlm.data.dataset import TreeDataset
@@ -24,6 +23,7 @@ from vlm.data.pairs import PairDataset
 from vlm.data.stream import StreamDataset
 from vlm.errors import UserError
 from vlm.files import going_on, write_text
+from vlm.training.finite import own_share
 from vlm.training.history import read_metrics
 from vlm.training.parts import named_parts, part_of
 
@@ -186,11 +186,6 @@ def _fingerprint(tensor: torch.Tensor) -> tuple[float, float]:
     return total, magnitudes
 
 
-def _own_share(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process has of a tensor: all of it, unless it is sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 UNUSED = "Is the part used by this model and this data? A learning rate of 0 has the same effect."
 
 
@@ -209,6 +204,7 @@ class PartCheck(TrainerCallback):
         self.before: dict[str, tuple[float, float]] = {}
         self.with_gradient: set[str] = set()
         self.steps = 0
+        self.skipped = False
         self.done = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -216,24 +212,27 @@ class PartCheck(TrainerCallback):
 
     @torch.no_grad()
     def _fingerprints(self) -> dict[str, tuple[float, float]]:
-        return {name: _fingerprint(_own_share(parameter)) for _, name, parameter in named_parts(self.model)}
+        return {name: _fingerprint(own_share(parameter)) for _, name, parameter in named_parts(self.model)}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.skipped = True
         if not self.done:
             for part, _, parameter in named_parts(self.model):
-                if parameter.grad is not None and bool(_own_share(parameter.grad).any()):
-                    self.with_gradient.add(part)
+                if parameter.grad is not None:
+                    self.skipped = False
+                    if bool(own_share(parameter.grad).any()):
+                        self.with_gradient.add(part)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.done:
+        if not self.done and not self.skipped:
             self.steps += 1
             self._check(last=self.steps >= self.patience)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.done and self.steps:
-            self._check(last=self.steps > 1)
+            self._check(last=self.steps > 1, ended=True)
 
-    def _check(self, last: bool) -> None:
+    def _check(self, last: bool, ended: bool = False) -> None:
         after = self._fingerprints()
         moved = {part_of(name) for name, value in after.items() if value != self.before[name]}
         # The processes decide alike, though of a sharded model each sees its share alone.
@@ -241,7 +240,7 @@ class PartCheck(TrainerCallback):
         if wrong := sorted(moved - set(self.rates)):
             raise PartNotTraining(f"{', '.join(wrong)} should be frozen, but the first steps changed it")
         still = sorted(part for part in self.rates if part not in moved or part not in self.with_gradient)
-        if still and last:
+        if still and (last or (ended and not moved)):
             raise PartNotTraining(
                 f"{', '.join(still)} should learn, but got no gradient or did not move in the first steps. "
                 + ((self.reason and self.reason()) or UNUSED)

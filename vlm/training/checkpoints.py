@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from vlm.errors import UserError
 from vlm.files import DiskError, sync, write_text
 
 MANIFEST = "manifest.json"
-"""What a checkpoint holds: its step, the batch of a step, the data it was trained on, names and sizes of files."""
+"""What a checkpoint holds: its step, the batch of a step, the data it was trained on, names, sizes and hashes of files.
+"""
+
+DIVERGED = "diverged"
+"""The key in a manifest that says in which precision the gradients after the checkpoint were not finite."""
 
 PICKLED = (".pt", ".pth", ".bin")
 """What torch.save writes, as zip archives, whose index stands at their end."""
@@ -32,14 +37,37 @@ def seal(folder: Path, about: dict[str, Any]) -> None:
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    write_text(folder / MANIFEST, json.dumps({**about, "files": sizes}, indent=1))
+    write_text(folder / MANIFEST, json.dumps({**about, "files": sizes, "sha256": hashes(folder, sizes)}, indent=1))
     for file in files:
         sync(file)
     if os.name == "posix":  # the names of the files as well, which elsewhere a program has no say in
         for directory in {file.parent for file in files}:
             sync(directory)
-    if why := why_broken(folder):
+    if why := why_broken(folder, contents=False):
         raise DiskError(f"it was written, but {why}")
+
+
+def hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of each file in `folder`, by name."""
+    names = list(names)
+    with ThreadPoolExecutor(4) as pool:  # hashlib works in parallel
+        return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def changed(folder: Path, before: Mapping[str, str]) -> str | None:
+    """Return what is wrong with the first file that no longer has the hash that it had `before`, or None."""
+    if missing := [name for name in before if not (folder / name).is_file()]:
+        return f"{missing[0]} is missing"
+    try:
+        now = hashes(folder, before)
+    except OSError as error:
+        return f"a file cannot be read ({error})"
+    return next((f"the content of {name} has changed (SHA-256)" for name in before if now[name] != before[name]), None)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -48,10 +76,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def why_broken(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Of each file its size is looked at and its index, not the rest."""
+def why_broken(checkpoint: Path, *, contents: bool = True) -> str | None:
+    """Return what is wrong with a checkpoint, or None. Of each file the size and the index are checked, and with
+    `contents` the hash, for which all files are read. Older checkpoints have no hashes."""
     try:
-        sizes = read_manifest(checkpoint)["files"]
+        manifest = read_manifest(checkpoint)
+        sizes, before = dict(manifest["files"]), dict(manifest.get("sha256", {}))
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError):
@@ -64,7 +94,7 @@ def why_broken(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
         if not _has_index(path):
             return f"{name} is damaged"
-    return None
+    return changed(checkpoint, before) if contents else None
 
 
 def _has_index(path: Path) -> bool:
@@ -81,26 +111,45 @@ def _has_index(path: Path) -> bool:
     return True
 
 
-def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint in `folder`, None if there is none at all; `say` is told of newer ones, broken.
+def newest(
+    folder: Path, say: Callable[[str], None], *, precision: str | None = None, contents: bool = True
+) -> Path | None:
+    """Return the newest checkpoint in `folder` to resume from, or None if there is none at all. `say` is told of newer
+    ones that are broken, or whose gradients are not finite in this `precision`. For `contents` see `why_broken`.
 
-    Raises UserError if there are some and each is broken.
+    Raises UserError if there are checkpoints but none to resume from.
     """
     found = [Path(path) for path in reversed(sort_checkpoints(str(folder)))]
-    broken: list[str] = []
+    passed_over: list[str] = []
     for checkpoint in found:
-        why = why_broken(checkpoint)
-        if why is None:
-            for line in broken:
+        if why := why_broken(checkpoint, contents=contents):
+            passed_over.append(f"{checkpoint.name} is broken: {why}")
+        elif (diverged := read_manifest(checkpoint).get(DIVERGED)) and diverged == precision:
+            passed_over.append(f"{checkpoint.name} has diverged: with its weights no gradients are finite")
+        else:
+            for line in passed_over:
                 say(f"{line}; going on from {checkpoint.name}")
             return checkpoint
-        broken.append(f"{checkpoint.name} is broken: {why}")
-    if broken:
+    if not passed_over:
+        return None
+    if any(" is broken: " in line for line in passed_over):
         raise UserError(
-            f"no checkpoint in {folder} is whole: {'; '.join(broken)}. Put a copy of one there, or begin anew with "
-            "--overwrite"
+            f"no checkpoint in {folder} is whole: {'; '.join(passed_over)}. Put a copy of one there, or begin anew "
+            "with --overwrite"
         )
-    return None
+    raise UserError(
+        f"no checkpoint in {folder} can be resumed: {'; '.join(passed_over)}. Begin anew with --overwrite and lower "
+        "learning rates, or remove this folder and begin the stage anew with --resume"
+        f"{'' if precision == 'float32' else ', or train in float32 (train.bf16: false)'}"
+    )
+
+
+def mark_diverged(folder: Path, step: int, precision: str) -> None:
+    """Note in the manifests of all checkpoints in `folder` from `step` on that in this `precision` the gradients of
+    their weights are not finite, so that no run is resumed from them."""
+    for path in map(Path, sort_checkpoints(str(folder))):
+        if why_broken(path, contents=False) is None and (manifest := read_manifest(path)).get("step", 0) >= step:
+            write_text(path / MANIFEST, json.dumps({**manifest, DIVERGED: precision}, indent=1))
 
 
 def fingerprint(items: Sequence[TreeItem] | Sequence[PairItem], outline: Sequence[Any] = ()) -> dict[str, Any]:

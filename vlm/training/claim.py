@@ -15,11 +15,11 @@ from vlm.errors import UserError
 from vlm.files import InUse, discard, locked_folder, remove_leftovers
 from vlm.recipe import Recipe
 from vlm.recipe_paths import PATH_KEYS
-from vlm.training.folder import has_model, unscored_stages
+from vlm.training.folder import MODEL_HASHES, has_model, unscored_stages
 
 CONTENTS = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "skipped_steps.jsonl", "loss.png", "data_problems.json",
-    "checkpoints", "stages", "model", "adapter", "evaluation", "samples", "tensorboard",
+    "checkpoints", "stages", "model", MODEL_HASHES, "adapter", "evaluation", "samples", "tensorboard",
 )  # fmt: skip
 """What a run writes into its folder."""
 

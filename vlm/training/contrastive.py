@@ -37,7 +37,9 @@ from vlm.training.arguments import training_arguments
 from vlm.training.callbacks import StopOnSignal
 from vlm.training.checkpoints import fingerprint
 from vlm.training.contrastive_trainer import ContrastiveTrainer
+from vlm.training.ending import steps_to_train
 from vlm.training.features import kept_features
+from vlm.training.finite import require_finite
 from vlm.training.folder import save_stage, stage_home
 from vlm.training.history import draw_losses, duration
 from vlm.training.memory import estimate
@@ -260,7 +262,8 @@ def _run_stage(
     checkpoints = Path(tempfile.mkdtemp()) if dry_run else folder / "checkpoints" / stage.name
     args = training_arguments(recipe, stage, checkpoints)
     data = fingerprint(train)
-    checkpoint = checkpoint_to_resume(checkpoints, data, console) if resume and not dry_run else None
+    checkpoint = checkpoint_to_resume(args, data, console) if resume and not dry_run else None
+    require_finite(model, "the model that this stage starts from")
     rows = PairDataset(train, recipe.seed, recipe.data.augmentation)
     with embedding_pairs(model, contrastive.chunk_size):
         trainer = ContrastiveTrainer(
@@ -277,7 +280,7 @@ def _run_stage(
         )
         watch(trainer, stage, rows, folder, stop)
         memory = estimate(trainer, rows)
-        steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+        steps = steps_to_train(trainer)
         seconds = seconds_per_step(trainer, rows)
         precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
         console.print(
@@ -302,5 +305,5 @@ def _run_stage(
         if checkpoint and (note := what_differs(checkpoint, GlobalBatch.of(trainer))):
             console.print(note, style="yellow", highlight=False)
         train_to_end(trainer, checkpoint, checkpoints, memory, console)
-        say_how_it_ended(trainer, checkpoints, stop, console)
+        say_how_it_ended(trainer, rows, checkpoint, stop, console)
     return trained, trained if stage.lora else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlm.adapters.contrastive_loss import infonce, sigmoid
 from vlm.data.pairs import PairCollator, PairDataset, PairItem, positives
 from vlm.dual_encoder import MAX_LOGIT_SCALE
-from vlm.eval.retrieval import recall
+from vlm.eval.retrieval import METRICS, recall
 from vlm.training.callbacks import PartCheck
 from vlm.training.pair_embeddings import MODEL_INPUTS, gather_pairs, gather_rows, length_groups, logits_of
 from vlm.training.part_trainer import PartTrainer
@@ -111,8 +111,11 @@ class ContrastiveTrainer(PartTrainer):
             embeds, positive = self.embed_held_out()
         logits = logits_of(embeds)
         metrics = {f"{metric_key_prefix}_loss": float(self.contrastive_loss(logits, positive))}
-        shares = recall(logits.float().cpu().numpy(), positive.cpu().numpy())
-        metrics |= {f"{metric_key_prefix}_{name}": share.value for name, share in shares.items()}
+        if logits.isfinite().all():
+            shares = recall(logits.float().cpu().numpy(), positive.cpu().numpy())
+            metrics |= {f"{metric_key_prefix}_{name}": share.value for name, share in shares.items()}
+        else:  # a training that diverges ends by its gradients, and not here
+            metrics |= {f"{metric_key_prefix}_{name}": math.nan for name in METRICS}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

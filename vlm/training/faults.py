@@ -9,6 +9,8 @@ import torch
 
 from vlm.data.images import ImageError
 from vlm.errors import UserError
+from vlm.training.ending import how_to_go_on
+from vlm.training.finite import NonFiniteWeights
 from vlm.training.part_trainer import NonFiniteGradients
 
 
@@ -20,8 +22,7 @@ def in_words(error: Exception, trainer: Any, checkpoints: Path) -> Exception:
     """`error`, which ended the training by `trainer`, as a TrainingError where it is known what to do; others as they
     are, with a note on where to go on from."""
     step = trainer.state.global_step + 1
-    last = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-    go_on = f"Then go on with --resume, {f'from {last[-1]}' if last else 'from the start: there is no checkpoint yet'}."
+    go_on = how_to_go_on(trainer, checkpoints)
     if memory := _exhausted(error, trainer.args.device):
         args = trainer.args
         if trainer.control.should_evaluate:
@@ -43,7 +44,7 @@ def in_words(error: Exception, trainer: Any, checkpoints: Path) -> Exception:
         )
     if image := _image_error(error):
         return TrainingError(f"step {step}: {image}. It opened as the run began. {go_on}")
-    if isinstance(error, NonFiniteGradients):
+    if isinstance(error, NonFiniteGradients | NonFiniteWeights):
         return TrainingError(f"{error} {go_on}")
     error.add_note(f"{go_on} The run is in {checkpoints.parent.parent}.")
     return error

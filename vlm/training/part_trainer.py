@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -24,10 +24,11 @@ from vlm.errors import UserError
 from vlm.files import DiskError, is_disk_fault, reason, sync
 from vlm.precision import frozen_layers_in
 from vlm.training.callbacks import EvaluationStopped
-from vlm.training.checkpoints import seal
+from vlm.training.checkpoints import mark_diverged, read_manifest, seal, why_broken
+from vlm.training.finite import NonFiniteWeights, not_finite, some
 from vlm.training.norms import gradient_norms, parameter_norms
 from vlm.training.parts import loose_parameters, named_parts
-from vlm.training.processes import GlobalBatch, sharded
+from vlm.training.processes import GlobalBatch, of_first, sharded
 from vlm.training.skipped import SkippedSteps
 from vlm.training.step import keep_gradients_out
 from vlm.training.throughput import Throughput
@@ -43,6 +44,11 @@ class NonFiniteGradients(RuntimeError):  # noqa: N818 - named for what happened
     """Too many steps in a row had gradients that are not finite."""
 
 
+def precision_of(args: TrainingArguments) -> str:
+    """Return what training computes in, by torch's name."""
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+
+
 class LeftEvaluation(TrainerCallback):
     """Makes up for the evaluation that a run was stopped in, before the first step after its checkpoint. The random
     numbers of those steps are read from the checkpoint afterwards."""
@@ -51,6 +57,8 @@ class LeftEvaluation(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.best_model_checkpoint:  # the folder may have been moved
+            state.best_model_checkpoint = os.path.join(args.output_dir, Path(state.best_model_checkpoint).name)
         stopped = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
         if state.global_step and stopped.get("should_evaluate"):
             metrics = self.trainer._evaluate(None, None, skip_scheduler=False)
@@ -64,7 +72,8 @@ class PartTrainer(Trainer):
     Steps whose gradients are not finite are noted in `skipped`, and `data_fingerprint` in each checkpoint. Batches come
     with their `examples`, by file and row, and with `counts`, `[B, 3]`: images, texts and tokens.
 
-    Raises NonFiniteGradients after `max_bad_steps` such steps in a row; each is skipped.
+    Raises NonFiniteGradients after `max_bad_steps` such steps in a row; each is skipped. Raises NonFiniteWeights if a
+    weight that is trained is not finite: when a step is skipped, before a checkpoint is saved, and at the end.
     """
 
     max_bad_steps = 5
@@ -84,7 +93,8 @@ class PartTrainer(Trainer):
         self.skipped = skipped or SkippedSteps(Path(self.args.output_dir or ".") / "skipped_steps.jsonl", "train")
         self.data_fingerprint = data_fingerprint
         self.batch_shape: tuple[int, ...] = ()
-        self._bad_in_a_row = 0
+        self.bad_in_a_row = 0
+        self.good_steps = 0
         self._owes_checkpoint = False
         self._saving = False
         self.unsaved: str | None = None
@@ -118,7 +128,30 @@ class PartTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; frozen layers are cast to the precision of training once, not in each step."""
         with self.frozen_in_half():
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        self.require_finite_weights()
+        self._say_if_the_best_is_another()
+        return output
+
+    def _say_if_the_best_is_another(self) -> None:
+        best, state = Path(self.state.best_model_checkpoint or "").name, self.state
+        if not self.args.load_best_model_at_end or best == f"checkpoint-{state.best_global_step}":
+            return
+        wanted = f"The best model, of step {state.best_global_step}, has no checkpoint"
+        logger.warning(
+            "%s; the model is that of %s.",
+            wanted if state.best_global_step else f"No {self.args.metric_for_best_model} was finite",
+            best or f"step {state.global_step}, the last",
+        )
+
+    def require_finite_weights(self) -> None:
+        """Raise NonFiniteWeights, on all processes, if a trained weight of any of them is not finite."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if names := sorted(set(gather_object(not_finite(model, trained_only=True)))):
+            raise NonFiniteWeights(
+                f"the weights are not finite after step {self.state.global_step} ({some(names)}), and are not saved. "
+                "Lower the learning rates."
+            )
 
     def frozen_in_half(self) -> AbstractContextManager[None]:
         """Within it frozen layers are in the precision of training; where the model is sharded, all parameters have to
@@ -167,19 +200,29 @@ class PartTrainer(Trainer):
         finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
         self.skipped.step_ends(self.state.global_step + 1, skipped=not finite)
         if finite:
-            self._bad_in_a_row = 0
+            self.bad_in_a_row = 0
+            self.good_steps += 1
             if norm is not None and not sharded(self.args) and self._logs_next():
                 self._grad_norms = gradient_norms(model, float(norm))
             return norm
-        self._bad_in_a_row += 1
+        self.bad_in_a_row += 1
         model.zero_grad()
-        if self._bad_in_a_row >= self.max_bad_steps:
+        if self.bad_in_a_row == 1:  # the reason may be those
+            self.require_finite_weights()
+        if self.bad_in_a_row >= self.max_bad_steps:
+            self.mark_diverged(self.state.global_step + 1 - self.bad_in_a_row)
             raise NonFiniteGradients(
-                f"the gradients of {self._bad_in_a_row} steps in a row up to step {self.state.global_step + 1} are not "
+                f"the gradients of {self.bad_in_a_row} steps in a row up to step {self.state.global_step + 1} are not "
                 f"finite; {self.skipped.path} names their examples. Look at those, lower the learning rates, or train "
                 "in float32 (train.bf16: false)."
             )
         return norm
+
+    def mark_diverged(self, step: int) -> None:
+        """Have no run resumed from checkpoints of the weights after `step`: steps that are skipped do not change them,
+        so that it would fail again, whatever the learning rates."""
+        if self.is_world_process_zero():
+            mark_diverged(Path(self.args.output_dir or "."), step, precision_of(self.args))
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer, and with activation checkpointing no gradient goes through a frozen encoder."""
@@ -202,7 +245,7 @@ class PartTrainer(Trainer):
         what it had before that, and leaves."""
         if not self.control.should_training_stop:
             self._owes_checkpoint |= self.control.should_save
-            self.control.should_save = self._owes_checkpoint and not self._bad_in_a_row
+            self.control.should_save = self._owes_checkpoint and not self.bad_in_a_row
             self._owes_checkpoint &= not self.control.should_save
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
@@ -221,6 +264,7 @@ class PartTrainer(Trainer):
 
         What cannot be written is said, and training goes on: `unsaved` tells why until a later checkpoint is whole.
         """
+        self.require_finite_weights()
         folder = Path(self._get_output_dir(trial))
         fault: Exception | None = None
         try:
@@ -266,13 +310,23 @@ class PartTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_checkpoint(model or self.model, Path(resume_from_checkpoint))
+            if names := not_finite(self.accelerator.unwrap_model(model or self.model)):
+                self.mark_diverged(read_manifest(Path(resume_from_checkpoint))["step"])
+                raise NonFiniteWeights(f"{resume_from_checkpoint} has weights that are not finite: {some(names)}.")
 
     def _load_best_model(self) -> None:
-        """As in Trainer, but all weights, also those that peft leaves out; raises WrongWeights."""
+        """As in Trainer, but all weights, also those that peft leaves out; raises WrongWeights, and UserError if files
+        have changed."""
+        best = Path(self.state.best_model_checkpoint or "")
+        if why := of_first(lambda: why_broken(best)):
+            raise UserError(
+                f"the best checkpoint, {best}, is broken: {why}. Put back a copy and go on with --resume, which takes "
+                "no further step; with train.load_best_model_at_end: false it saves the last model"
+            )
         if sharded(self.args):
             super()._load_best_model()
         else:
-            load_checkpoint(self.model, Path(self.state.best_model_checkpoint or ""))
+            load_checkpoint(self.model, best)
 
     def _write_checkpoint(self, model: nn.Module, trial: Any, beside: Path) -> None:
         if self.is_world_process_zero():
@@ -295,6 +349,8 @@ class PartTrainer(Trainer):
         self.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
         batch = vars(GlobalBatch.of(self))
         about = {"step": self.state.global_step, "batch": batch, "data": self.data_fingerprint}
+        if self.bad_in_a_row:
+            about["skipped_before"] = self.bad_in_a_row
         seal(beside / name, about)
         if (folder / name).exists():  # of an earlier try, from before the run was resumed
             (folder / name).rename(beside / "replaced")
@@ -308,6 +364,7 @@ class PartTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self.bad_in_a_row = read_manifest(Path(checkpoint)).get("skipped_before", 0)
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
         for index, group in enumerate(optimizer.param_groups):

@@ -105,11 +105,14 @@ def freeze_state(model: nn.Module, rates: Mapping[str, float]) -> None:
 def _modules_of(model: nn.Module, rates: Mapping[str, float]) -> list[str]:
     """Names of the outermost modules that make up the parts in `rates`, but the language model."""
     found: list[str] = []
-    for name, _ in model.named_modules():
+    for name, module in model.named_modules():
         last, part = name.split(".")[-1], part_of(name)
         heads = (*_VISION, *_PROJECTOR, *_FUSION)
         if part in rates and last in heads and not any(name.startswith(outer + ".") for outer in found):
-            found.append(name)
+            # Of a list, which peft cannot save, each module by itself.
+            found += (
+                [f"{name}.{n}" for n, _ in module.named_children()] if isinstance(module, nn.ModuleList) else [name]
+            )
     return found
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -16,6 +19,8 @@ from vlm.errors import UserError
 from vlm.precision import default_device
 from vlm.recipe import Recipe
 from vlm.training.checkpoints import read_manifest
+
+T = TypeVar("T")
 
 
 def join_processes(recipe: Recipe) -> PartialState:
@@ -46,6 +51,20 @@ def idle_gpus(processes: PartialState) -> str | None:
         f"this run uses 1 of {count} GPUs. To train on all: accelerate launch --num_processes {count} -m vlm train ... "
         "(docs/scaling.md)"
     )
+
+
+def of_first(make: Callable[[], T]) -> T:
+    """Return on all processes what `make` gives on the first, or raise the UserError that it raises there."""
+    found: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            found[0] = make()
+        except UserError as error:
+            found[1] = error
+    result, fault = broadcast_object_list(found)
+    if fault:
+        raise fault
+    return cast(T, result)
 
 
 def sharded(args: TrainingArguments) -> bool:

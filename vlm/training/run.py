@@ -4,6 +4,7 @@ RUN/recipe.yaml         the recipe, resolved            RUN/environment.json   v
 RUN/metrics.jsonl       losses and rates by step        RUN/loss.png           the same as a picture
 RUN/checkpoints/STAGE/  to resume from                  RUN/data_problems.json what was left out, and why
 RUN/model/              the model, LoRA merged in       RUN/adapter/           LoRA and trained parts, unmerged
+RUN/model_hashes.json   the SHA-256 of its files
 RUN/evaluation/         summary.json, predictions.jsonl, samples.html
 RUN/samples/STAGE/      the same of a few held-out examples, by step
 RUN/skipped_steps.jsonl the examples of steps whose gradients were not finite
@@ -53,10 +54,10 @@ from vlm.training.callbacks import StopOnSignal
 from vlm.training.changes import changes, in_words, recipe_changes
 from vlm.training.claim import clear, require_free, require_place, run_lock
 from vlm.training.features import Keys, kept_features
-from vlm.training.folder import finished_stages, save_stage, stage_home, unscored_stages
+from vlm.training.folder import finished_stages, require_unchanged, save_stage, stage_home, unscored_stages
 from vlm.training.history import draw_losses
 from vlm.training.parts import trains_vision
-from vlm.training.processes import idle_gpus, join_processes, sharded
+from vlm.training.processes import idle_gpus, join_processes, of_first, sharded
 from vlm.training.quantization import merged, quantize
 from vlm.training.rehearsal import rehearse
 from vlm.training.report import environment
@@ -274,7 +275,11 @@ def _to_learn_from(examples: list[Example], stage: Stage, console: Console) -> l
 def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedModel, Any]:
     """The model that the stage after `done` others starts from: the last one's, a pretrained one, or a new one."""
     spec = recipe.model
-    left = str(stage_home(folder, recipe.stage_names, done - 1) / "model") if done else None
+    left = None
+    if done:
+        home = stage_home(folder, recipe.stage_names, done - 1)
+        of_first(lambda: require_unchanged(home))
+        left = str(home / "model")
     if recipe.contrastive:
         return contrastive.start_model(recipe, left)
     if left:

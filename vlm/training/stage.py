@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from vlm.data.batches import RowSampler, padding
@@ -28,13 +28,15 @@ from vlm.training.blind import BlindLoss
 from vlm.training.callbacks import EvaluationStopped, MetricsLog, NewRows, PartCheck, StopOnSignal, Stopped
 from vlm.training.checkpoints import fingerprint, newest, require_same_data
 from vlm.training.checks import why_not_trees
+from vlm.training.ending import require_trained, steps_to_train
 from vlm.training.faults import in_words as fault_in_words
+from vlm.training.finite import require_finite
 from vlm.training.history import duration
 from vlm.training.memory import Memory, estimate, gigabytes
-from vlm.training.part_trainer import PartTrainer
+from vlm.training.part_trainer import NonFiniteGradients, PartTrainer, precision_of
 from vlm.training.parts import add_lora, set_trainable
 from vlm.training.peak import peak_flops
-from vlm.training.processes import GlobalBatch, sharded, units, what_differs
+from vlm.training.processes import GlobalBatch, of_first, sharded, units, what_differs
 from vlm.training.quantization import tokens_apart
 from vlm.training.report import parts_table
 from vlm.training.sampling import Samples
@@ -106,7 +108,8 @@ def run_stage(
     wants_loss = args.eval_strategy != "no"
     sources = batches.stream.mixture.sources if batches.stream else []
     data = fingerprint(batches.train, [source.outline for source in sources])
-    checkpoint = checkpoint_to_resume(checkpoints, data, console) if resume and not dry_run else None
+    checkpoint = checkpoint_to_resume(args, data, console) if resume and not dry_run else None
+    require_finite(model, "the model that this stage starts from")
     in_parts = sharded(args)  # what is tried before training is tried on whole models, for which a GPU may be too small
     with tokens_apart(trained):
         device = torch.device("cpu") if in_parts else args.device
@@ -145,7 +148,7 @@ def run_stage(
         trained._no_split_modules = units(trained)
     memory = None if in_parts else estimate(trainer, tried)
     size = trainer._train_batch_size  # auto_find_batch_size may have lowered it
-    steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+    steps = steps_to_train(trainer)
     timed = {}
     if memory:
         trainer.throughput.flops_per_token = flops_per_token(trainer, tried)
@@ -187,7 +190,7 @@ def run_stage(
     train_to_end(trainer, checkpoint, checkpoints, memory, console)
     if isinstance(rows, StreamDataset):
         report(rows, recipe.data.max_length, console)
-    say_how_it_ended(trainer, checkpoints, stop, console)
+    say_how_it_ended(trainer, tried, checkpoint, stop, console)
     if in_parts:
         trained = put_together(trainer, whole)
     return trained, trained if stage.lora else None
@@ -214,9 +217,17 @@ def watch(
         trainer.add_callback(PartCheck(model, trainer.rates, trainer.why_no_gradient))
 
 
-def checkpoint_to_resume(checkpoints: Path, data: dict[str, Any], console: Console) -> Path | None:
-    """The newest whole checkpoint, if there is one; raises UserError if the data were others then."""
-    checkpoint = newest(checkpoints, lambda line: console.print(line, style="yellow", markup=False, soft_wrap=True))
+def checkpoint_to_resume(args: TrainingArguments, data: dict[str, Any], console: Console) -> Path | None:
+    """The newest whole checkpoint, if there is one; raises UserError if the data were others then. The first process
+    looks for it."""
+    folder = Path(args.output_dir or ".")
+    checkpoint = of_first(
+        lambda: newest(
+            folder,
+            lambda line: console.print(line, style="yellow", markup=False, soft_wrap=True),
+            precision=precision_of(args),
+        )
+    )
     if checkpoint:
         require_same_data(checkpoint, data)
     return checkpoint
@@ -241,10 +252,22 @@ def train_to_end(
         console.print(f"memory: {gigabytes(trainer.throughput.memory)} GB at most{expected}", highlight=False)
 
 
-def say_how_it_ended(trainer: PartTrainer, checkpoints: Path, stop: StopOnSignal, console: Console) -> None:
-    """Raise Stopped if the run was told to stop, and name the steps that were skipped."""
+def say_how_it_ended(
+    trainer: PartTrainer,
+    rows: TreeDataset | PairDataset,
+    checkpoint: Path | None,
+    stop: StopOnSignal,
+    console: Console,
+) -> None:
+    """Raise Stopped if the run was told to stop, TrainingError if it has trained nothing or diverged, and name the
+    steps that were skipped."""
+    checkpoints = Path(trainer.args.output_dir or ".")
     if stop.stopped:
         raise Stopped(_where_to_go_on(trainer, checkpoints), stop.told or 0)
+    try:
+        require_trained(trainer, rows, resumed=checkpoint is not None)
+    except NonFiniteGradients as error:
+        raise fault_in_words(error, trainer, checkpoints) from error
     if trainer.skipped.count:
         console.print(
             f"{trainer.skipped.count} steps were skipped: their gradients were not finite; their examples are named in "
@@ -288,7 +311,7 @@ def _where_to_go_on(trainer: PartTrainer, checkpoints: Path) -> str:
     """What is said at the end of a run that was told to stop."""
     step = f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}"
     lost = f", whose checkpoint could not be saved: {trainer.unsaved}. Make room" if trainer.unsaved else ""
-    last = newest(checkpoints, lambda line: None)
+    last = newest(checkpoints, lambda line: None, contents=False)
     return f"{step}{lost}; go on with --resume{f' from {last}' if last else ': it begins anew'}"
 
 

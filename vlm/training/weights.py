@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from vlm.errors import UserError
+from vlm.training.finite import some
 from vlm.training.parts import loose_parameters
 
 LOOSE = "loose_parameters.safetensors"
@@ -59,7 +60,8 @@ def _load_model(model: nn.Module, checkpoint: Path) -> None:
         if not (isinstance(model, PreTrainedModel) and (checkpoint / CONFIG_NAME).is_file()):
             raise
         # Older checkpoints have the names that transformers uses on the Hub, which only its own loading translates.
-        translated, told = type(model).from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = type(model).from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+        translated, told = loaded
         if any(told.values()):
             raise
         model.load_state_dict(translated.state_dict())
@@ -79,7 +81,7 @@ def _files(checkpoint: Path) -> list[Path]:
 
 def _shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     """The shapes of all weights in safetensors `files`, by name."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for path in files:
         if not path.is_file():
             raise WrongWeights(f"{path} is missing: the checkpoint holds other weights than this recipe trains")
@@ -107,7 +109,7 @@ def _compare(
     if any(wrong.values()):
         raise WrongWeights(
             f"the weights in {path} are not those of this model: it "
-            + ", and ".join(f"{what} {_some(names)}" for what, names in wrong.items() if names)
+            + ", and ".join(f"{what} {some(names)}" for what, names in wrong.items() if names)
             + ". Use the recipe and the versions of vlm and transformers that it was saved with, or begin anew with "
             "--overwrite"
         )
@@ -116,8 +118,3 @@ def _compare(
 def _place(tensor: Tensor) -> Any:
     """Equal for two names of one weight, as tied weights have."""
     return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else id(tensor)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
