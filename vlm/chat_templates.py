@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import jinja2
+
+from vlm.errors import UserError
 from vlm.processing import IMAGE_TOKEN
 
+TEMPLATE_FILE = "<template>"
+"""What jinja2 calls a template that has no file, in a traceback."""
 TemplateName = Literal["auto", "chatml", "paligemma", "blip2"]
 
 # A message's content as one string, an image part becoming the image token: what language models' templates expect.
@@ -92,6 +99,30 @@ def chat_template_for(tokenizer: Any, name: TemplateName = "auto", *, image_mark
     if tokenizer.eos_token is None:
         raise ValueError("the tokenizer has neither a chat template nor an end-of-sequence token to end turns with")
     return flatten + begin + PLAIN_TURNS
+
+
+class Refused(UserError):  # noqa: N818 - named for what it says
+    """A conversation that a chat template refuses by an error of its own."""
+
+
+@contextmanager
+def naming_template(processor: Any) -> Iterator[None]:
+    """Raise UserError that names the chat template of `processor`, and the line, for an error in it; [`Refused`] if the
+    template refuses the conversation."""
+    try:
+        yield
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == TEMPLATE_FILE]
+        if not (lines or isinstance(error, jinja2.TemplateError)):
+            raise
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        name = getattr(processor, "tokenizer", processor).name_or_path
+        where = f"the chat template of {name or type(processor).__name__}" + (f", line {line}" if line else "")
+        if type(error) is jinja2.TemplateError:  # what `raise_exception` in a template raises
+            raise Refused(f"{where}, refuses the conversation: {error}") from error
+        raise UserError(
+            f"{where}: {type(error).__name__}: {error}. Correct it, in chat_template.jinja or tokenizer_config.json"
+        ) from error
 
 
 def ends_with_eos(template: str) -> bool:

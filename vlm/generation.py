@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 import vlm  # noqa: F401 - registers our classes with the Auto classes
 from vlm.batches import MAX_BATCH_TOKENS, batches_of
+from vlm.chat_templates import naming_template
 from vlm.data.conversation import template_options, with_images
 from vlm.data.example import Message
 from vlm.data.image_inputs import RefusedImages, naming_refused, refused_images
@@ -118,14 +119,15 @@ def _tokenize(processor: Any, requests: Sequence[Request], pixels: bool) -> Any:
     options: dict[str, Any] = {"return_tensors": "pt", "padding": True}
     if not pixels:
         options |= {"pixels": False, "image_sizes": [size_of(image) for images, _ in requests for image in images]}
-    return processor.apply_chat_template(
-        [with_images(messages, images) if pixels else messages for images, messages in requests],
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=True,
-        **template_options(processor, *(messages for _, messages in requests)),
-        processor_kwargs=options,
-    )
+    with naming_template(processor):
+        return processor.apply_chat_template(
+            [with_images(messages, images) if pixels else messages for images, messages in requests],
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
+            **template_options(processor, *(messages for _, messages in requests)),
+            processor_kwargs=options,
+        )
 
 
 @torch.no_grad()
@@ -169,7 +171,8 @@ def prompt_lengths(model: Any, processor: Any, requests: Sequence[Request]) -> l
     if not has_chat_template(processor):
         return [dict(shape)["input_ids"][0] for shape in prompt_shapes(processor, requests)]
     conversations = [with_images(messages, images) for images, messages in requests]
-    texts = processor.apply_chat_template(conversations, add_generation_prompt=True, **template_options(processor))
+    with naming_template(processor):
+        texts = processor.apply_chat_template(conversations, add_generation_prompt=True, **template_options(processor))
     lengths = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
     image_tokens: dict[Any, int] = {}
     for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):

@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm.chat_templates import Refused
 from vlm.data.example import Branch, Example, Problem, message_text
 from vlm.data.images import ImageError, image_sha256, open_image
 from vlm.data.readers import read
@@ -218,8 +219,11 @@ def check(
     for done, example in enumerate(examples, start=1):
         try:
             hashes = _open_all(example, digests, first_image, report)
+            rows = tokenize(example) if tokenize is not None else []
         except ImageError as error:
             report.problems.append(image_problem(error, example))
+        except Refused as error:
+            report.problems.append(Problem(example.where, "", str(error), lost=len(example.branches)))
         else:
             good.append(example)
             for branch in example.branches:
@@ -229,7 +233,7 @@ def check(
                 if (first := first_branch.setdefault(key, where)) != where:
                     report.duplicate_branches.append((first, where))
             if tokenize is not None:
-                tokens += _lengths(example, tokenize(example), report)
+                tokens += _lengths(example, rows, report)
         if progress is not None:
             progress(done, len(examples))
     report.images = len(digests)

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlm.chat_templates import Refused, naming_template
 from vlm.data.example import Branch, Message, count_image_parts
 from vlm.data.prompts import IMAGE_MASKS, TOKEN_TYPES, encode_prompt, has_chat_template
 from vlm.errors import UserError
@@ -95,14 +96,15 @@ def encode_conversation(
     options: dict[str, Any] = {"return_tensors": "pt"}
     if images is None:
         options = {"pixels": False, "image_sizes": image_sizes}
-    return processor.apply_chat_template(
-        conversation,
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=add_generation_prompt,
-        processor_kwargs=options,
-        **template_options(processor, messages),
-    )
+    with naming_template(processor):
+        return processor.apply_chat_template(
+            conversation,
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=add_generation_prompt,
+            processor_kwargs=options,
+            **template_options(processor, messages),
+        )
 
 
 def tokenize_branch(
@@ -123,6 +125,8 @@ def tokenize_branch(
         try:
             sizes = image_sizes[: count_image_parts(messages)]
             return encode_conversation(processor, messages, images, sizes, add_generation_prompt=add_generation_prompt)
+        except Refused:
+            raise
         except UserError as error:
             raise UserError(f"{branch.where}: {error}") from None
         except (NotImplementedError, ValueError) as error:

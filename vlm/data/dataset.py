@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from vlm.chat_templates import Refused
 from vlm.data.augmentation import Augmentation
 from vlm.data.check import image_problem
 from vlm.data.conversation import IGNORE, TokenizedBranch, tokenize_branch
@@ -145,6 +146,9 @@ def make_items(
                 pairs = zip(images, example.images, strict=True)
                 named = [found for image, source in pairs if (found := error.of(image, source, example.where))]
                 report(image_problem(named[0], example))
+                continue
+            except Refused as error:
+                report(Problem(example.where, "", str(error), lost=len(example.branches)))
                 continue
             groups = _groups(branches, processor)
             kept = [fitting for group in groups if (fitting := _fit(group, max_length, too_long, example, left_out))]

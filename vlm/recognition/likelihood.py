@@ -163,7 +163,7 @@ class LabelLikelihood:
 
 def _refuse(problem: Problem) -> None:
     """These images are open: what is wrong is that the image processor refuses one."""
-    raise ValueError(str(problem))
+    raise UserError(str(problem))
 
 
 def label_likelihood(
