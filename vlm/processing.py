@@ -124,7 +124,8 @@ class VLMProcessor(ProcessorMixin):
         ids of a text whose pixels, or features, come from elsewhere. Tiling then needs the images' `image_sizes`, each
         `(height, width)`, and gives them back as the model takes them, `[images, 2]`. `qformer_text` is what a Q-Former
         reads, for each image; else the whole text that the image stands in.
-        Raises ValueError if placeholders and images, or their sizes, do not match."""
+        Raises ValueError if placeholders and images, or their sizes, do not match, for videos and audio, and for an
+        option of the image processor that does not go with tiling."""
         texts = [text] if isinstance(text, str) else text
         if kwargs.get("sanitize_control_tokens"):
             # Taken out for counting, the token that a user wrote into `<im<image>age>` would leave another behind.
@@ -154,13 +155,17 @@ class VLMProcessor(ProcessorMixin):
             inputs["image_sizes"] = torch.tensor(image_sizes)
         return self._with_qformer_text(self._with_types(inputs), qformer_text)
 
-    def prepare_images(self, images: Sequence[Image.Image]) -> BatchFeature:
-        """`pixel_values [images, 3, H, W]`; with tiling, of all tiles of all images, and `image_sizes [images, 2]`."""
+    def prepare_images(self, images: Sequence[Image.Image], **options: Any) -> BatchFeature:
+        """`pixel_values [images, 3, H, W]`; with tiling, of all tiles of all images, and `image_sizes [images, 2]`.
+
+        `options` are those of the image processor. Raises ValueError for one that does not go with tiling."""
         if self.tiler is None:
-            return self.image_processor(images, return_tensors="pt")
-        resample = getattr(self.image_processor, "resample", None)  # None: several encoders, each with its own
+            return self.image_processor(images, **{**options, "return_tensors": "pt"})
+        options = _of_tiles(options)
+        # None: several encoders, each with its own
+        resample = options.pop("resample", getattr(self.image_processor, "resample", None))
         tiles = [tile for image in images for tile in self.tiler.split(image, resample)]
-        inputs = self.image_processor(tiles, return_tensors="pt")
+        inputs = self.image_processor(tiles, **options, return_tensors="pt")
         return BatchFeature({**inputs, "image_sizes": torch.tensor([size_of(image) for image in images])})
 
     def num_tiles(self, image: Image.Image) -> int:
@@ -171,7 +176,11 @@ class VLMProcessor(ProcessorMixin):
         if self.tiler is None:
             return super()._process_images(images, **kwargs)
         flat: Any = make_flat_list_of_images(images)
-        inputs = self.prepare_images([to_pil_image(image).convert("RGB") for image in flat])
+        layout = kwargs.pop("input_data_format", None)
+        if not (kwargs.get("do_rescale", True) or all(_has_bytes(image) for image in flat)):
+            raise ValueError("do_rescale=False: with tiling, pass images of bytes (0 to 255)")
+        pictures = [to_pil_image(image, input_data_format=layout).convert("RGB") for image in flat]
+        inputs = self.prepare_images(pictures, **kwargs)
         return inputs, [self._tiled_text(*size) for size in inputs["image_sizes"].tolist()]
 
     def _tiled_text(self, height: int, width: int) -> str:
@@ -229,6 +238,8 @@ class VLMProcessor(ProcessorMixin):
 
     def validate_inputs(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError with both counts and the example's index if placeholders and images do not match."""
+        if unread := [name for name in ("videos", "audio") if kwargs.get(name) is not None]:
+            raise ValueError(f"{unread[0]}: this model reads images and text")
         if text is not None:
             wanted = [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
             given = _images_per_text(images, wanted)
@@ -276,6 +287,28 @@ class VLMProcessor(ProcessorMixin):
                 text = text.replace(self.image_token, "")
             texts += [text.strip()] * images
         return texts
+
+
+_OF_TILES = (
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+    *("resample", "return_tensors", "device", "disable_grouping"),
+)
+"""Options of an image processor that go with tiling, which changes sizes itself."""
+
+
+def _of_tiles(options: dict[str, Any]) -> dict[str, Any]:
+    """The `options` that an image processor is given for tiles. Raises ValueError for one that it cannot heed."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if given.get("do_convert_rgb") is True:
+        del given["do_convert_rgb"]
+    for name in given:
+        if name not in _OF_TILES:
+            raise ValueError(f"{name}: not with tiling, where every tile is RGB and of one size")
+    return {name: value for name, value in given.items() if name != "return_tensors"}
+
+
+def _has_bytes(image: Any) -> bool:
+    return isinstance(image, Image.Image) or str(image.dtype).endswith("uint8")
 
 
 def pad_left(tokenizer: Any) -> None:

@@ -72,6 +72,34 @@ def test_names_are_looked_for_in_each_part():
         adapted(["language", "vision"], target_modules=["gate_proj"])
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "query_key_value"], ["q_prj", "v_proj"], ["v_proj", "lm_head"]])
+def test_a_name_that_no_part_has_is_refused(targets):
+    wrong = next(name for name in targets if name not in ("q_proj", "v_proj"))
+    with pytest.raises(UserError, match=rf"no linear layer named '{wrong}'; (did you mean 'q_proj'|known: down_proj)"):
+        adapted(["language"], target_modules=targets)
+
+
+def test_each_part_may_have_names_of_its_own():
+    trained, _ = adapted(["language", "vision"], target_modules=["gate_proj", "fc1"])
+    names = trained.peft_config["default"].target_modules
+    assert {name.split(".")[-1] for name in names} == {"gate_proj", "fc1"}
+    assert all(("vision_tower" in name) == name.endswith("fc1") for name in names)
+
+
+def test_the_last_stage_is_checked_before_the_first_one_trains(values, tmp_path):
+    stages = [
+        {"name": "one", "trainable": {"projector": 1e-2}},
+        {"name": "two", "lora": {"target_modules": ["no_proj"]}},
+    ]
+    changed = {key: value for key, value in values.items() if key not in ("trainable", "lora")} | {"stages": stages}
+    train_options = changed.pop("train")
+    for stage in stages:
+        stage["train"] = train_options
+    with pytest.raises(UserError, match="no_proj"):
+        train(changed)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_with_both_encodes_images_in_each_step(values, tmp_path):
     """Features of an encoder that learns are not kept, and its LoRA is merged into the saved model as well."""
     lora = {"r": 4, "parts": {"language": 1e-2, "vision": 1e-2}}

@@ -68,6 +68,11 @@ def test_the_layers_of_the_language_model_are_quantized_and_nothing_else(fusion)
             assert torch.equal(parameter, before[name]), name
 
 
+def test_a_name_to_skip_that_no_layer_has_is_refused():
+    with pytest.raises(UserError, match=r"llm_int8_skip_modules.*no layer 'down_prj'; did you mean 'down_proj'"):
+        quantize(wide()[0], BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["down_prj"]), CPU)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_dequantized_it_holds_what_it_computed_with(kind):
     """Against bitsandbytes' own quantization of the same weights, and the logits of the quantized model."""

@@ -2,10 +2,23 @@
 
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForCausalLM
 
-from tests.tiny import TOKENIZERS, byte_level_tokenizer, image, image_processor, metaspace_tokenizer, tiny, user
+from tests.tiny import (
+    TOKENIZERS,
+    byte_level_tokenizer,
+    clip_config,
+    image,
+    image_processor,
+    metaspace_tokenizer,
+    text_config,
+    tiny,
+    user,
+)
+from vlm.build import assemble
 from vlm.chat_templates import chat_template_for
 from vlm.processing import VLMProcessor
+from vlm.vision_towers import side_by_side
 
 TOKENS = 3
 NASTY = [
@@ -200,3 +213,74 @@ def test_saved_and_loaded(tmp_path):
     assert loaded.image_seq_length == 16
     conversation = [user(image(0), NASTY[4])]
     assert ids(loaded, conversation) == ids(processor, conversation)
+
+
+TILINGS = {"tiles": {"type": "tiles", "max_tiles": 4}, "anyres": {"type": "anyres", "max_tiles": 4}}
+
+
+def two_encoders(tiling):
+    """Of a model with two encoders side by side."""
+    towers = [AutoModel.from_config(clip_config()) for _ in range(2)]
+    tower, pixels = side_by_side(towers, [image_processor(), image_processor()])
+    language = AutoModelForCausalLM.from_config(text_config())
+    return assemble(tower, language, pixels, byte_level_tokenizer(), tiling=tiling)[1]
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("make", [lambda tiling: tiny(tiling=tiling)[1], two_encoders], ids=["one", "two"])
+def test_options_of_the_image_processor_are_heeded_with_tiling(make, tiling):
+    """Against the same arithmetic on the pixels that are made without them; a picture that is cut in two."""
+    processor = make(TILINGS[tiling])
+    given = {"images": image(0, (64, 32)), "text": "<image>", "return_tensors": "pt"}
+    usual = processor(**given)["pixel_values"].double()
+    channels = usual.shape[1] // 3
+    clip = image_processor()
+    mean, std = (torch.tensor([*v] * channels).double()[:, None, None] for v in (clip.image_mean, clip.image_std))
+    raw = (usual * std + mean) * 255
+    for options in ({"do_normalize": False, "do_rescale": False}, {"do_normalize": False, "rescale_factor": 1.0}):
+        for how in (options, {"images_kwargs": options}):
+            found = processor(**given, **how)["pixel_values"].double()
+            assert torch.allclose(found, raw, atol=1e-3)
+            assert found.max() > 200
+    other = processor(**given, image_mean=[0.0] * 3, image_std=[2.0] * 3)["pixel_values"].double()
+    assert torch.allclose(other, raw / 255 / 2, atol=1e-5)
+    nearest = processor(**{**given, "images": image(0, (50, 23))}, resample=0)["pixel_values"]
+    assert not torch.equal(nearest, processor(**{**given, "images": image(0, (50, 23))})["pixel_values"])
+    shown = processor.apply_chat_template(
+        [user(image(0, (64, 32)))],
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"return_tensors": "pt", "do_normalize": False, "do_rescale": False},
+    )["pixel_values"]
+    assert torch.allclose(shown.double(), raw, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"size": {"height": 8, "width": 8}},
+        {"do_resize": False},
+        {"do_convert_rgb": False},
+        {"crop_size": 8},
+        {"do_center_crop": True},
+        {"do_pad": True},
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_with_tiling_are_refused(option):
+    _, processor = tiny(tiling=TILINGS["tiles"])
+    for how in (option, {"images_kwargs": option}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}: not with tiling"):
+            processor(images=image(0), text="<image>", **how)
+
+
+def test_floats_that_are_not_to_be_rescaled_are_refused_with_tiling():
+    _, processor = tiny(tiling=TILINGS["tiles"])
+    with pytest.raises(ValueError, match="do_rescale=False"):
+        processor(images=torch.rand(3, 40, 40), text="<image>", do_rescale=False)
+
+
+@pytest.mark.parametrize("name", ["videos", "audio"])
+def test_what_the_model_does_not_read_is_refused(byte_level, name):
+    with pytest.raises(ValueError, match=f"{name}: this model reads images and text"):
+        byte_level(text="hi", **{name: [torch.zeros(2, 3, 8, 8)]})

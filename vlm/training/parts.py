@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from vlm.errors import UserError
+from vlm.errors import UserError, nearest
 
 PARTS = ("vision", "projector", "fusion", "language", "lora", "lora_vision")
 
@@ -68,12 +68,18 @@ def weights_of(parameter: nn.Parameter) -> int:
 
 def set_trainable(model: nn.Module, rates: Mapping[str, float]) -> None:
     """Parameters of the parts in `rates` learn, all others are frozen. Raises UserError for a part without any."""
-    found = set()
+    require_parts(model, rates)
     model.requires_grad_(False)
     for part, _, parameter in named_parts(model):
         parameter.requires_grad_(part in rates)
-        found.add(part)
-    if missing := sorted(set(rates) - found):
+
+
+def require_parts(model: nn.Module, parts: Iterable[str], lora: Mapping[str, Any] | None = None) -> None:
+    """Raise UserError for one of `parts` without parameters in `model`, and for `lora` that [`add_lora`] refuses."""
+    if lora is not None:
+        _targets(model, lora["target_modules"], lora["parts"])
+    found = {part for part, _, _ in named_parts(model)}
+    if missing := sorted({*parts} - found):
         raise UserError(
             f"this model has no {' and no '.join(missing)} parameters to train; it has {', '.join(sorted(found))}"
         )
@@ -123,22 +129,32 @@ def linear_layers(model: nn.Module, part: str) -> Iterator[tuple[str, nn.Module]
             yield name, module
 
 
+def _targets(model: nn.Module, target_modules: Any, parts: Iterable[str]) -> list[str]:
+    """The full names of the layers that get LoRA. Raises UserError as [`add_lora`]."""
+    names: list[str] = []
+    known: set[str] = set()
+    for part in parts:
+        layers = {name: name.split(".")[-1] for name, _ in linear_layers(model, part)}
+        mine = [name for name, last in layers.items() if target_modules == "all-linear" or last in target_modules]
+        if not mine:
+            what = "language model" if part == "language" else "vision encoder"
+            raise UserError(f"lora.target_modules: the {what} has no linear layer named {target_modules}")
+        names += mine
+        known |= {*layers.values()}
+    for name in target_modules if target_modules != "all-linear" else ():
+        if name not in known:
+            where = " and ".join(parts)
+            raise UserError(f"lora.target_modules: no linear layer named {name!r} in {where}; {nearest(name, known)}")
+    return names
+
+
 def add_lora(model: nn.Module, lora: Mapping[str, Any], rates: Mapping[str, float]) -> PeftModel:
     """LoRA on the parts in `lora`, language or vision; the other parts in `rates` are saved with it.
 
     `target_modules` are names of linear layers, or `all-linear`: each one in the numbered layers of a part. Raises
-    UserError for a part that has none of them.
+    UserError for a part that has none of them, and for a name that no part has.
     """
-    targets = lora["target_modules"]
-    names: list[str] = []
-    for part in lora["parts"]:
-        mine = [
-            name for name, _ in linear_layers(model, part) if targets == "all-linear" or name.split(".")[-1] in targets
-        ]
-        if not mine:
-            what = "language model" if part == "language" else "vision encoder"
-            raise UserError(f"lora.target_modules: the {what} has no linear layer named {targets}")
-        names += mine
+    names = _targets(model, lora["target_modules"], lora["parts"])
     config = LoraConfig(
         r=lora["r"],
         lora_alpha=lora["lora_alpha"],

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from vlm.errors import UserError
+from vlm.errors import UserError, nearest
 from vlm.training.parts import linear_layers
 
 FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -25,7 +25,7 @@ def quantize(model: PreTrainedModel, config: BitsAndBytesConfig, device: torch.d
     Embeddings and output head, norms, vision encoder, projector and fusion stay as they are.
 
     Raises UserError without bitsandbytes, and for a language model that has no layers for it (GPT-2's are of another
-    kind, and experts are often kept in one tensor).
+    kind, and experts are often kept in one tensor), and for a name in `llm_int8_skip_modules` that no layer has.
     """
     try:
         import bitsandbytes as bnb
@@ -37,6 +37,12 @@ def quantize(model: PreTrainedModel, config: BitsAndBytesConfig, device: torch.d
     # Its kernel for CPUs gives back wrong numbers where a block of 64 weights runs on into the next row.
     width = 64 if device.type == "cpu" and config.load_in_4bit else 1
     linear = {name: layer for name, layer in linear_layers(model, "language") if type(layer) is nn.Linear}
+    known = {part for name in linear for part in name.split(".")}
+    for name in skipped - known:
+        raise UserError(
+            f"model.quantization_config.llm_int8_skip_modules: the language model has no layer {name!r}; "
+            f"{nearest(name, known)}"
+        )
     layers = {
         name: layer
         for name, layer in linear.items()

@@ -56,7 +56,7 @@ from vlm.training.claim import clear, require_free, require_place, run_lock
 from vlm.training.features import Keys, kept_features
 from vlm.training.folder import finished_stages, require_unchanged, save_stage, stage_home, unscored_stages
 from vlm.training.history import draw_losses
-from vlm.training.parts import trains_vision
+from vlm.training.parts import require_parts, trains_vision
 from vlm.training.processes import idle_gpus, join_processes, of_first, sharded
 from vlm.training.quantization import merged, quantize
 from vlm.training.rehearsal import rehearse
@@ -124,6 +124,8 @@ def _train(
     model, processor = _start_model(recipe, folder, done)
     if note := make_savable(model):
         console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    for stage in recipe.stages[done:]:  # the last stage's mistakes too, before the first one trains
+        require_parts(model, stage.trainable, stage.lora.model_dump() if stage.lora else None)
     processes.wait_for_everyone()  # so that none looks for a run in the folder when there is one
     if processes.is_main_process and not dry_run:  # only now: a mistake in the recipe or its data changes no folder
         _prepare_folder(folder, recipe, changed, overwrite=overwrite, console=console)
