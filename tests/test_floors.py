@@ -29,6 +29,7 @@ FLOORS: list[set[str]] = [
         "registration",
         "precision",
         "tiling",
+        "vision_cache",
         "attention",
         "tree_attention",
         "",

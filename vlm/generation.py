@@ -34,7 +34,7 @@ from vlm.generation_config import answering, reads_the_prompt, require_honoured,
 from vlm.loading import checkpoint_of, no_loading_bar, reading, user_errors
 from vlm.precision import default_device, input_device
 from vlm.processing import pad_left
-from vlm.shared_prefix import SharedPrefixLayer, can_share_prefix, shared_prefix
+from vlm.shared_prefix import can_share_prefix, share_prefix, shared_prefix
 from vlm.tiling import size_of
 
 BLANK = (64, 64)
@@ -251,10 +251,10 @@ def share_trunk(model: Any, inputs: Any, requests: Sequence[Request], max_new_to
     chosen = torch.tensor([order[key] for key in keys], device=trunk.device)
     cache = outputs.cache
     if can_share_prefix(model, cache):
-        cache.layers = [SharedPrefixLayer(layer, chosen) for layer in cache.layers]
+        share_prefix(cache, chosen)
     else:
         for layer in cache.layers:  # which may be on several devices
-            layer.batch_select_indices(chosen.to(layer.keys.device))
+            layer.batch_select_indices(chosen.to(getattr(layer.keys, "device", chosen.device)))
     rest = [ids[length:] for ids in rows]
     padding = model.generation_config.pad_token_id or 0
     ids = pad_sequence(rest, batch_first=True, padding_value=padding, padding_side="left")
@@ -264,7 +264,6 @@ def share_trunk(model: Any, inputs: Any, requests: Sequence[Request], max_new_to
         "input_ids": torch.cat([shared, ids], dim=1),
         "attention_mask": torch.cat([torch.ones_like(shared), mask], dim=1),
         "cache": cache,
-        "vision_states": outputs.vision_states and outputs.vision_states.select(chosen),
     }
 
 

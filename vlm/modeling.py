@@ -43,6 +43,7 @@ from vlm.fusion import insert_cross_attention
 from vlm.image_attention import image_attention_masks
 from vlm.precision import dtype_of
 from vlm.tiling import Size, Tiler, tiler_of
+from vlm.vision_cache import keep_vision, kept_vision
 
 OF_TILES = ("pixel_values", "vision_features")
 OF_IMAGES = (*OF_TILES, "image_sizes", "qformer_input_ids", "qformer_attention_mask")
@@ -66,6 +67,11 @@ def has_read(cache: Cache | None) -> bool:
 def is_recurrent(cache: Cache) -> bool:
     """Whether a cache is of recurrent layers alone (Mamba), and does not count its tokens."""
     return not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+
+
+def num_read(cache: Cache | None) -> int:
+    """How many tokens are in a cache that counts them."""
+    return 0 if cache is None or not cache.layers or is_recurrent(cache) else int(cache.get_seq_length())
 
 
 class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -271,7 +277,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         `attention_mask` is `[B, L]`, or `[B, 1, L, L]` boolean for rows that hold several conversations.
         `vision_features` and `vision_grid` (see `get_vision_features`) may come in place of `pixel_values`. With tiling
         both are of tiles, and `image_sizes [images, 2]`, each `(height, width)`, says which are one image. With a
-        `cache`, images are those of the new tokens, and `vision_states` what the tokens in it left to look at.
+        `cache`, images are those of the new tokens; it keeps what earlier tokens saw, unless `vision_states` say so.
         `token_type_ids [B, L]` say with `image_attention: prefix_lm` what is prompt (0) and what comes behind it (1).
         `qformer_input_ids` and `qformer_attention_mask [images, T]` are the text that a Q-Former reads with each image.
         Other arguments go to the language model. Raises ValueError if image tokens and images do not match, and
@@ -284,6 +290,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             (input_ids, attention_mask, position_ids, token_type_ids), inputs_embeds.device
         )  # of a model that is split over devices, the embeddings may be on another one than the inputs
         has_images = pixel_values is not None or vision_features is not None
+        vision_states = kept_vision(cache) if vision_states is None else vision_states
         token_type_ids = self._token_types(input_ids, has_images, cache, attention_mask, token_type_ids)
         if token_type_ids is not None:
             attention_mask = image_attention_masks(
@@ -299,7 +306,8 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if self.config.uses_prefix:
                 inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), torch.cat(images))
             if self.config.uses_cross_attention:
-                latest = VisionStates.of(images, self._image_index(image_mask, image_tokens, attention_mask))
+                index = self._image_index(image_mask, image_tokens, attention_mask, num_read(cache))
+                latest = VisionStates.of(images, index)
                 vision_states = vision_states.followed_by(latest) if vision_states is not None else latest
         elif vision_states is not None:
             vision_states = vision_states.for_next_tokens(inputs_embeds.shape[1])
@@ -322,6 +330,8 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         if vision_states is not None and not vision_states.read_by:
             raise RuntimeError(f"{type(self.language_model).__name__} dropped the images on the way to its layers")
+        if vision_states is not None:
+            keep_vision(outputs.get("cache"), vision_states)
         return VLMOutput(
             loss=outputs.loss,
             logits=outputs.logits,
@@ -367,8 +377,11 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"row {row} of input_ids holds {counts[row]} image tokens, and an image takes {image}")
         return image_mask
 
-    def _image_index(self, image_mask: Tensor, image_tokens: list[int], attention_mask: Any) -> Tensor:
-        """`[B, L]`: the number, over all rows, of the latest image that each token may look at; -1 for none."""
+    def _image_index(
+        self, image_mask: Tensor, image_tokens: list[int], attention_mask: Any, num_read: int = 0
+    ) -> Tensor:
+        """`[B, L]`: the number, over all rows, of the latest image that each token may look at; -1 for none. The
+        cache has `num_read` tokens before them."""
         tokens = torch.tensor(image_tokens, device=image_mask.device)
         ordinal = torch.full(image_mask.shape, -1, device=image_mask.device)
         ordinal[image_mask] = torch.arange(len(tokens), device=image_mask.device).repeat_interleave(tokens)
@@ -376,7 +389,8 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask = attention_mask["full_attention"]
         if attention_mask is None or attention_mask.ndim == 2:
             return ordinal.cummax(dim=1).values
-        visible = attention_mask[:, 0, :, : image_mask.shape[1]]  # a static cache's mask is wider than the prompt
+        # A static cache's mask is wider than what is in it.
+        visible = attention_mask[:, 0, :, num_read : num_read + image_mask.shape[1]]
         visible = visible if visible.dtype == torch.bool else visible == 0
         return ordinal[:, None, :].masked_fill(~visible, -1).amax(dim=-1)
 
@@ -409,7 +423,7 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         types = model_kwargs.get("token_type_ids")
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        model_kwargs["vision_states"] = outputs.vision_states
+        model_kwargs["vision_states"] = None  # the cache has them
         if types is not None and self.config.image_attention == "prefix_lm":
             # What is written is no prompt, and transformers repeats the last type.
             model_kwargs["token_type_ids"][:, types.shape[1] :] = 1

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from vlm.adapters import VisionStates
 from vlm.data.prompts import is_prefix_lm
 from vlm.generation import Request, encode_images, fixed_image_tokens, sound, to_generate, tokenize
 from vlm.generation_config import answering, has_plain_generate, require_honoured, setting
@@ -163,8 +162,7 @@ class Session:
         return (length, known) if croppable or length == len(self._ids) else (0, 0)
 
     def _vision_inputs(self, images: Sequence[Image.Image], tokenized: Any, known: int) -> dict[str, Any]:
-        """Features of the images after the first `known`, what is `tokenized` beside them, and what the tokens of the
-        cache leave to look at."""
+        """Features of the images after the first `known`, and what is `tokenized` beside them."""
         new = {id(image): image for image in images if id(image) not in self._features}
         if new:
             features, self._grid = encode_images(self.model, self.processor, list(new.values()))
@@ -177,16 +175,6 @@ class Session:
             inputs["vision_features"] = torch.cat([self._features[id(image)] for image in images[known:]])
             inputs["vision_grid"] = self._grid
             inputs |= self._sizes(images[known:])
-        if known and self.model.config.uses_cross_attention:
-            latest = self._features[id(images[known - 1])]
-            visual_tokens = self.model.get_image_features(
-                vision_features=latest,
-                vision_grid=self._grid,
-                **self._sizes(images[known - 1 : known]),
-                **{name: texts[known - 1 : known] for name, texts in beside.items()},
-            )
-            first = torch.zeros(1, 1, dtype=torch.long, device=latest.device)
-            inputs["vision_states"] = VisionStates.of(visual_tokens, first)
         return inputs
 
     def _sizes(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:

@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vlm.attention import changes_scores, own_attention, supports_own_attention
+from vlm.vision_cache import VisionLayer
 
 NAME = "vlm_shared_prefix"
 _cache: ContextVar[Any] = ContextVar("cache")
@@ -114,8 +115,19 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 def can_share_prefix(model: nn.Module, cache: Any) -> bool:
     """Whether the decoder of `model` computes attention by SDPA, through transformers' registry, over all tokens of
     `cache`."""
-    plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    plain = isinstance(cache, DynamicCache) and all(
+        type(layer) in (DynamicLayer, VisionLayer) for layer in cache.layers
+    )
     return plain and supports_own_attention(model)
+
+
+def share_prefix(cache: DynamicCache, prefix_of_row: Tensor) -> None:
+    """Make of a `cache` whose rows are beginnings one of rows that begin so, `prefix_of_row [R]`, in place."""
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicLayer):
+            cache.layers[number] = SharedPrefixLayer(layer, prefix_of_row)
+        elif isinstance(layer, VisionLayer):
+            layer.batch_select_indices(prefix_of_row)
 
 
 @contextmanager

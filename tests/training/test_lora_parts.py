@@ -75,7 +75,9 @@ def test_names_are_looked_for_in_each_part():
 @pytest.mark.parametrize("targets", [["q_proj", "query_key_value"], ["q_prj", "v_proj"], ["v_proj", "lm_head"]])
 def test_a_name_that_no_part_has_is_refused(targets):
     wrong = next(name for name in targets if name not in ("q_proj", "v_proj"))
-    with pytest.raises(UserError, match=rf"no linear layer named '{wrong}'; (did you mean 'q_proj'|known: down_proj)"):
+    with pytest.raises(
+        UserError, match=rf"no linear layer named '{wrong}' in language; (did you mean 'q_proj'|known: down_proj)"
+    ):
         adapted(["language"], target_modules=targets)
 
 
