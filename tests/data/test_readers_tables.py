@@ -258,3 +258,21 @@ def test_a_bare_folder_is_an_image_folder(tmp_path, monkeypatch):
     images(tmp_path / "two words", "a.png")
     monkeypatch.chdir(tmp_path)
     assert parse_data(["two words"]).train == {"format": "image_folder", "path": str(tmp_path / "two words")}
+
+
+def test_rows_of_vlmevalkit_that_name_the_row_of_their_image(tmp_path):
+    images(tmp_path, "a.png")
+    rows = [
+        ("index", "image", "q", "a"),
+        ("7", base64_png(), "one", "x"),
+        ("8", "7", "two", "y"),
+        ("9", "a.png", "q", "z"),
+    ]
+    table = [("index", "image", "q", "a"), *rows]
+    (tmp_path / "rows.tsv").write_text("".join("\t".join(row) + "\n" for row in table))
+    columns = COLUMNS | {"question_id": "index"}
+    examples, problems = read_dataset(tmp_path, path="csv", data_files="rows.tsv", columns=columns)
+    assert problems == []
+    asked = [[(branch.question_id, branch.answer) for branch in e.branches] for e in examples]
+    assert asked == [[("7", "x"), ("8", "y")], [("9", "z")]]
+    assert open_image(examples[0].images[0]).tobytes() == NOISE.tobytes()

@@ -235,3 +235,29 @@ def test_several_processes_ask_each_item_once_and_have_the_scores_of_one(tmp_pat
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["0", "alone"], "the first one writes"
     written = [(tmp_path / folder / "predictions.jsonl").read_text() for folder in ("0", "alone")]
     assert written[0] == written[1]
+
+
+def test_questions_of_the_same_words_are_scored_one_by_one(tmp_path: Path) -> None:
+    """Two question ids about one image, as in VQAv2: each against its own ten answers, seeing and blind."""
+
+    def asked(colour: str, *answers: tuple[str, list[str]]) -> Example:
+        branches = tuple(
+            Branch((user("What colour?"), assistant(refs[0])), tuple(refs), f"q.json:{number}", number)
+            for number, refs in answers
+        )
+        return Example((Image.new("RGB", (24, 16), colour),), branches, image_id=colour, where="q.json")
+
+    examples = [asked("red", ("1", ["red"] * 10), ("2", ["blue"] * 10)), asked("blue", ("3", ["blue"] * 10))]
+
+    def colour_of(requests: list[Request]) -> list[str]:
+        return [NAME_OF[images[0].getpixel((0, 0))] for images, _ in requests]
+
+    metrics = ["vqa_accuracy", "exact_match"]
+    summary = evaluate(examples, colour_of, metrics, output_dir=tmp_path, bootstrap=10)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["question_id"] for row in rows] == ["1", "2", "3"]
+    assert [len(row["references"]) for row in rows] == [10, 10, 10]
+    for name in metrics:
+        found = summary["metrics"][name]
+        assert (found["n_items"], found["n_images"]) == (3, 2)
+        assert (found["score"], found["blind_score"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))

@@ -121,7 +121,8 @@ class Collector:
         self.limit = limit
         self.inside = inside
         self.problems: list[Problem] = []
-        self._examples: dict[tuple[_Images, str], Example] = {}
+        self._gathered: dict[tuple[_Images, str], tuple[str, str, list[Branch]]] = {}
+        """Of each example its id, where it was first named, and its branches."""
         self._num_images = 0
         self._first: dict[str, _Images] = {}
         self._shared: dict[tuple[str, tuple[Any, ...]], _Images] = {}
@@ -151,11 +152,7 @@ class Collector:
         name = image_id if found is self._first[image_id] else f"{image_id} ({found.where})"
         for branch in branches:
             key = (found, _up_to_last_image(branch.messages) if images else branch.where)
-            if key in self._examples:
-                example = self._examples[key]
-                self._examples[key] = replace(example, branches=(*example.branches, branch))
-            else:
-                self._examples[key] = Example(found.images, (branch,), name, where)
+            self._gathered.setdefault(key, (name, where, []))[2].append(branch)
 
     def _images(self, new: _Images, image_id: str) -> _Images | None:
         """The images of this id that are the same as the new ones; else these, or None where there are enough."""
@@ -191,9 +188,13 @@ class Collector:
         Raises:
             SourceError: nothing was added and nothing was bad.
         """
-        if not self._examples and not self.problems:
+        if not self._gathered and not self.problems:
             raise SourceError(f"{label}: there is not a single row in it")
-        return ReadResult([_share_references(example) for example in self._examples.values()], self.problems)
+        examples = (
+            Example(group.images, tuple(branches), name, where)
+            for (group, _), (name, where, branches) in self._gathered.items()
+        )
+        return ReadResult(list(map(_share_references, examples)), self.problems)
 
 
 def image_sources(names: Sequence[str], folder: Path, key: str) -> list[ImageSource]:

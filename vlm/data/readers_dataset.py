@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from vlm.data import readers_webdataset as webdataset
 from vlm.data.example import ImageSource, StoredImage
 from vlm.data.inline_images import inline_image
-from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, files_of, resolve
+from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, files_of, image_sources, resolve
 from vlm.data.readers_local import read_row_by_row
 from vlm.data.readers_rows import DEFAULT_PROMPT, DEFAULT_QUESTION_PROMPT, RowReader
 from vlm.data.readers_tables import class_labels, label_name
@@ -25,6 +25,8 @@ from vlm.data.readers_text import RowError, id_text
 from vlm.errors import nearest
 
 _BATCH = 1000
+LONGEST_INDEX = 64
+"""Characters. What is longer is an image, as in VLMEvalKit."""
 
 
 class Columns(BaseModel):
@@ -119,13 +121,16 @@ class DatasetSource(Source):
         labels = class_labels(dataset.features)
         label = f"{self.data_files if isinstance(self.data_files, str) else self.path}[{self.split}]"
         collector = Collector(self.limit, self.inside(*self.folders(base_dir)))
+        elsewhere = _rows_by_index(dataset, columns.image)
         for index, (row, cell) in enumerate(self._rows(dataset, columns.of_words, columns.of_images)):
             if collector.full and columns.image_id is None:
                 break
             where = f"{label}:row {index}"
-            image_id = self.image_id(row, where, collector) if columns.image_id else str(index)
+            at = elsewhere.get(cell, index) if isinstance(cell, str) else index
+            image_id = self.image_id(row, where, collector) if columns.image_id else str(at)
             if image_id is not None and collector.wants(image_id):
-                images = _sources(dataset, index, columns.of_images, cell, folder)
+                cell = cell if at == index else dataset[at][columns.image]
+                images = _sources(dataset, at, columns.of_images, cell, folder)
                 self.collect(collector, row, images, image_id=image_id, where=where, labels=labels)
         return collector.result(label)
 
@@ -364,6 +369,21 @@ def _sources(dataset: Any, row: int, column: str | None, cell: Any, folder: Path
     except RowError as error:
         return error.why
     return tuple(
-        str(folder / c) if file else StoredImage(dataset, row, column, i if isinstance(cell, list) else None)
+        image_sources([c], folder, column)[0]
+        if file
+        else StoredImage(dataset, row, column, i if isinstance(cell, list) else None)
         for i, (c, file) in enumerate(zip(cells, is_file, strict=True))
     )
+
+
+def _rows_by_index(dataset: Any, column: str | None) -> dict[str, int]:
+    """The rows that hold an image in base64, by their `index`: in VLMEvalKit's tables, which have a column of that
+    name, other rows with the same image hold that in place of the image."""
+    if column is None or not {"index", column} <= set(dataset.column_names):
+        return {}
+    if getattr(dataset.features[column], "dtype", "") not in ("string", "large_string"):
+        return {}
+    pairs = zip(dataset["index"], dataset[column], strict=True)
+    return {
+        str(index): row for row, (index, cell) in enumerate(pairs) if cell is not None and len(cell) > LONGEST_INDEX
+    }
