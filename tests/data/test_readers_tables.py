@@ -263,7 +263,6 @@ def test_a_bare_folder_is_an_image_folder(tmp_path, monkeypatch):
 def test_rows_of_vlmevalkit_that_name_the_row_of_their_image(tmp_path):
     images(tmp_path, "a.png")
     rows = [
-        ("index", "image", "q", "a"),
         ("7", base64_png(), "one", "x"),
         ("8", "7", "two", "y"),
         ("9", "a.png", "q", "z"),
