@@ -30,10 +30,12 @@ def short(values):
 
 def test_a_dry_run_tries_the_end_and_leaves_nothing(short, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    killed = tmp_path / f".{rehearsal.SCRATCH}.12345678.writing"
+    killed.mkdir()
     said = train(short, dry_run=True)
     assert "tried the end of the run: pin a batch, save and load the model" in said
     assert "compared by name" not in said
-    assert not [*tmp_path.glob(f"{rehearsal.PREFIX}*")]
+    assert not [*tmp_path.glob(f"*{rehearsal.SCRATCH}*")], "nor what a killed one had left"
     assert not (tmp_path / "run").exists()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,23 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from vlm.dual_encoder import tokenize as tokenize_pairs
 from vlm.errors import UserError
+from vlm.files import scratch_folder
 from vlm.generation import encode_requests, generate, prompt_shapes
 from vlm.loading import no_loading_bar
 from vlm.training.folder import save_model
 from vlm.training.quantization import merged
 
-PREFIX = "vlm-dry-run-"
+SCRATCH = "vlm-dry-run"
 WHOLE = 2e9
 """Bytes of weights that are written and read again. Of larger models the names and shapes of weights are compared."""
 TOLERANCE = 1e-2
 """How far apart the logits of a prompt may be, as a share of their spread: a prompt that sees padding is far off."""
 PROMPTS = ("What is this?", "Describe the image in one sentence, and name everything that you see in it.")
+
+
+def _scratch() -> AbstractContextManager[Path]:
+    """A folder for temporary files, which the next dry run removes if this one is killed."""
+    return scratch_folder(Path(tempfile.gettempdir()) / SCRATCH)
 
 
 @contextmanager
@@ -63,8 +69,8 @@ def rehearse(
     with rehearsing("pinning a batch"):
         pin(batch)
     if isinstance(trained, PeftModel):
-        with rehearsing("saving the adapter"), tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
-            trained.save_pretrained(folder)
+        with rehearsing("saving the adapter"), _scratch() as folder:
+            trained.save_pretrained(str(folder))
     with rehearsing("merging LoRA into the model"):
         model: Any = merged(trained)
     size = _save_and_reload(model, processor, quantization)
@@ -78,17 +84,17 @@ def rehearse(
 def _save_and_reload(model: Any, processor: Any, quantization: Any) -> str:
     """Give how large the weights are, in words."""
     size = sum(parameter.nbytes for parameter in model.parameters())
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
+    with _scratch() as folder:
         free = shutil.disk_usage(folder).free
         whole = size <= min(WHOLE, free / 2)
         with rehearsing("saving the model"):
-            save_model(model if whole else _Weightless(model), processor, Path(folder) / "model")
+            save_model(model if whole else _Weightless(model), processor, folder / "model")
         with rehearsing("loading the saved model"):
-            reload(model, Path(folder) / "model", whole)
+            reload(model, folder / "model", whole)
         if quantization is not None and whole:
             with rehearsing("loading the saved model in 4 or 8 bits"), no_loading_bar():
                 AutoModelForImageTextToText.from_pretrained(
-                    Path(folder) / "model", quantization_config=quantization, dtype=torch.float32
+                    folder / "model", quantization_config=quantization, dtype=torch.float32
                 )
     return f"{size / 1e9:.2g} GB of weights" + ("" if whole else ", compared by name and shape, not written")
 
