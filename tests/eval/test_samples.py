@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlm.data.images import ImageError
 from vlm.eval import write_samples
 
 EVIL = "<script>alert('x')</script>\"'&"
@@ -64,3 +65,20 @@ def test_the_page_is_self_contained_and_small(tmp_path: Path) -> None:
     assert (tmp_path / "samples.html").stat().st_size < 30_000
     # one prompt for all stands once, at the top
     assert "".join(reader.text).count("one prompt for all") == 1
+
+
+def test_a_picture_that_is_gone_does_not_cost_the_page(tmp_path: Path) -> None:
+    def gone() -> list[Image.Image]:
+        raise ImageError("a.png", "the file does not exist", "check the folder")
+
+    row = {
+        "image_id": "1\u202e", "where": "a.jsonl:1\x1b[2J\udce9", "prompt": "what?", "prediction": "\u202ecat",
+        "references": ["a \ud83d cat"], "scores": {"anls": 1.0},
+    }  # fmt: skip
+    summary = {"metrics": {}, "n_items": 1, "n_images": 1, "n_broken": 0, "broken_images": [], "blind_missing": "x"}
+    write_samples(tmp_path / "samples.html", [row], images=[gone], summary=summary)
+    text = (tmp_path / "samples.html").read_text(encoding="utf-8")
+    assert "a.png: the file does not exist" in text
+    assert not set("\u202e\x1b") & set(text)
+    assert r"\u202ecat" in text
+    assert r"a \ud83d cat" in text

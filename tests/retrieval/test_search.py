@@ -75,6 +75,11 @@ def test_a_photo_finds_itself_first(index, photos, said):
         assert hits[0] == (str(path), 1.0)
 
 
+@pytest.mark.parametrize("words", ["~nobody-of-that-name cat", "a photo of a cat that sits " * 20, "a\nb"])
+def test_any_words_are_no_file(index, said, words):
+    assert "words: " in search(said, words, index)[0]
+
+
 def test_it_works_from_anywhere(photos, clip, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()

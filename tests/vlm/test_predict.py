@@ -1,6 +1,7 @@
 """Predicting on many images: which files, which rows, and going on after a stop."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,13 @@ def test_a_pattern_that_finds_nothing(tmp_path: Path, name: str, message: str) -
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=message):
         find_images([str(tmp_path / name)])
+
+
+def test_names_of_any_bytes_are_answered_once(photos: list[str], tmp_path: Path) -> None:
+    odd = [os.fsdecode(os.fsencode(photos[0])[:-5] + name) for name in (b"caf\xe9.png", b"line\nend.png")]
+    for path in odd:
+        os.link(photos[0], path)
+    output = tmp_path / "out.jsonl"
+    assert run([*photos, *odd], output) == Counts(done=8, earlier=0, broken=1)
+    assert [row["image"] for row in rows(output)] == [*photos, *odd]
+    assert run([*photos, *odd], output, Namer(stop_after=0)) == Counts(done=0, earlier=9, broken=0)
