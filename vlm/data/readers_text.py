@@ -181,11 +181,14 @@ def near_miss(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 def unknown_near_miss(row: Mapping[str, Any], known: Sequence[str]) -> tuple[str, str] | None:
     """Return a key that is nearly a known one, and why it is bad. Others are columns of other people, and so are those
     of a row with something to answer that are words of their own (`prompts`) or ids (`image_idx`)."""
+    unknown = [key for key in row if key not in known]
+    if not unknown:
+        return None
     several = {key if key.endswith("s") else f"{key}s" for key in row if key in known}
     missing = [key for key in known if key not in row and (key if key.endswith("s") else f"{key}s") not in several]
     answered = any(key in row for key in CONTENT_KEYS)
-    for key in row:
-        if key in known or (answered and _ID.search(key)):
+    for key in unknown:
+        if answered and _ID.search(key):
             continue
         for meant in difflib.get_close_matches(key, missing, n=1, cutoff=0.85):
             if not (answered and (key.startswith(meant) or meant.startswith(key))):
