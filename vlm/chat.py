@@ -1,5 +1,6 @@
 """`vlm chat`: one answer about an image, or a conversation, with the answer shown as it is written."""
 
+import io
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,7 @@ from vlm.data.images import ImageError, RefusedImages, open_image
 from vlm.errors import UserError, nearest
 from vlm.loading import Placement
 from vlm.paths import existing, expanded
-from vlm.printing import printable
+from vlm.printing import printable, valid_unicode
 
 Request = tuple[list[Image.Image], list[Message]]
 Stream = Callable[[Request], Iterator[str]]
@@ -88,7 +89,7 @@ def chat(
     if image is not None:
         conversation.show(image)
     if question is not None:
-        _answer(conversation, question, stream, console)
+        _answer(conversation, valid_unicode(question), stream, console)
         return
     if console.is_terminal:
         console.print("Ask about the image; /help lists the commands.", style="dim")
@@ -100,7 +101,7 @@ def chat(
             _command(conversation, line, console)
         elif line:
             try:
-                _answer(conversation, line, stream, console)
+                _answer(conversation, valid_unicode(line), stream, console)
             except KeyboardInterrupt:
                 console.print("\n(stopped; this question is forgotten)", style="dim")
             except UserError as error:
@@ -110,7 +111,10 @@ def chat(
 
 
 def _typed(console: Console) -> Iterator[str]:
-    """Lines as they are typed, with a prompt on a terminal and without one from a pipe."""
+    """Lines as they are typed, with a prompt on a terminal and without one from a pipe. Bytes that are not UTF-8, which
+    a file name may have, come as surrogates."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

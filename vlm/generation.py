@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -322,7 +324,9 @@ def generate(
     require_honoured(model, generate_kwargs)
     options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
     with sound(model, processor):
-        lengths = [length + max_new_tokens for length in prompt_lengths(model, processor, requests)]
+        lengths = prompt_lengths(model, processor, requests)
+        max_new_tokens = options["max_new_tokens"] = room(model, max(lengths, default=0), max_new_tokens)
+        lengths = [length + max_new_tokens for length in lengths]
         shapes = prompt_shapes(processor, requests)
     keys = [tuple(id(image) for image in images) for images, _ in requests]
     answers = [""] * len(requests)
@@ -359,6 +363,22 @@ def _answers(model: Any, processor: Any, batch: Sequence[Request], options: dict
         output = model.generate(**to_generate(model, processor, inputs, honoured))
     new = output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def room(model: Any, length: int, max_new_tokens: int) -> int:
+    """Return how many tokens, up to `max_new_tokens`, an answer to a prompt of `length` tokens may have: a decoder with
+    learned positions (GPT-2, OPT) fails after its last one. Raises UserError for a prompt that is too long."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    modules = decoder.named_modules()
+    if not any(isinstance(module, nn.Embedding) and re.search("wpe|position", name) for name, module in modules):
+        return max_new_tokens
+    places = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if places is not None and length >= places:
+        raise UserError(
+            f"the prompt has {length:,} tokens, with its images and what was said before, and the model has {places:,} "
+            "positions; ask something shorter (vlm chat: /reset forgets what was said)"
+        )
+    return max_new_tokens if places is None else min(max_new_tokens, places - length)
 
 
 @contextmanager

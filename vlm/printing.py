@@ -33,6 +33,12 @@ def printable_name(name: str) -> str:
     return _UNSAFE_IN_NAME.sub(_written_out, name)
 
 
+def valid_unicode(text: str) -> str:
+    """`text` from a terminal or a command line, as tokenizers take it: bytes that are not UTF-8, and halves of
+    surrogate pairs, become U+FFFD."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
 def html_text(text: str) -> str:
     """`text` for an HTML page: escaped, unsafe characters written out."""
     return escape(printable(text))

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from vlm.data.prompts import is_prefix_lm
-from vlm.generation import Request, encode_images, fixed_image_tokens, sound, to_generate, tokenize
+from vlm.generation import Request, encode_images, fixed_image_tokens, room, sound, to_generate, tokenize
 from vlm.generation_config import answering, has_plain_generate, require_honoured, setting
 from vlm.precision import input_device
 from vlm.processing import QFORMER_INPUTS
@@ -106,6 +106,7 @@ class Session:
         fixed = fixed_image_tokens(self.model, self.processor)
         inputs = tokenize(self.processor, [request], pixels=not fixed).to(input_device(self.model))
         ids = inputs["input_ids"][0].tolist()
+        options["max_new_tokens"] = room(self.model, len(ids), options["max_new_tokens"])
         prompt = int((inputs["token_type_ids"] == 0).sum()) if is_prefix_lm(self.processor) else 0
         keeps = self._has_usual_cache(options) and (fixed or _is_causal(self.model, inputs))
         texts = _qformer_texts(inputs)

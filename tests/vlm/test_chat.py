@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from vlm.chat import Conversation, Request, chat
+from vlm.chat import Conversation, Request, _typed, chat
 from vlm.data.example import count_image_parts
 from vlm.data.images import open_image
 from vlm.errors import UserError
@@ -138,3 +138,17 @@ def test_images_are_opened_upright(tmp_path: Path) -> None:
     image.save(tmp_path / "turned.jpg", exif=exif)
     _, talker = talk(f"/image {tmp_path / 'turned.jpg'}", "a")
     assert talker.requests[0][0][0].size == (20, 30) == open_image(str(tmp_path / "turned.jpg")).size
+
+
+def test_half_a_surrogate_pair_is_no_text_for_a_model() -> None:
+    assert question_of("what is \ud800 this \udcff?") == "what is \ufffd this \ufffd?"
+
+
+def question_of(typed: str) -> str:
+    _, talker = talk(typed)
+    return talker.requests[0][1][-1]["content"][-1]["text"]
+
+
+def test_bytes_on_a_pipe_that_are_not_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 \xff?\n"), "utf-8"))
+    assert list(_typed(Console(file=io.StringIO()))) == ["caf\udce9 \udcff?\n"]

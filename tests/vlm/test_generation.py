@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from tests.tiny import DECODERS, FUSIONS, continuation, encode, image, text_config, tiny, user
+from vlm.errors import UserError
+from vlm.generation import generate, prompt_lengths, room
 from vlm.processing import IMAGE_TOKEN
 
 CONVERSATIONS = [
@@ -152,3 +154,20 @@ def test_the_image_token_is_never_written():
 
 def test_gemma_really_slides():
     assert text_config("gemma3").sliding_window < 16 < encode(tiny()[1], CONVERSATIONS[:1])["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("decoder", ["gpt2", "llama"])
+def test_a_prompt_that_is_longer_than_the_model_has_positions(decoder):
+    """GPT-2 has learned positions, which end; llama's rotary ones do not."""
+    model, processor = tiny(decoder)
+    places = model.config.get_text_config().max_position_embeddings
+    too_long = ([], [{"role": "user", "content": [{"type": "text", "text": "a" * (places + 5)}]}])
+    nearly = ([], [{"role": "user", "content": [{"type": "text", "text": "a" * 20}]}])
+    if decoder == "llama":
+        assert room(model, places, 7) == 7
+        return
+    with pytest.raises(UserError, match=rf"the model has {places:,} positions; ask something shorter"):
+        generate(model, processor, [too_long], max_new_tokens=2)
+    length = prompt_lengths(model, processor, [nearly])[0]
+    assert room(model, length, 10**6) == places - length
+    assert room(model, places - 1, 8) == 1
