@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 import vlm  # noqa: F401 - registers our classes with the Auto classes
 from vlm.batches import MAX_BATCH_TOKENS, batches_of
 from vlm.chat_templates import naming_template
-from vlm.data.conversation import template_options, with_images
+from vlm.data.conversation import OWN_TOKEN, template_options, with_images
 from vlm.data.example import Message
 from vlm.data.image_inputs import RefusedImages, naming_refused, refused_images
 from vlm.data.prompts import encode_prompt, end_token_id, has_chat_template, require_prompt
@@ -121,15 +121,21 @@ def _tokenize(processor: Any, requests: Sequence[Request], pixels: bool) -> Any:
     options: dict[str, Any] = {"return_tensors": "pt", "padding": True}
     if not pixels:
         options |= {"pixels": False, "image_sizes": [size_of(image) for images, _ in requests for image in images]}
-    with naming_template(processor):
-        return processor.apply_chat_template(
-            [with_images(messages, images) if pixels else messages for images, messages in requests],
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=True,
-            **template_options(processor, *(messages for _, messages in requests)),
-            processor_kwargs=options,
-        )
+    template = template_options(processor, *(messages for _, messages in requests))
+    try:
+        with naming_template(processor):
+            return processor.apply_chat_template(
+                [with_images(messages, images) if pixels else messages for images, messages in requests],
+                tokenize=True,
+                return_dict=True,
+                add_generation_prompt=True,
+                **template,
+                processor_kwargs=options,
+            )
+    except (NotImplementedError, ValueError, StopIteration) as error:
+        if isinstance(error, UserError) or "sanitize_control_tokens" not in template:
+            raise
+        raise UserError(OWN_TOKEN) from error
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def files(tmp_path: Path) -> list[str]:
     ]
 
 
-@parts(fast=300, slow=4_000)
+@parts(fast=600, slow=4_000)
 def test_lines(numbers: range, files: list[str]) -> None:
     def stream(request: Request) -> Iterator[str]:
         images, messages = request
@@ -79,7 +79,7 @@ def test_lines(numbers: range, files: list[str]) -> None:
     run("chat", numbers, case)
 
 
-@parts(fast=6, slow=150)
+@parts(fast=4, slow=150)
 def test_sessions(numbers: range, files: list[str]) -> None:
     """A real model: no line ends the conversation, whatever stands in it."""
     sessions = [

@@ -53,7 +53,7 @@ def test_sound_files_open(sound: list[bytes]) -> None:
         assert open_image(content).size == image_size(content)[::-1]
 
 
-@parts(fast=500, slow=5_000)
+@parts(fast=100, slow=5_000)
 def test_bytes(numbers: range, sound: list[bytes], tmp_path: Path) -> None:
     path, processor = tmp_path / "damaged image", image_processor()
 

@@ -98,7 +98,7 @@ def test_without_a_change(base: dict[str, Any]) -> None:
     is_sound(recipe.from_dict(base))
 
 
-@parts(fast=400, slow=6_000)
+@parts(fast=300, slow=6_000)
 def test_values(numbers: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
@@ -116,7 +116,7 @@ def test_values(numbers: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert any(run("recipe", numbers, case))
 
 
-@parts(fast=200, slow=4_000)
+@parts(fast=400, slow=4_000)
 def test_text(numbers: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     texts = [yaml.safe_dump(base, default_flow_style=flow) for base in BASES[1:] for flow in (None, True, False)]
@@ -139,7 +139,7 @@ def _override(draw: random.Random) -> tuple[str, Any]:
     return key, odd_value(draw)
 
 
-@parts(fast=300, slow=5_000)
+@parts(fast=200, slow=5_000)
 def test_overrides(numbers: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 

@@ -19,6 +19,12 @@ IGNORE = -100
 """The label of a token that is not supervised, as everywhere in transformers."""
 
 
+OWN_TOKEN = (
+    "a message holds one of the model's own tokens, such as <image> or </s>, which this model's processor cannot take "
+    "for text; take it out of the message"
+)
+
+
 def template_options(processor: Any, *conversations: Sequence[Message]) -> dict[str, Any]:
     """What a chat template is told, in training and after it: that of a model that can think aloud (Qwen3) then puts
     empty thoughts into the prompt, not into the answer.
@@ -129,13 +135,10 @@ def tokenize_branch(
             raise
         except UserError as error:
             raise UserError(f"{branch.where}: {error}") from None
-        except (NotImplementedError, ValueError) as error:
+        except (NotImplementedError, ValueError, StopIteration) as error:
             if "sanitize_control_tokens" not in template_options(processor, messages):
                 raise
-            raise ValueError(
-                f"{branch.where}: a message holds one of the model's own tokens, such as <image> or </s>, which this "
-                "model's processor cannot take for text; take it out of the message"
-            ) from error
+            raise ValueError(f"{branch.where}: {OWN_TOKEN}") from error
 
     def ids(messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
         return _row(encode(messages, add_generation_prompt)["input_ids"])
