@@ -53,6 +53,7 @@ def test_sound_files_open(sound: list[bytes]) -> None:
         assert open_image(content).size == image_size(content)[::-1]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about what is damaged
 @parts(fast=100, slow=5_000)
 def test_bytes(numbers: range, sound: list[bytes], tmp_path: Path) -> None:
     path, processor = tmp_path / "damaged image", image_processor()
