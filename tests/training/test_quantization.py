@@ -180,7 +180,7 @@ def test_a_run_leaves_a_model_like_any_other(values, tmp_path, monkeypatch, kind
     _, processor = generation.load(str(tmp_path / "run"), device="cpu")
     inputs = inputs_of(processor)
     with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, kept[0].eval()(**inputs).logits)
+        assert torch.equal(model(**inputs).logits, kept[0].cpu().eval()(**inputs).logits)
     entries = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     assert losses[-1] < losses[0]
