@@ -41,8 +41,9 @@ def is_unordered(name: str, args: Any) -> bool:
         return args[0].is_floating_point()
     if name not in BY_INDEX or not args[0].is_floating_point():
         return False
-    index = args[1] if name == "put" else args[2]
-    return _repeats(index, args[1] if isinstance(args[1], int) else 0)
+    if name.startswith("scatter"):
+        return _repeats(args[2], args[1])
+    return _repeats((args[1] if name == "put" else args[2]).flatten(), 0)
 
 
 def _repeats(index: Tensor, dim: int) -> bool:

@@ -25,13 +25,17 @@ def unordered():
     return {name for name, _ in log.unordered} - LIBRARY
 
 
-def test_index_add_is_found_to_be_unordered():
+def test_what_is_unordered():
+    """Two values in one place: by a list of places along a dimension, or by a place for each value."""
     log.clear()
-    values = torch.randn(3, 2, device="cuda")
-    for index in ([0, 1, 2], [0, 1, 1]):
-        assert not log.unordered
-        torch.zeros(3, 2, device="cuda").index_add_(0, torch.tensor(index, device="cuda"), values)
-    assert log.unordered
+    values, empty = torch.randn(2, 3, device="cuda"), torch.zeros(2, 3, device="cuda")
+    places = {True: torch.tensor([0, 1, 1], device="cuda"), False: torch.tensor([0, 2, 1], device="cuda")}
+    for twice in (False, True):
+        empty.index_add(1, places[twice], values)
+        empty.index_copy(1, places[twice], values)
+        empty.scatter_add(1, places[twice].expand(2, 3), values)
+        empty.index_put((places[False][:1], places[twice][:1]), values[0, :1], accumulate=True)
+        assert len(log.unordered) == (3 if twice else 0)
 
 
 @pytest.mark.parametrize("index", [[0, 0, 1, 3, 3, 3], [2], []])

@@ -1,6 +1,7 @@
 """`vlm train` on the device: the defaults of a recipe, pinned memory and data loader workers included."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -50,10 +51,13 @@ def test_a_run_has_the_losses_of_the_cpu(recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_run_in_half_precision(recipe, tmp_path, precision):
+    """In float16, gradient scaling skips some of the steps, so later losses differ."""
     train(recipe("cpu"))
     train(recipe("cuda", **{"bf16": False, precision: True}))
     found, expected = losses(tmp_path / "cuda"), losses(tmp_path / "cpu")
-    assert [entry[2] for entry in found] == pytest.approx([entry[2] for entry in expected], rel=0.1)
+    assert [entry[:2] for entry in found] == [entry[:2] for entry in expected]
+    assert found[0][2] == pytest.approx(expected[0][2], rel=0.01)
+    assert all(math.isfinite(entry[2]) for entry in found)
 
 
 @pytest.mark.slow
