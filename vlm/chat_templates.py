@@ -32,15 +32,23 @@ FLATTEN = (
     "{%- set messages = ns.flat -%}"
 )
 
+# `generation` marks what the assistant writes, for `return_assistant_tokens_mask`; `TURN` is a message and its end.
+TURN = (
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + END }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + END }}{% endif %}"
+)
+
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    + TURN.replace("END", "'<|im_end|>'")
+    + "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 # For base language models, whose tokenizers know no token for a turn but the one that ends a text.
 PLAIN_TURNS = (
-    "{% for message in messages %}{{ message['role'] + '\\n' + message['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
+    "{% for message in messages %}{{ message['role'] + '\\n' }}"
+    + TURN.replace("END", "eos_token")
+    + "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
 )
 
 # Images, the token that begins a text, the question, and behind it the answer.
@@ -58,7 +66,8 @@ PROMPT = (
     "{%- else -%}"
 )
 PROMPT_END = (
-    "{{- (BEFORE_ANSWER if question.text else '') + (ns.text | trim) + eos_token -}}{%- endif -%}{%- endfor -%}"
+    "{%- generation -%}{{- (BEFORE_ANSWER if question.text else '') + (ns.text | trim) + eos_token -}}"
+    "{%- endgeneration -%}{%- endif -%}{%- endfor -%}"
 )
 PROMPTS = {
     "paligemma": ("'\\n'", "''"),  # <image>... <bos> question \n answer <eos>
@@ -123,6 +132,11 @@ def naming_template(processor: Any) -> Iterator[None]:
         raise UserError(
             f"{where}: {type(error).__name__}: {error}. Correct it, in chat_template.jinja or tokenizer_config.json"
         ) from error
+
+
+def without_marks(template: str) -> str:
+    """A template without the marks around what the assistant writes, which nothing but transformers reads."""
+    return re.sub(r"\{%-? (end)?generation -?%\}", "", template)
 
 
 def ends_with_eos(template: str) -> bool:

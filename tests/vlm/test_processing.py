@@ -284,3 +284,22 @@ def test_floats_that_are_not_to_be_rescaled_are_refused_with_tiling():
 def test_what_the_model_does_not_read_is_refused(byte_level, name):
     with pytest.raises(ValueError, match=f"{name}: this model reads images and text"):
         byte_level(text="hi", **{name: [torch.zeros(2, 3, 8, 8)]})
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "name"),
+    [("byte_level", "auto"), ("metaspace", "auto"), ("byte_level", "paligemma"), ("byte_level", "blip2")],
+)
+def test_the_mask_of_the_assistants_tokens_covers_answers_and_their_ends(tokenizer, name):
+    _, processor = tiny(tokenizer=TOKENIZERS[tokenizer](), chat_template=name)
+    questions, answers = ["what is it?", "and the dog?"], ["a cat", "on the street"]
+    messages = []
+    for question, answer in zip(questions, answers, strict=True):
+        messages += [user(question) if messages else user(image(0), question)]
+        messages += [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    made = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = made["input_ids"][0], made["assistant_masks"][0]
+    covered = processor.tokenizer.decode([token for token, kept in zip(ids, mask, strict=True) if kept])
+    chatml = tokenizer == "byte_level" and name == "auto"
+    end = "<|im_end|>" if chatml else processor.tokenizer.eos_token
+    assert covered.replace(" ", "") == "".join(answer + end for answer in answers).replace(" ", "")

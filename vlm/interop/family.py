@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, SiglipImageProcessor
 
-from vlm.chat_templates import TemplateName, chat_template_for
+from vlm.chat_templates import TemplateName, chat_template_for, without_marks
 from vlm.encoder import encode
 from vlm.errors import UserError
 from vlm.image_processors import image_size_of
@@ -218,7 +218,8 @@ class Family:
 
     def check_prompt(self, processor: Any) -> None:
         """Raises UserError unless a processor of ours writes the `prompt`."""
-        if self.prompt and processor.chat_template != chat_template_for(processor.tokenizer, self.prompt):
+        prompt = self.prompt and chat_template_for(processor.tokenizer, self.prompt)
+        if prompt and without_marks(processor.chat_template) != without_marks(prompt):
             raise UserError(
                 f"the processor of {self.architecture} writes a prompt of its own and no turns; only a model trained "
                 f"with it can become one, with chat_template: {self.prompt} under model in its recipe"

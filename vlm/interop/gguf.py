@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm.chat_templates import without_marks
 from vlm.errors import UserError, nearest
 from vlm.interop.family import image_of
 from vlm.interop.idefics3 import Idefics3
@@ -270,7 +271,7 @@ def _tokenizer(processor: Any, size: int) -> dict[str, Any]:
         "types": types,
         "merges": merges,
         "special": special,
-        "chat_template": _text_template(processor.chat_template),
+        "chat_template": without_marks(_text_template(processor.chat_template)),
     }
 
 
