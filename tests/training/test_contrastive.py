@@ -9,7 +9,8 @@ from tests.tiny import image
 from tests.training.helpers import arguments
 from vlm.adapters.contrastive_loss import infonce
 from vlm.data.example import Example, question_and_answer
-from vlm.data.pairs import PairCollator, PairDataset, make_pairs, positives
+from vlm.data.pairs import PairCollator, PairDataset, make_pairs, positives, require_negatives
+from vlm.errors import UserError
 from vlm.training import pair_embeddings
 from vlm.training.contrastive_trainer import ContrastiveTrainer
 from vlm.training.pair_embeddings import MODEL_INPUTS, can_keep, embed_pairs, embedding_pairs, logits_of
@@ -237,3 +238,8 @@ def test_batches_with_nothing_to_tell_apart_are_the_reason_for_no_gradient(tmp_p
         assert (loss.item() == 0.0) == bool(counted)
         assert trainer.all_positive == counted
     assert trainer.why_no_gradient().startswith("In 1 of the batches every text belongs to every image")
+    require_negatives(items, 2)
+    with pytest.raises(UserError, match=r"the texts of all images are the same \('a cat'\)"):
+        require_negatives(items[:2], 2)
+    with pytest.raises(UserError, match=r"a batch has one image only: raise train\.per_device_train_batch_size"):
+        require_negatives(items, 1)

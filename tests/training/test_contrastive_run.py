@@ -245,6 +245,7 @@ def test_a_dry_run_leaves_nothing(pair_values, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_captions_that_are_the_same_are_named(pair_values, images):
     rows = [json.loads(line) for line in (images / "train.jsonl").read_text().splitlines()]
     same = "".join(json.dumps({"file_name": row["file_name"], "caption": "A  cat"}) + "\n" for row in rows)
