@@ -96,7 +96,8 @@ def test_an_epoch_by_hand(tmp_path):
     assert len(places) == 4
     assert whole["padding"] == pytest.approx(1 - tokens / sum(places), **close)
     assert whole["mfu"] == pytest.approx(1e6 * tokens / 4 / 1e10, **close)
-    assert whole["peak_memory_gb"] > 0.1
+    on_cpu = trainer.args.device.type == "cpu"
+    assert whole["peak_memory_gb"] > (0.1 if on_cpu else 1e-4), "of the process, or on a GPU of tensors alone"
     for name in ("images_per_second", "answers_per_second", "tokens_per_second"):
         assert first[name] + second[name] == pytest.approx(2 * whole[name], **close)
     assert 1 - first["tokens_per_second"] * 2 / sum(places[:2]) == pytest.approx(first["padding"], abs=1e-3)
