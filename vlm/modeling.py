@@ -415,7 +415,9 @@ class VLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not kwargs.get("use_cache", True):
             inputs["vision_states"] = None
         elif not kwargs.get("is_first_iteration"):
-            inputs |= dict.fromkeys(OF_IMAGES)
+            # A model that drafts for another begins without an iteration that is called the first.
+            unread = not has_read(kwargs.get("cache"))
+            inputs |= {name: kwargs.get(name) if unread else None for name in OF_IMAGES}
         return inputs
 
     def _update_model_kwargs_for_generation(

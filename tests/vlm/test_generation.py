@@ -171,3 +171,13 @@ def test_a_prompt_that_is_longer_than_the_model_has_positions(decoder):
     length = prompt_lengths(model, processor, [nearly])[0]
     assert room(model, length, 10**6) == places - length
     assert room(model, places - 1, 8) == 1
+
+
+@pytest.mark.parametrize("assistant", ["itself", "another"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_with_an_assistant_the_tokens_are_those_of_greedy_decoding(fusion, assistant):
+    """Drafts that are refused are dropped from both caches."""
+    model, processor = tiny(fusion=fusion)
+    helper = model if assistant == "itself" else tiny(fusion=fusion, seed=1)[0]
+    inputs = encode(processor, CONVERSATIONS[:1])
+    assert continuation(model, inputs, assistant_model=helper) == continuation(model, inputs)
