@@ -29,13 +29,13 @@ from vlm.data.example import Example, Problem, question_and_answer
 from vlm.data.image_inputs import naming_refused
 from vlm.data.tree_masks import TreeMasks
 from vlm.errors import UserError
-from vlm.generation import encode_images, fixed_image_tokens, sound
-from vlm.precision import devices, input_device
+from vlm.generation import encode_images, fixed_image_tokens
+from vlm.precision import input_device
 from vlm.recipe_evaluation import Classification
 from vlm.recognition.labels import fill
 from vlm.tiling import size_of
 from vlm.training.checks import why_not_trees
-from vlm.training.inputs import training_inputs
+from vlm.training.inputs import scoring_inputs
 from vlm.training.trainer import token_losses
 
 PROMPT = "What is in the image?"
@@ -118,11 +118,8 @@ class LabelLikelihood:
         """The cross-entropy of each supervised token, row by row."""
         batch = send_to_device(collator([[item] for item in items]), input_device(self.model))
         labels = batch.pop("labels")
-        inputs = training_inputs(self.model.config, batch, labels)
-        if len(devices(self.model)) > 1 and not hasattr(self.model, "get_vision_features"):
-            del inputs["logits_to_keep"]  # transformers' models index with it what may be on another device
-        with sound(self.model, self.processor):
-            return token_losses(self.model(**inputs), labels)[0].cpu()
+        inputs = scoring_inputs(self.model, batch, labels)
+        return token_losses(self.model(**inputs), labels)[0].cpu()
 
     def _items(self, images: Sequence[Image.Image], features: _Features | None) -> list[TreeItem]:
         """The trees of each image in turn, their branches in the order of the labels."""

@@ -14,7 +14,7 @@ from vlm.data.conversation import TokenizedBranch
 from vlm.data.dataset import Row, TreeCollator, TreeItem, one_row_an_answer
 from vlm.data.tree_masks import NotATree
 from vlm.data.trees import make_tree, paths
-from vlm.training.inputs import training_inputs
+from vlm.training.inputs import scoring_inputs
 from vlm.training.trainer import token_losses
 
 TOLERANCE = 3e-4
@@ -70,5 +70,5 @@ def _losses(model: Any, collator: TreeCollator, row: Row, device: torch.device) 
     """The loss of each supervised token, answer by answer."""
     batch = send_to_device(collator([row]), device)
     labels, _ = batch.pop("labels"), batch.pop("loss_weights", None)
-    outputs = model(**training_inputs(model.config, batch, labels))
+    outputs = model(**scoring_inputs(model, batch, labels))
     return token_losses(outputs, labels)[0]

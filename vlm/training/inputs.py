@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlm.data.conversation import IGNORE
 from vlm.data.dataset import shifted
+from vlm.precision import devices
 
 Inputs = dict[str, Any]
 
@@ -20,6 +21,15 @@ def training_inputs(config: Any, batch: Mapping[str, Any], labels: Tensor) -> In
     inputs = {**batch, "logits_to_keep": shifted(labels) != IGNORE, "use_cache": False}
     change = OWN_WAYS.get(config.model_type)
     return change(config, inputs) if change else inputs
+
+
+def scoring_inputs(model: Any, batch: Mapping[str, Any], labels: Tensor) -> Inputs:
+    """[`training_inputs`] of a model that may be split over devices. Transformers' models index with `logits_to_keep`
+    on the device of the head, where it may not be: they are left to compute all logits."""
+    inputs = training_inputs(model.config, batch, labels)
+    if len(devices(model)) > 1 and not hasattr(model, "get_vision_features"):
+        del inputs["logits_to_keep"]
+    return inputs
 
 
 def _git(config: Any, inputs: Inputs) -> Inputs:
