@@ -234,7 +234,7 @@ def test_batches_with_nothing_to_tell_apart_are_the_reason_for_no_gradient(tmp_p
     assert trainer.why_no_gradient() == ""
     for batch, counted in ((items[1:], 0), (items[:2], 1)):
         with embedding_pairs(model, None):
-            loss = trainer.compute_loss(model, trainer.data_collator(batch))
+            loss = trainer.compute_loss(model, trainer._prepare_inputs(trainer.data_collator(batch)))
         assert (loss.item() == 0.0) == bool(counted)
         assert trainer.all_positive == counted
     assert trainer.why_no_gradient().startswith("In 1 of the batches every text belongs to every image")
