@@ -198,6 +198,7 @@ def ended(trainer, resumed=False):
     require_trained(trainer, rows_of(tiny()[1], examples(7)), resumed=resumed)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("cause", ["the weights", "the data"])
 def test_a_run_whose_last_steps_were_skipped_is_done_if_its_weights_are_good(tmp_path, monkeypatch, cause):
     if cause == "the data":

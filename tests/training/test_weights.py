@@ -21,8 +21,8 @@ from vlm.training.weights import WrongWeights, load_checkpoint
 
 FAMILIES = [*STOCK, *PROMPTED]
 KINDS = ["one file", "several files", "lora"]
-FAST = [("llava", "one file"), ("gemma3", "several files"), ("blip-2", "lora")]
-"""Renamed on the Hub; the same with tied weights; trained queries that peft leaves out."""
+FAST = [("gemma3", "several files"), ("blip-2", "lora")]
+"""Renamed on the Hub, with tied weights; trained queries that peft leaves out."""
 CASES = [
     pytest.param(name, kind, marks=() if (name, kind) in FAST else pytest.mark.slow)
     for name in [*FAMILIES, "qwen2"]
@@ -164,6 +164,7 @@ def test_of_tied_weights_one_is_enough(tmp_path, tied):
             load_checkpoint(model, tmp_path)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "loose_parameters.safetensors"])
 def test_an_adapter_that_lacks_weights_is_refused(tmp_path, file):
     made = stock("blip-2")
