@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from vlm.data.image_inputs import processed_once
 from vlm.dual_encoder import tokenize as tokenize_pairs
 from vlm.errors import UserError
 from vlm.files import scratch_folder
@@ -161,8 +162,9 @@ def answer(model: Any, processor: Any) -> None:
         ([image], [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}])
         for text in PROMPTS
     ]
-    together = generate(model, processor, requests, max_new_tokens=4)
-    alone = [generate(model, processor, [request], max_new_tokens=4)[0] for request in requests]
+    with processed_once(processor):  # all show the same image
+        together = generate(model, processor, requests, max_new_tokens=4)
+        alone = [generate(model, processor, [request], max_new_tokens=4)[0] for request in requests]
     if together == alone or len(set(map(repr, prompt_shapes(processor, requests)))) > 1:
         return  # other answers may still be rounding, where two tokens are as likely
 

@@ -17,6 +17,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from vlm.data.batches import RowSampler, padding
 from vlm.data.dataset import TreeCollator, TreeDataset, TreeItem, one_row_an_answer, supervised_tokens
+from vlm.data.image_inputs import processed_once
 from vlm.data.pairs import PairDataset
 from vlm.data.stream import StreamDataset
 from vlm.data.tree_masks import NotATree
@@ -151,8 +152,9 @@ def run_stage(
     steps = steps_to_train(trainer)
     timed = {}
     if memory:
-        trainer.throughput.flops_per_token = flops_per_token(trainer, tried)
-        seconds = seconds_per_step(trainer, tried) * args.gradient_accumulation_steps
+        with processed_once(batches.collator.processor):  # what images show does not matter here
+            trainer.throughput.flops_per_token = flops_per_token(trainer, tried)
+            seconds = seconds_per_step(trainer, tried) * args.gradient_accumulation_steps
         timed = {
             "memory": str(memory),
             "expected time": f"{duration(steps * seconds)} ({seconds:.1f} s a step)",
