@@ -15,6 +15,7 @@ from vlm.adapters import PROJECTORS
 from vlm.data.conversation import IGNORE
 from vlm.data.dataset import TreeCollator, one_row_an_answer, shifted, supervised_tokens
 from vlm.data.trees import paths
+from vlm.training.finite import NonFiniteWeights
 from vlm.training.part_trainer import NonFiniteGradients
 from vlm.training.parts import add_lora, named_parts
 
@@ -186,7 +187,8 @@ def test_without_the_override_the_nan_is_applied(tmp_path, monkeypatch):
     made = tiny()
     trainer = trainer_of(tmp_path, made=made)
     Spoil({1}).hook(trainer)
-    trainer.train()
+    with pytest.raises(NonFiniteWeights):  # at the end
+        trainer.train()
     assert not all(torch.isfinite(p).all() for p in made[0].parameters())
 
 
@@ -203,6 +205,31 @@ def test_single_bad_steps_do_not_add_up(tmp_path):
     Spoil(set(range(0, 14, 2))).hook(trainer)
     trainer.train()
     assert trainer.skipped.count == 7
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 1.0])
+def test_overflows_of_the_loss_scale_are_no_bad_steps(tmp_path, scale):
+    """fp16's scaler halves its scale after each step that overflows; at a scale of 1 the gradients themselves are bad."""
+    trainer = trainer_of(tmp_path, max_steps=10)
+    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    def unscale(optimizer=None):
+        scaler.unscale_(trainer.optimizer.optimizer)
+
+    trainer.accelerator.unscale_gradients = unscale  # that of accelerate wants a GPU
+    Spoil(set(range(8))).hook(trainer)
+    if scale > 1:
+        before = weights(trainer.model)
+        trainer.train()
+        after = weights(trainer.model)
+        assert trainer.accelerator.scaler.get_scale() == 2.0 ** (16 - 8)
+        assert trainer.skipped.count == 0
+        assert all(torch.isfinite(value).all() for value in after.values())
+        assert any(not torch.equal(after[name], before[name]) for name in before)
+    else:
+        with pytest.raises(NonFiniteGradients):
+            trainer.train()
+        assert trainer.skipped.count == 5
 
 
 # --- frozen encoders

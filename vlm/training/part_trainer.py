@@ -198,6 +198,9 @@ class PartTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         # DeepSpeed has none before its first step.
         finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
+        if not finite and self._loss_scale_too_large():
+            self.skipped.step_ends(self.state.global_step + 1, skipped=False)
+            return norm
         self.skipped.step_ends(self.state.global_step + 1, skipped=not finite)
         if finite:
             self.bad_in_a_row = 0
@@ -217,6 +220,12 @@ class PartTrainer(Trainer):
                 "in float32 (train.bf16: false)."
             )
         return norm
+
+    def _loss_scale_too_large(self) -> bool:
+        """Whether gradients that are not finite may be so for fp16's loss scale alone. Its scaler starts high, takes no
+        step that overflows, and halves the scale for the next one."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1
 
     def mark_diverged(self, step: int) -> None:
         """Have no run resumed from checkpoints of the weights after `step`: steps that are skipped do not change them,
