@@ -1,5 +1,6 @@
 """What several tests are given, and which of their cases are slow ones."""
 
+import gc
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -29,3 +30,9 @@ def parity(record_property: Callable[[str, object], None]) -> Callable[..., None
         record_property("parity", (system, compared, float(difference)))  # type: ignore[arg-type]  # a tensor is a number
 
     return note
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the garbage collector pass over what was imported and collected: every training run calls it."""
+    gc.collect()
+    gc.freeze()

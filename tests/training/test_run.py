@@ -1,5 +1,6 @@
 """Whole runs from a recipe to a folder, on tiny models."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -57,6 +58,7 @@ def test_the_run_folder(finished):
         "data_problems.json",
         "checkpoints",
         "model",
+        "model_hashes.json",
         "adapter",
         "evaluation",
     }
@@ -408,11 +410,14 @@ def test_a_model_that_ignores_the_mask_gets_no_trees(values, monkeypatch):
 
     forward, seen = VLMForConditionalGeneration.forward, []
 
-    def without_mask(self, *args, attention_mask=None, tree_layout=None, **kwargs):
-        seen.append(attention_mask.ndim)
-        return forward(self, *args, **kwargs)
+    @functools.wraps(forward)  # `generate` looks at its arguments
+    def without_trees(self, *args, attention_mask=None, tree_layout=None, **kwargs):
+        if attention_mask is not None:
+            seen.append(attention_mask.ndim)
+            attention_mask = attention_mask if attention_mask.ndim == 2 else None
+        return forward(self, *args, attention_mask=attention_mask, **kwargs)
 
-    monkeypatch.setattr(VLMForConditionalGeneration, "forward", without_mask)
+    monkeypatch.setattr(VLMForConditionalGeneration, "forward", without_trees)
     said = train(values, dry_run=True)
     assert said.count("no trees for LlamaForCausalLM, a row for each answer: several answers in a row have a loss") == 1
     assert seen[:2] == [2, 4], "one by one, then as trees"

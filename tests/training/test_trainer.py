@@ -209,7 +209,7 @@ def test_single_bad_steps_do_not_add_up(tmp_path):
 
 @pytest.mark.parametrize("scale", [2.0**16, 1.0])
 def test_overflows_of_the_loss_scale_are_no_bad_steps(tmp_path, scale):
-    """fp16's scaler halves its scale after each step that overflows; at a scale of 1 the gradients themselves are bad."""
+    """fp16's scaler halves its scale after a step that overflows; at a scale of 1 the gradients themselves are bad."""
     trainer = trainer_of(tmp_path, max_steps=10)
     scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
 

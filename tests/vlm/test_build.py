@@ -226,7 +226,10 @@ def test_encoders_whose_image_processor_is_of_another_kind(folders, vision, imag
         ({"projector": "pixel_shuffle", "vision_feature_select_strategy": "full"}, "no place for class tokens"),
         ({"projector": {"type": "average_pool", "num_image_tokens": 25}}, "grid is 4 x 4"),
         ({"vision_feature_layer": -7}, "vision_feature_layer is -7; this encoder gives 4"),
-        ({"fusion": "cross_attention", "cross_attention_every": 0}, "cross_attention_every is 0"),
+        (
+            {"fusion": "cross_attention", "cross_attention_every": 0},
+            "cross_attention_every must be a whole number from 1",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(folders, options, message):
