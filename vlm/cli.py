@@ -441,9 +441,7 @@ def export(
     model: ModelArgument,
     to: Annotated[
         str,
-        typer.Option(
-            help="llava, idefics3, smolvlm, gemma3, internvl, paligemma, blip2, instructblip, gguf or remote_code."
-        ),
+        typer.Option(help="A transformers model (llava, llava_next, idefics3, ...), gguf or remote_code."),
     ],
     output: Annotated[
         Path | None, typer.Option(help="Folder for the checkpoint. Default: exported-TYPE in the run folder.")

@@ -41,7 +41,8 @@ def run(name: str, target: str, output: Path | None, *, console: Any) -> None:
 def require_target(target: str, targets: Sequence[str]) -> None:
     """Raise UserError for a target that is none of `targets`, with the reason if there is one."""
     if target not in targets and target not in REASONS:
-        raise UserError(f"a model cannot be exported to {target!r}; {nearest(target, targets)}")
+        exported = [name for name in targets if name in OTHERS or not FAMILIES[name].into_ours_only]
+        raise UserError(f"a model cannot be exported to {target!r}; {nearest(target, exported)}")
     if target not in OTHERS:
         target_of(target)
 

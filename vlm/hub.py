@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.errors import UserError
 from vlm.files import scratch_folder
-from vlm.publication import Publication, is_weights, prepare
+from vlm.publication import Publication, is_weights, prepare, require_pushable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -19,6 +19,7 @@ HTTP_CLIENTS = ("httpx", "httpx2")  # huggingface_hub has changed its client onc
 
 def run(run_dir: str, repo_id: str, *, merge_lora: bool, target: str | None, private: bool, console: Any) -> None:
     """List the files of a push, upload them, and print the repository's URL. Raises UserError as [`push`] does."""
+    require_pushable(Path(run_dir), repo_id, merge_lora=merge_lora, target=target)
     token = require_token()
     with scratch_folder(Path(tempfile.gettempdir()) / "vlm-push") as scratch:
         publication = prepare(Path(run_dir), repo_id, scratch, merge_lora=merge_lora, target=target)
@@ -57,6 +58,7 @@ def push(
         UserError: no token, no model in the run folder, no LoRA to keep apart, a model that is none of `target`'s, a
             bad repository name, or the server refuses.
     """
+    require_pushable(Path(run_dir), repo_id, merge_lora=merge_lora, target=target)
     token = require_token(token)
     with scratch_folder(Path(tempfile.gettempdir()) / "vlm-push") as scratch:
         publication = prepare(Path(run_dir), repo_id, scratch, merge_lora=merge_lora, target=target)
@@ -75,7 +77,7 @@ def require_token(token: str | None = None) -> str:
 def upload(publication: Publication, repo_id: str, *, token: str, private: bool) -> str:
     """Upload the files in one commit and return the repository's URL. Raises UserError if the server refuses."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
     files = publication.files
@@ -86,8 +88,6 @@ def upload(publication: Publication, repo_id: str, *, token: str, private: bool)
         operations += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         with _xet_only_where_it_is(api, repo_id):
             api.create_commit(repo_id, operations, commit_message="Upload model, processor and card")
-    except HFValidationError as e:
-        raise UserError(f"{repo_id!r} is not a name for a repository: {e}") from e
     except HfHubHTTPError as e:
         raise UserError(f"{api.endpoint} refused the upload to {repo_id}: {e.server_message or e}") from e
     except Exception as e:

@@ -50,16 +50,34 @@ class Publication:
         return "\n".join(lines)
 
 
-def prepare(run_dir: Path, repo_id: str, scratch: Path, *, merge_lora: bool, target: str | None) -> Publication:
-    """Collect what a push of a run uploads; `scratch` is a folder for files made on the way. Options are those of
-    [`vlm.hub.push`], and so are the errors."""
-    model_dir, adapter_dir = run_dir / "model", run_dir / "adapter"
-    if not (model_dir / "config.json").is_file():
+def require_pushable(run_dir: Path, repo_id: str, *, merge_lora: bool, target: str | None) -> None:
+    """Raise UserError for a push that cannot succeed, before a token is asked for and a model is loaded."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not (run_dir / "model" / "config.json").is_file():
         raise UserError(f"{run_dir} is not the folder of a finished run: there is no model/config.json in it")
     if not merge_lora and target:
         raise UserError("--as writes one model, with LoRA merged into it: leave out --keep-lora")
-    if not merge_lora and not (adapter_dir / "adapter_config.json").is_file():
+    if not merge_lora and not (run_dir / "adapter" / "adapter_config.json").is_file():
         raise UserError(f"{run_dir} was trained without LoRA in its last stage: there is nothing to keep apart")
+    if target:
+        from vlm import export
+        from vlm.interop import FAMILIES
+
+        export.require_target(target, tuple(FAMILIES))
+    try:
+        if "/" not in repo_id:
+            raise HFValidationError(f"it lacks the user: USER/{repo_id}")
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"{repo_id!r} is not a name for a repository: {error}") from error
+
+
+def prepare(run_dir: Path, repo_id: str, scratch: Path, *, merge_lora: bool, target: str | None) -> Publication:
+    """Collect what a push of a run uploads, after [`require_pushable`]; `scratch` is a folder for files made on the
+    way. Options and errors are those of [`vlm.hub.push`]."""
+    model_dir, adapter_dir = run_dir / "model", run_dir / "adapter"
     folder = model_dir
     if target:
         folder = _exported(model_dir, target, scratch)
@@ -130,9 +148,7 @@ def _add_code(files: dict[str, Path | bytes], config: Mapping[str, Any]) -> None
 
 def _exported(model_dir: Path, target: str, scratch: Path) -> Path:
     from vlm import export
-    from vlm.interop import FAMILIES
 
-    export.require_target(target, tuple(FAMILIES))
     folder = scratch / target
     folder.mkdir()
     export.write(str(model_dir), target, folder)

@@ -392,9 +392,11 @@ def test_a_folder_that_is_no_run(tmp_path):
         push(tmp_path, REPO, token=TOKEN)
 
 
-def test_a_bad_name(hub, run_dir):
+@pytest.mark.parametrize("name", ["a/b/c", "nobody", "a/b c", ""])
+def test_a_bad_name_is_refused_before_a_token_is_asked_for(hub, run_dir, name):
     with pytest.raises(UserError, match="is not a name for a repository"):
-        push(run_dir, "a/b/c", token=TOKEN)
+        push(run_dir, name)
+    assert hub.requests == []
 
 
 def test_processor_loads_from_what_was_pushed(hub, run_dir, tmp_path, made):

@@ -76,7 +76,7 @@ def target_of(name: str) -> Family:
     family = family_of(name)
     if family.into_ours_only:
         can = ", ".join(name for name, each in FAMILIES.items() if not each.into_ours_only)
-        raise UserError(f"{family.architecture} is taken into ours, and ours do not become one; they can be {can}")
+        raise UserError(f"{family.architecture} can be imported but not exported. Export targets: {can}")
     return family
 
 
