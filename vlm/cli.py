@@ -112,9 +112,11 @@ def train(
 
     loaded = recipes.load(recipe, overrides or [])
     recipes.require_models(loaded)  # before the seconds that the next import takes
+    from vlm.paths import existing_file
     from vlm.training import run
 
-    run.train(loaded, dry_run=dry_run, resume=resume, overwrite=overwrite, console=console)
+    file = existing_file(recipe)
+    run.train(loaded, recipe_file=file, dry_run=dry_run, resume=resume, overwrite=overwrite, console=console)
 
 
 @recipes_app.callback()

@@ -22,8 +22,10 @@ from vlm.cli import app
 from vlm.data.augmentation import Augmentation
 from vlm.data.check import TooManyProblems
 from vlm.errors import UserError
+from vlm.recipe_source import write_yaml
 from vlm.training import folder as folder_of_run
 from vlm.training import run as running
+from vlm.training.claim import require_free
 from vlm.training.throughput import in_words
 from vlm.training.trainer import VLMTrainer
 
@@ -454,6 +456,51 @@ def test_a_folder_that_is_no_run_is_refused_before_anything_is_loaded(values, mo
     with pytest.raises(UserError, match=why):
         train(values, **options)
     assert name == "a file" or (folder / "model/notes.txt").read_text() == "mine"
+
+
+def _recipe_of_mine(folder, values):
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("# mine\n" + yaml.safe_dump(values))
+    return folder / "recipe.yaml"
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+@pytest.mark.parametrize("resolved", [False, True])
+def test_a_recipe_of_the_user_in_the_folder_is_no_run(values, monkeypatch, options, resolved):
+    folder = Path(values["output_dir"])
+    mine = _recipe_of_mine(folder, recipe.from_dict(values).resolved() if resolved else values)
+    (folder / "model").mkdir()
+    before = mine.read_text()
+    _nothing_is_loaded(monkeypatch)
+    with pytest.raises(UserError, match=r"is no run, and it holds recipe\.yaml, model"):
+        train(values, **options)
+    with pytest.raises(UserError, match=r"the recipe .*recipe\.yaml is in output_dir .* would replace it"):
+        train(values, recipe_file=mine, **options)
+    assert mine.read_text() == before
+
+
+def test_the_recipe_of_a_run_is_replaced_only_by_itself(values, monkeypatch):
+    folder = Path(values["output_dir"])
+    loaded = recipe.from_dict(values)
+    folder.mkdir(parents=True)
+    file = folder / "recipe.yaml"
+    file.write_text(write_yaml(loaded.resolved()))
+    for text in (None, '{"packages": {}}'):  # killed as it began, and later
+        if text:
+            (folder / "environment.json").write_text(text)
+        with pytest.raises(UserError, match="holds a stopped run"):
+            require_free(folder, loaded, recipe_file=file, resume=False, overwrite=False)
+        for options in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
+            require_free(folder, loaded, recipe_file=file, **options)
+    other = recipe.from_dict(values, ["seed=5"])
+    require_free(folder, other, recipe_file=file, resume=True, overwrite=False)
+    with pytest.raises(UserError, match="would replace it"):
+        require_free(folder, other, recipe_file=file, resume=False, overwrite=True)
+    inside = folder / "samples" / "mine.yaml"
+    inside.parent.mkdir()
+    inside.write_text("")
+    with pytest.raises(UserError, match="would replace it"):
+        require_free(folder, loaded, recipe_file=inside, resume=False, overwrite=True)
 
 
 @pytest.mark.parametrize("key", ["data.train.path", "model.vision"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ from vlm.errors import UserError
 from vlm.files import InUse, discard, locked_folder, remove_leftovers
 from vlm.recipe import Recipe
 from vlm.recipe_paths import PATH_KEYS
+from vlm.recipe_source import RecipeError, read_written, write_yaml
 from vlm.training.folder import MODEL_HASHES, has_model, unscored_stages
 
 CONTENTS = (
@@ -22,6 +24,9 @@ CONTENTS = (
     "checkpoints", "stages", "model", MODEL_HASHES, "adapter", "evaluation", "samples", "tensorboard",
 )  # fmt: skip
 """What a run writes into its folder."""
+
+RESOLVED = {"name", "model", "data", "stages", "evaluation", "output_dir", "seed"}
+"""Keys of the recipe that a run of any version writes: every default is in it."""
 
 
 @contextmanager
@@ -58,27 +63,61 @@ def require_place(folder: Path, recipe: Recipe) -> None:
             )
 
 
-def require_free(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+def require_free(
+    folder: Path, recipe: Recipe, *, recipe_file: Path | None = None, resume: bool, overwrite: bool
+) -> None:
     """Raise UserError if the folder holds what the run would replace, unless `resume` or `overwrite` allow it.
 
-    Files that no run writes, such as a log, may be there.
+    Files that no run writes, such as a log, may be there. `recipe_file` is where `recipe` was read from; a new run
+    never replaces it with another text.
     """
     for key, path in _read_by(recipe):
         if overwrite and folder.resolve() in (path.resolve(), *path.resolve().parents) and path.exists():
             raise UserError(f"{key} {path} is in {folder}, which --overwrite would replace; choose another folder")
-    if (folder / "recipe.yaml").is_file() and not (resume or overwrite):
+    found = [name for name in CONTENTS if os.path.lexists(folder / name)]
+    known = is_run(folder)
+    if recipe_file is not None and (overwrite or not known) and _replaces(folder, recipe_file, recipe):
+        raise UserError(
+            f"the recipe {recipe_file} is in output_dir {folder}, where a run would replace it; choose another folder "
+            "with output_dir=..., or move the recipe"
+        )
+    if known and not (resume or overwrite):
         choices = "Replace it with --overwrite, or choose another folder with output_dir=..."
         if finished(folder, recipe):
             raise UserError(f"{folder} holds a finished run. {choices}")
         raise UserError(f"{folder} holds a stopped run. Go on with it with --resume. {choices}")
-    found = [name for name in CONTENTS if os.path.lexists(folder / name)]
-    if found and not (folder / "recipe.yaml").is_file() and not resume:
+    if found and not known and ("recipe.yaml" in found or not resume):
         raise UserError(
             f"{folder} is no run, and it holds {', '.join(found)}, which a run would replace. Choose another "
             "folder with output_dir=..., or move them away"
         )
     if resume and finished(folder, recipe):
         raise UserError(f"{folder} holds a finished run: nothing to resume. Use --overwrite to train anew.")
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a run has written `folder`: it has a resolved recipe and `environment.json`, or that recipe alone,
+    if the run was killed as it began."""
+    try:
+        resolved = read_written(folder / "recipe.yaml").keys() >= RESOLVED
+    except RecipeError:
+        return False
+    try:
+        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return resolved and not any(os.path.lexists(folder / name) for name in CONTENTS if name != "recipe.yaml")
+    except (OSError, ValueError):
+        return False
+    return resolved and isinstance(environment, dict) and "packages" in environment
+
+
+def _replaces(folder: Path, recipe_file: Path, recipe: Recipe) -> bool:
+    """Return whether a new run in `folder` removes the recipe that it is read from, or writes another text there."""
+    file = recipe_file.resolve()
+    if not any((folder / name).resolve() in (file, *file.parents) for name in CONTENTS):
+        return False
+    own = file == (folder / "recipe.yaml").resolve()
+    return not own or file.read_text(encoding="utf-8") != write_yaml(recipe.resolved())
 
 
 def finished(folder: Path, recipe: Recipe) -> bool:

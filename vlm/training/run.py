@@ -75,12 +75,14 @@ DEQUANTIZED = (
 def train(
     recipe: Recipe,
     *,
+    recipe_file: Path | None = None,
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     console: Console,
 ) -> Path:
     """Train and evaluate as `recipe` says; gives the run folder. `dry_run` does everything but step and write.
+    `recipe_file` is where the recipe was read from, which the run does not replace.
 
     Raises UserError if the folder already holds a run and neither `resume` nor `overwrite` says what to do with it, or
     is in use by another process, and Stopped, with all that was done kept, after Ctrl-C or SIGTERM.
@@ -95,6 +97,8 @@ def train(
     folder = Path(recipe.output_dir)
     require_place(folder, recipe)
     with nullcontext() if dry_run else run_lock(folder, processes):
+        if not dry_run:
+            require_free(folder, recipe, recipe_file=recipe_file, resume=resume, overwrite=overwrite)
         return _train(recipe, folder, processes, dry_run=dry_run, resume=resume, overwrite=overwrite, console=console)
 
 
@@ -108,8 +112,6 @@ def _train(
     overwrite: bool,
     console: Console,
 ) -> Path:
-    if not dry_run:
-        require_free(folder, recipe, resume=resume, overwrite=overwrite)
     changed = _changes(folder, recipe) if resume else []
     set_seed(recipe.seed)
     log = ProblemLog(0, recipe.data.max_bad)
