@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers.utils import logging
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    PROCESSOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    logging,
+)
 
 from vlm.errors import UserError, cut
 from vlm.paths import existing, existing_folder
@@ -62,12 +69,16 @@ def _devices() -> list[str]:
 ANY_MODEL = "a run, a checkpoint folder or a Hub name"
 SMALL_FILE = 1_000_000
 """Bytes. Smaller JSON files are read before loading; of a tokenizer only after it has failed."""
+READ_BY_TRANSFORMERS = {
+    CONFIG_NAME, GENERATION_CONFIG_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME,
+    "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "adapter_config.json",
+}  # fmt: skip
+"""JSON files of a checkpoint, each with an object."""
 
 
 @contextmanager
-def reading(
-    name: str, part: str = "weights", *, kind: str = "a run, a checkpoint folder or a Hub name"
-) -> Iterator[None]:
+def reading(name: str, part: str = "weights", *, kind: str = ANY_MODEL) -> Iterator[None]:
     """Turn what goes wrong while `part` of the checkpoint `name` is loaded into a UserError that names the folder, and
     the damaged file if there is one.
 
@@ -96,16 +107,20 @@ def user_errors(say: Callable[[Exception], str]) -> Iterator[None]:
 
 
 def damage(folder: Path, *, whole: bool = False) -> str | None:
-    """Say which file of a checkpoint cannot be read, and why; None if all can. With `whole`, large files too."""
+    """Say which file of a checkpoint cannot be read, and why; None if all can. With `whole`, large files too.
+
+    Only files that transformers reads are looked at: a repository may hold others, of any content.
+    """
     for path in sorted(folder.glob("*.json")):
-        if whole or path.stat().st_size <= SMALL_FILE:
+        if path.name in READ_BY_TRANSFORMERS and (whole or path.stat().st_size <= SMALL_FILE):
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError, RecursionError) as error:
                 return f"{path.name} is damaged: {cut(str(error), 200)}"
             if not isinstance(found, dict):
                 return f"{path.name} is damaged: it holds a {type(found).__name__} in place of an object with keys"
-            if path.name.endswith(".safetensors.index.json") and (gone := _missing_shard(folder, found)):
+            is_index = path.name == SAFE_WEIGHTS_INDEX_NAME and not (folder / SAFE_WEIGHTS_NAME).is_file()
+            if is_index and (gone := _missing_shard(folder, found)):
                 return f"{path.name} {gone}"
     for path in sorted(folder.glob("*.safetensors")) if whole else ():
         try:

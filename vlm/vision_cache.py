@@ -34,6 +34,8 @@ class VisionLayer(DummyLayer):
         """What the last token sees, its mask `[B, 1, S]`; None if no token sees an image."""
         self.changes: list[tuple[int, Tensor]] = []
         """The tokens, by number, that see something else than the token before, and the mask `[B, S]` of each."""
+        self.group: Tensor | None = None
+        """`[B]`: equal for neighbouring rows that see the same, as the beams of a prompt do."""
 
     def record(self, vision: VisionStates, first: int) -> None:
         """Keep what tokens see, the first of which is number `first` of the cache."""
@@ -43,6 +45,7 @@ class VisionLayer(DummyLayer):
         self.changes = [(place, F.pad(mask, (0, width - mask.shape[1]))) for place, mask in self.changes]
         self.changes += [(first + place, masks[:, place]) for place in [0, *changed.tolist()]]
         self.vision = VisionStates(vision.states, masks[:, -1:], vision.keys_values)
+        self.group = _groups(vision.states, *(mask for _, mask in self.changes))
 
     def crop(self, tokens_to_remove: int) -> None:
         """After the other layers: forget what only the tokens saw that they have dropped."""
@@ -61,20 +64,29 @@ class VisionLayer(DummyLayer):
         self.vision = VisionStates(states, self.changes[-1][1][:, None], keys_values)
 
     def reset(self) -> None:
-        self.vision, self.changes = None, []
+        self.vision, self.changes, self.group = None, [], None
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.vision is not None:
             self.vision = self.vision.select(indices)
             self.changes = [(place, mask[indices.to(mask.device)]) for place, mask in self.changes]
+            self.group = None if self.group is None else self.group[indices.to(self.group.device)]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
+        """Copy nothing if each row gets one that sees the same: beams are reordered in each step, within a prompt."""
+        if self.group is not None and not torch.equal(self.group[beam_idx.to(self.group.device)], self.group):
+            self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.vision is not None:
             rows = torch.arange(len(self.vision.states), device=self.vision.states.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
+
+
+def _groups(*rows: Tensor) -> Tensor:
+    """`[B]`, a number that goes up where one of the tensors `[B, ...]` differs from the row before."""
+    same = [(each[1:] == each[:-1]).flatten(1).all(dim=1).to(rows[0].device) for each in rows]
+    return F.pad((~torch.stack(same).all(dim=0)).long(), (1, 0)).cumsum(dim=0)
 
 
 def _layer(cache: Any) -> VisionLayer | None:

@@ -66,6 +66,23 @@ def test_an_interrupted_run_resumes_to_the_same_weights(two_stages, values, tmp_
 
 
 @pytest.mark.slow
+def test_a_run_that_froze_no_unread_weights_goes_on_so(values, tmp_path, monkeypatch):
+    """Earlier versions left layers after the feature layer in the optimizer, and wrote no hashes."""
+    values |= {"trainable": {"projector": 1e-2, "vision": 1e-3}, "lora": None}
+    with monkeypatch.context() as patch:
+        kill_in(patch, "train", 3)
+        patch.setattr("vlm.training.stage.freeze_unread", lambda *args: 0)
+        with pytest.raises(Killed):
+            train(values)
+    for manifest in (tmp_path / "run/checkpoints/train").glob("*/manifest.json"):
+        content = json.loads(manifest.read_text())
+        del content["sha256"]
+        manifest.write_text(json.dumps(content))
+    assert "weights frozen" not in train(values, resume=True)
+    assert (tmp_path / "run/model/config.json").is_file()
+
+
+@pytest.mark.slow
 def test_a_stage_is_not_started_from_a_model_that_has_changed_on_the_disk(two_stages, values, tmp_path, monkeypatch):
     """Without it, its stage makes it anew from its last checkpoint, and the run ends as the undisturbed one."""
     with monkeypatch.context() as patch:

@@ -169,3 +169,12 @@ def test_memory_that_runs_out_is_no_damage(sound: Path, monkeypatch: pytest.Monk
 
 def test_a_sound_folder_has_no_damage(sound: Path) -> None:
     assert all(loading.damage(folder, whole=True) is None for folder in sound.iterdir())
+
+
+def test_files_that_transformers_does_not_read_are_no_damage(folder: Path) -> None:
+    """As in repositories of sentence-transformers, and in downloads of some files only."""
+    (folder / "language" / "modules.json").write_text('[{"idx": 0}]')
+    (folder / "language" / "notes.json").write_text("{,")
+    shards = {"metadata": {}, "weight_map": {"weight": "consolidated-1.safetensors"}}
+    (folder / "language" / "consolidated.safetensors.index.json").write_text(json.dumps(shards))
+    build(str(folder / "vision"), str(folder / "language"))

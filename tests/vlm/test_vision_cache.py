@@ -111,3 +111,17 @@ def test_a_follow_up_question_is_answered_as_anew(made):
     wanted = model.generate(input_ids=more, attention_mask=mask, pixel_values=inputs["pixel_values"], **OPTIONS)
     found = model.generate(input_ids=more, attention_mask=mask, cache=first.cache, **OPTIONS)
     assert found.tolist() == wanted.tolist()
+
+
+def test_beams_of_a_prompt_share_their_images(made):
+    """Nothing is copied where each row gets one that sees the same; rows of other prompts are."""
+    model, processor = made
+    inputs = conversations(processor)
+    cache = read(model, inputs).cache
+    cache.batch_repeat_interleave(2)
+    before = kept_vision(cache)
+    cache.reorder_cache(torch.tensor([1, 0, 2, 2]))
+    assert kept_vision(cache) is before
+    assert_same(after(model, copy.deepcopy(cache)), anew(model, inputs)[[0, 0, 1, 1]])
+    cache.reorder_cache(torch.tensor([0, 2, 3, 1]))
+    assert_same(after(model, cache), anew(model, inputs)[[0, 1, 1, 0]])

@@ -76,6 +76,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
+def has_hashes(checkpoint: Path) -> bool:
+    """Whether a checkpoint has hashes of its files. Versions that wrote none also froze no unread weights, so their
+    optimizers have those in their groups."""
+    return "sha256" in read_manifest(checkpoint)
+
+
 def why_broken(checkpoint: Path, *, contents: bool = True) -> str | None:
     """Return what is wrong with a checkpoint, or None. Of each file the size and the index are checked, and with
     `contents` the hash, for which all files are read. Older checkpoints have no hashes."""

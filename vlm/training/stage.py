@@ -27,7 +27,7 @@ from vlm.recipe_train import STOPPING
 from vlm.training.arguments import training_arguments
 from vlm.training.blind import BlindLoss
 from vlm.training.callbacks import EvaluationStopped, MetricsLog, NewRows, PartCheck, StopOnSignal, Stopped
-from vlm.training.checkpoints import fingerprint, newest, require_same_data
+from vlm.training.checkpoints import fingerprint, has_hashes, newest, require_same_data
 from vlm.training.checks import why_not_trees
 from vlm.training.ending import require_trained, steps_to_train
 from vlm.training.faults import in_words as fault_in_words
@@ -122,12 +122,13 @@ def run_stage(
             highlight=False,
         )
         batches = batches.one_row_an_answer()
-    with tokens_apart(trained):
-        if unread := freeze_unread(trained, batches.collator, batches.train, device):
-            console.print(
-                f"vision encoder: {unread:,} weights frozen, since they come after the layers that are read",
-                highlight=False,
-            )
+    if checkpoint is None or has_hashes(checkpoint):
+        with tokens_apart(trained):
+            if unread := freeze_unread(trained, batches.collator, batches.train, device):
+                console.print(
+                    f"vision encoder: {unread:,} weights frozen, since they come after the layers that are read",
+                    highlight=False,
+                )
     if every_part_must_run(args):
         batches.collator.blank = blank_image_row(batches.train)
     tried = TreeDataset(batches.train, recipe.data.max_tokens_per_row, recipe.seed, recipe.data.augmentation)
