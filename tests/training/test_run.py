@@ -25,7 +25,7 @@ from vlm.errors import UserError
 from vlm.recipe_source import write_yaml
 from vlm.training import folder as folder_of_run
 from vlm.training import run as running
-from vlm.training.claim import require_free
+from vlm.training.claim import require_free, require_place
 from vlm.training.throughput import in_words
 from vlm.training.trainer import VLMTrainer
 
@@ -510,10 +510,21 @@ def test_a_run_does_not_write_into_what_it_reads(values, monkeypatch, key):
     for name in rest:
         place = place[name]
     _nothing_is_loaded(monkeypatch)
-    for folder in (Path(place), Path(place) / "deep" / "run"):
-        with pytest.raises(UserError, match=rf"output_dir: .* is in .*, which {key} reads"):
-            train(values | {"output_dir": str(folder)})
-    assert not (Path(place) / "deep").exists()
+    with pytest.raises(UserError, match=rf"output_dir: .* is the folder that {key} reads"):
+        train(values | {"output_dir": str(place)})
+
+
+def test_a_run_may_be_next_to_the_files_that_its_data_names(values, tmp_path):
+    """A folder of which all files are read is another matter: those of the run would be among them."""
+    folder = tmp_path / "project" / "runs" / "x"
+    (tmp_path / "project").mkdir()
+    rows = {"format": "llava", "path": "train.json", "images": "."}
+    whole = {"format": "dataset", "path": str(tmp_path / "project"), "columns": {"caption": "text"}}
+    values["data"] |= {"base_dir": str(tmp_path / "project"), "train": rows}
+    require_place(folder, recipe.from_dict(values))
+    values["data"] |= {"train": whole}
+    with pytest.raises(UserError, match=r"all of which data\.train\.path reads"):
+        require_place(folder, recipe.from_dict(values))
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(values, monkeypatch):

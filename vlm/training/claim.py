@@ -52,14 +52,18 @@ def run_lock(folder: Path, processes: PartialState) -> Iterator[None]:
 
 
 def require_place(folder: Path, recipe: Recipe) -> None:
-    """Raise UserError for a run folder that is a file, or in a folder that the run reads."""
+    """Raise UserError for a run folder that is a file, that the run reads, or whose files would be read as data."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file; choose another folder")
     for key, path in _read_by(recipe):
-        if path.is_dir() and path.resolve() in (folder.resolve(), *folder.resolve().parents):
+        if path.is_dir() and path.resolve() == folder.resolve():
+            raise UserError(f"output_dir: {folder} is the folder that {key} reads; choose another folder")
+    for section, source in _sources(recipe):
+        path = Path(recipe.data.base_dir, str(source.get("path")))
+        if source.get("format") == "dataset" and path.is_dir() and path.resolve() in folder.resolve().parents:
             raise UserError(
-                f"output_dir: {folder} is in {path}, which {key} reads, and a run would add its files; choose another "
-                "folder"
+                f"output_dir: {folder} is in {path}, all of which {section}.path reads, and a run would add its files; "
+                "choose another folder"
             )
 
 
@@ -139,13 +143,17 @@ def _read_by(recipe: Recipe) -> Iterator[tuple[str, Path]]:
     for part, names in (("pretrained", model.pretrained), ("vision", model.vision), ("language", model.language)):
         for name in [names] if isinstance(names, str) else names or []:
             yield f"model.{part}", Path(name)
-    sources = [("data.train", source) for source in recipe.data.sources]
-    sources += [("data.validation", recipe.data.validation)] if recipe.data.validation else []
-    for section, source in sources:
+    for section, source in _sources(recipe):
         for key in PATH_KEYS:
             value: Any = source.get(key)
             values = value if isinstance(value, list) else [value]
             yield from ((f"{section}.{key}", Path(recipe.data.base_dir, path)) for path in values if _is_name(path))
+
+
+def _sources(recipe: Recipe) -> list[tuple[str, dict[str, Any]]]:
+    """The data sources of a recipe, each with its section."""
+    held_out = [("data.validation", recipe.data.validation)] if recipe.data.validation else []
+    return [*(("data.train", source) for source in recipe.data.sources), *held_out]
 
 
 def _is_name(value: Any) -> bool:
