@@ -201,6 +201,7 @@ def evaluate(
     num_samples: int = 48,
     processes: Processes = Processes(),
     more: Mapping[str, dict[str, Any]] | None = None,
+    about: Mapping[str, Any] | None = None,
     may_fail_to_write: bool = False,
     check: Check = lambda images: None,
 ) -> dict[str, Any]:
@@ -220,6 +221,7 @@ def evaluate(
         num_samples: items on the page.
         processes: those that evaluate together; by default this one alone.
         more: what was measured otherwise, in the form of `metrics` of the summary, where it comes last.
+        about: what was evaluated, the first keys of the summary.
         may_fail_to_write: only log a warning if the files cannot be written, as on a full disk.
         check: raises UserError for images that the model cannot be shown; they are left out as those that do not open.
 
@@ -264,6 +266,7 @@ def evaluate(
         return list(bootstrap_interval(found, groups, resamples=bootstrap, seed=seed)) if found and bootstrap else None
 
     summary: dict[str, Any] = {
+        **(about or {}),
         "metrics": {},
         "n_items": len(items),
         "n_images": len(set(groups)),

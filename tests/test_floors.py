@@ -88,7 +88,7 @@ STRICT: dict[str, set[str]] = {
     "adapters": {"torch", "numpy", "vlm.adapters", "vlm.errors"},
     "eval": {"numpy", "PIL", "rich", "vlm.eval", "vlm.errors", "vlm.files", "vlm.printing", "vlm.data"},
     "errors": set(),
-    "files": {"safetensors", "vlm.errors"},
+    "files": {"safetensors", "vlm.errors", "vlm.printing"},
     "standard_streams": set(),
 }
 """For these, all that they may import besides the standard library, at the top or inside functions."""

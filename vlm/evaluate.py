@@ -1,8 +1,11 @@
 """`vlm eval`: a model, data and metrics brought together, and the result as a table."""
 
+import json
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,15 @@ from vlm import recipe
 from vlm.batches import MAX_BATCH_TOKENS
 from vlm.errors import UserError, nearest
 from vlm.eval.summary import show
-from vlm.files import locked_folder
+from vlm.files import locked_folder, real_path
 from vlm.loading import Placement
-from vlm.paths import existing_folder
+from vlm.paths import existing, existing_folder
+from vlm.printing import json_text, printable_name
 from vlm.recipe_evaluation import Classification
+from vlm.recipe_paths import PATH_KEYS
+
+RESULTS = ("predictions.jsonl", "samples.html", "summary.json")
+"""The files of an evaluation."""
 
 
 def run(
@@ -35,11 +43,12 @@ def run(
     Args:
         data: a recipe, whose validation data is used, or one source in the form `format=... key=value`.
         metrics: names; None stands for those of the recipe.
-        output: a folder; its files are replaced when all new ones are written. Default: `evaluation-DATA` in the
-            model's folder, or in the current one for a model of the Hub. The run's own `evaluation`, which goes into
-            its model card, stays as it is.
+        output: a folder; its files are replaced when all new ones are written, if they are an evaluation of the same
+            model on the same data. Default: `evaluation-DATA` in the model's folder, or in the current one for a model
+            of the Hub. The run's own `evaluation`, which goes into its model card, stays as it is.
 
-    Raises UserError for wrong names, and for data that cannot be read, and InUse if another process writes `output`.
+    Raises UserError for wrong names, for data that cannot be read, and if `output` holds other files of these names, or
+    another evaluation, and InUse if another process writes `output`.
     """
     from vlm.data.readers import read
     from vlm.dual_encoder import is_dual_encoder
@@ -49,7 +58,7 @@ def run(
     from vlm.recognition.tasks import measure
 
     asked = metrics
-    words = [data] if existing_folder(data) else shlex.split(data)
+    words = _words(data)
     tasks: dict[str, Classification] = {}
     if len(words) == 1 and "=" not in words[0] and not existing_folder(words[0]):
         loaded = recipe.load(words[0])
@@ -69,14 +78,17 @@ def run(
     if section.validation is None and (section.streams or len(section.sources) > 1):
         raise UserError(f"{label} has no held-out data, and what it trains on is not one source that is read whole")
     source = section.validation or section.sources[0]
-    examples, problems = read(source | ({"limit": limit} if limit else {}), base_dir=Path(section.base_dir))
+    source = source | ({"limit": limit} if limit else {})
+    about = {"model": _full_name(model), "data": _whole(source, Path(section.base_dir))}
+    folder = output or (Path(model) if existing_folder(model) else Path()) / f"evaluation-{label}"
+    examples, problems = read(source, base_dir=Path(section.base_dir))
     for problem in problems[:5]:
         console.print(f"left out: {problem}", markup=False, highlight=False, soft_wrap=True)
     if len(problems) > 5:
         console.print(f"left out: {len(problems) - 5} more; `vlm data check` lists them")
 
-    folder = output or (Path(model) if Path(model).is_dir() else Path()) / f"evaluation-{label}"
     with locked_folder(folder, "Wait until it ends, or choose another --output."):
+        _require_same(folder, about)
         if pairs:
             from vlm.embedding import load_embedder
             from vlm.pair_evaluation import evaluate_pairs
@@ -85,7 +97,7 @@ def run(
             with console.status("loading the model"):
                 embedder = load_embedder(model, **placement.options())
             more = measure(tasks, partial(zero_shot, embedder), console=console)
-            return evaluate_pairs(embedder, examples, output_dir=folder, console=console, more=more)
+            return evaluate_pairs(embedder, examples, output_dir=folder, console=console, more=more, about=about)
 
         from vlm import generation
         from vlm.data.image_inputs import SizeCheck
@@ -103,7 +115,73 @@ def run(
         with generation_in_bfloat16(network):  # as at the end of training, so that the scores are the same
             more = measure(tasks, partial(label_likelihood, network, processor, max_batch_tokens), console=console)
             check = SizeCheck(processor)
-            summary = score(examples, predict, list(metrics or ()), output_dir=folder, more=more, check=check)
+            summary = score(
+                examples, predict, list(metrics or ()), output_dir=folder, more=more, about=about, check=check
+            )
         show(summary, console)
         console.print(f"every answer: {folder / 'samples.html'}", markup=False, highlight=False, soft_wrap=True)
         return summary
+
+
+def _words(data: str) -> list[str]:
+    """Split `format=... key=value` as a shell does. What names a file or a folder stays whole.
+
+    Raises UserError for a quote that is not closed, and for a value with a space that is not in quotes.
+    """
+    if existing(data):
+        return [data]
+    try:
+        words = shlex.split(data)
+    except ValueError as error:
+        why = "a quote is not closed" if "quotation" in str(error) else str(error)
+        raise UserError(
+            f"--data {printable_name(data)}: {why}. Put a pair with a space or a quote into quotes of the other kind: "
+            '"path=/data/Bob\'s photos"'
+        ) from None
+    for before, word in pairwise(words):
+        if "=" in before and "=" not in word:
+            quoted = printable_name(shlex.quote(f"{before} {word}"))
+            raise UserError(
+                f"--data: {printable_name(word)!r} is no key=value pair. A pair with a space needs quotes: {quoted}"
+            )
+    return words
+
+
+def _full_name(model: str) -> str:
+    folder = existing_folder(model)
+    return str(folder.resolve()) if folder else model
+
+
+def _whole(source: Mapping[str, Any], base_dir: Path) -> dict[str, Any]:
+    """A source as it is read back from JSON, with whole paths, so that it is the same from any folder."""
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, list):
+            return [whole(item) for item in value]
+        path = existing(base_dir / value) if isinstance(value, str) and value else None
+        return str(path.resolve()) if path else value
+
+    found = {key: whole(value) if key in PATH_KEYS else value for key, value in source.items()}
+    return dict(json.loads(json_text(found, default=str)))
+
+
+def _require_same(folder: Path, about: Mapping[str, Any]) -> None:
+    """Raise UserError if the folder holds results of another evaluation, or other files of the same names."""
+    place = real_path(folder)
+    found = [name for name in RESULTS if os.path.lexists(place / name)]
+    if not found:
+        return
+    advice = "choose another folder with --output, or remove them"
+    try:
+        earlier = json.loads((place / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        earlier = None
+    if not isinstance(earlier, dict) or not {"metrics", *about} <= earlier.keys():
+        raise UserError(
+            f"{folder} holds {', '.join(found)}, and no record of `vlm eval` that says what was evaluated; {advice}"
+        )
+    for key, now in about.items():
+        if earlier[key] != now:
+            raise UserError(
+                f"{folder} holds the results of {key} {json_text(earlier[key])}, and this is {json_text(now)}; {advice}"
+            )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from vlm.errors import UserError
+from vlm.printing import printable_name
 
 try:
     import fcntl
@@ -65,7 +66,7 @@ def atomic_write(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]
     Raises DiskError if the disk is full.
     """
     encoding = None if mode == "wb" else "utf-8"
-    path = Path(os.path.realpath(path))  # a link stays a link
+    path = real_path(path)  # a link stays a link
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file")
     if path.exists() and not path.is_file():
@@ -88,7 +89,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     After an exception, there is nothing at `path`. Raises UserError if `path` already holds something, and DiskError if
     the disk is full.
     """
-    path = Path(os.path.realpath(path))
+    path = real_path(path)
     require_new(path)
     inside = _written_inside(path)
     with _temporary(path / path.name if inside else path) as temporary:
@@ -113,7 +114,7 @@ def replacing_files(folder: Path) -> Iterator[Path]:
     that are there already are replaced, one right after the other, the others stay. After an exception, `folder` is
     unchanged. Raises DiskError if the disk is full.
     """
-    folder = Path(os.path.realpath(folder))
+    folder = real_path(folder)
     with _temporary(folder / folder.name) as temporary:
         temporary.mkdir()
         yield temporary
@@ -145,6 +146,22 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     with _temporary(path) as temporary:
         temporary.mkdir()
         yield temporary
+
+
+def real_path(path: Path) -> Path:
+    """Return the path that `path` leads to, which need not exist.
+
+    Raises UserError for a name that no file can have, and for a folder that cannot be searched.
+    """
+    try:
+        real = os.path.realpath(path)
+        os.lstat(real)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{printable_name(str(path))} cannot be written: {why}. Choose another name") from None
+    return Path(real)
 
 
 def require_new(path: Path) -> None:
@@ -271,7 +288,7 @@ def locked(path: Path, advice: str = "Wait until it ends, or choose another name
 
     Raises InUse if another process holds it: which one, and the `advice`. Raises UserError if the folder is read-only.
     """
-    path = Path(os.path.realpath(path))
+    path = real_path(path)
     if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe
         yield
         return
@@ -284,7 +301,7 @@ def locked(path: Path, advice: str = "Wait until it ends, or choose another name
 def locked_folder(path: Path, advice: str = "Wait until it ends, or choose another folder.") -> Iterator[None]:
     """Hold the lock on a folder whose files are written one by one, as [`locked`]. The folder is created, and removed
     again if it is empty at the end."""
-    path = Path(os.path.realpath(path))
+    path = real_path(path)
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; choose another folder")

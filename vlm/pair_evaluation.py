@@ -35,11 +35,12 @@ def evaluate_pairs(
     console: Console,
     watch: Callable[[Iterable[EncodedBatch]], Iterable[EncodedBatch]] = iter,
     more: Mapping[str, dict[str, Any]] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compare the images of `examples`, one each, with the texts of all, and write `summary.json`, `predictions.jsonl`
     and `samples.html` into `output_dir`. Gives the summary, and prints it. Images that do not open are named in it and
     left out, and their texts with them. `watch` sees each batch, and may raise. `more` is what was measured otherwise,
-    in the form of the summary's `metrics`.
+    in the form of the summary's `metrics`, and `about` what was evaluated, the first keys of the summary.
 
     Raises UserError if there is nothing to compare.
     """
@@ -72,7 +73,7 @@ def evaluate_pairs(
     ).numpy()
     left_out = {usable[int(number)].where: str(error) for number, error in broken.items()}
     left_out |= {e.where: f"has {len(e.images)} images" for e in examples if len(e.images) != 1}
-    summary = summarize(scores, positive) | {"n_broken": len(left_out), "broken": left_out}
+    summary = dict(about or {}) | summarize(scores, positive) | {"n_broken": len(left_out), "broken": left_out}
     summary["metrics"] |= more or {}
     predictions = [
         {"image_id": example.image_id, "where": example.where} | row

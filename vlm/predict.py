@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from PIL import Image
 from rich.console import Console
@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlm.batches import MAX_BATCH_TOKENS
 from vlm.data.example import Message
-from vlm.data.image_files import find_images
+from vlm.data.image_files import find_images, place_of
 from vlm.data.images import ImageError, RefusedImages, chunks, open_image
 from vlm.errors import UserError
-from vlm.files import is_write_fault, locked, saving
+from vlm.files import atomic_write, is_write_fault, locked, saving
 from vlm.loading import Placement
 from vlm.paths import existing
 from vlm.printing import json_text, require_unicode
@@ -26,14 +26,23 @@ Request = tuple[list[Image.Image], list[Message]]
 Generate = Callable[[list[Request]], list[str]]
 """From requests to one answer each (vlm.generation.generate)."""
 
+ROW_START = b'{"image": "'
+"""How each row begins."""
+
 
 @dataclass(frozen=True)
 class Counts:
-    """How many images were answered now, were in the output already, and could not be opened now."""
+    """Attributes:
+    done: images that were answered now.
+    earlier: images that were in the output already.
+    broken: images that got a row with "error" now.
+    earlier_broken: how many of the earlier ones have a row with "error", and still cannot be opened.
+    """
 
     done: int
     earlier: int
     broken: int
+    earlier_broken: int = 0
 
 
 def predict(
@@ -48,7 +57,8 @@ def predict(
     """Write one row an image to `output`, in the order of `images`, dozens at a time, leaving out what it has already.
 
     A row is `{"image", "prompt", "model", "prediction"}`, or with `"error"` in place of `"prediction"` where the image
-    cannot be opened. A last row cut off by a crash is removed first and redone.
+    cannot be opened. A row with `"error"` is removed when its image opens now, and its new row comes at the end. A last
+    row cut off by a crash is removed first and redone.
 
     Args:
         advance: called with a number of images when they are written.
@@ -58,18 +68,34 @@ def predict(
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     advice = "Make room, and run the command again: it continues after the rows that are there"
-    with saving(str(output), advice, is_write_fault), output.open("a+b") as file:
-        written = _written(file, output, prompt=prompt, model=model)
-        todo = [image for image in images if image not in written]
-        earlier = len(images) - len(todo)
-        advance(earlier)
+    with saving(str(output), advice, is_write_fault):
+        with output.open("a+b") as file:
+            failed = _written(file, output, prompt=prompt, model=model)
+        places: dict[str, str] = {}
+        for image in images:
+            places.setdefault(place_of(image), image)
+        again = {place for place, image in places.items() if failed.get(place) and _opens(image)}
+        if again:
+            _remove_rows(output, again)
+        todo = [image for place, image in places.items() if place not in failed or place in again]
+        advance(len(images) - len(todo))
         broken = 0
-        for chunk in chunks(_opened(todo)):
-            rows = [*_rows(generate, chunk, prompt, model)]
-            broken += sum("error" in row for row in rows)
-            _append(file, "".join(json_text(row) + "\n" for row in rows).encode())
-            advance(len(chunk))
-    return Counts(done=len(todo) - broken, earlier=earlier, broken=broken)
+        with output.open("ab") as file:
+            for chunk in chunks(_opened(todo)):
+                rows = [*_rows(generate, chunk, prompt, model)]
+                broken += sum("error" in row for row in rows)
+                _append(file, "".join(json_text(row) + "\n" for row in rows).encode())
+                advance(len(chunk))
+    return Counts(
+        done=len(todo) - broken,
+        earlier=len(places) - len(todo),
+        broken=broken,
+        earlier_broken=sum(failed.get(place, False) for place in places.keys() - again),
+    )
+
+
+def _opens(image: str) -> bool:
+    return any(opened for _, opened in _opened([image]))
 
 
 def _opened(images: Sequence[str]) -> Iterator[tuple[tuple[str, str], list[Image.Image]]]:
@@ -116,36 +142,58 @@ def _append(file: BinaryIO, lines: bytes) -> None:
         raise
 
 
-def _written(file: BinaryIO, output: Path, *, prompt: str, model: str) -> set[str]:
-    """Return the images that have a row, and cut off what a crash left of the last one."""
+def _written(file: BinaryIO, output: Path, *, prompt: str, model: str) -> dict[str, bool]:
+    """Return which images have a row, by `place_of`, and whether it is one with "error". Cut off what a crash left of
+    the last row."""
     file.seek(0)
-    images = set()
+    failed: dict[str, bool] = {}
     end = 0
     for number, line in enumerate(file, start=1):
-        if not line.endswith(b"\n"):
-            file.truncate(end)
-            break
-        end += len(line)
         row = _row(line)
-        if row is None:
+        if row is None and not _is_cut(line, first=number == 1):
             raise UserError(f"{output}, line {number}: not a row of `vlm predict`; choose another --output")
         for key, now in (("prompt", prompt), ("model", model)):
-            if row[key] != now:
+            if row is not None and row[key] != now:
                 raise UserError(
                     f"{output} was written with {key} {row[key]!r}, and this is {now!r}; "
                     "choose another --output, or remove the file"
                 )
-        images.add(row["image"])
-    file.seek(0, 2)
-    return images
+        if row is None or not line.endswith(b"\n"):
+            file.truncate(end)
+            break
+        end += len(line)
+        place = place_of(row["image"])
+        failed[place] = failed.get(place, True) and "error" in row
+    return failed
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _is_cut(line: bytes, *, first: bool) -> bool:
+    """Whether a line that is no row is what a crash left of one, and not a file of something else."""
+    if line.endswith(b"\n"):
+        return False
+    if not first:
+        return True
+    try:
+        json.loads(line)
+    except ValueError:
+        return line.startswith(ROW_START) or ROW_START.startswith(line)
+    return False
+
+
+def _row(line: bytes) -> dict[str, str] | None:
     try:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and {"image", "prompt", "model"} <= row.keys() else None
+    if not isinstance(row, dict):
+        return None
+    values = (*(row.get(key) for key in ("image", "prompt", "model")), row.get("prediction", row.get("error")))
+    return row if all(isinstance(value, str) for value in values) else None
+
+
+def _remove_rows(output: Path, places: Collection[str]) -> None:
+    with output.open("rb") as file, atomic_write(output, "wb") as kept:
+        kept.writelines(line for line in file if not ((row := _row(line)) and place_of(row["image"]) in places))
 
 
 def run(
@@ -161,13 +209,15 @@ def run(
 ) -> Counts:
     """Find the images, load `model` (run folder, checkpoint or Hub name), and predict with a progress bar.
 
-    Raises InUse if another process writes `output`.
+    Raises UserError if `output` is a folder, and InUse if another process writes it.
     """
     require_unicode(prompt, "--prompt")
     found = find_images(patterns)
     found.show_left_out(console)
     images = found.paths
     with locked(output, "Wait until it ends, or choose another --output."):
+        if output.is_dir():
+            raise UserError(f"{output} is a folder; name a file with --output, such as {output / 'predictions.jsonl'}")
         return _run(
             model, images, prompt=prompt, output=output, console=console, max_batch_tokens=max_batch_tokens,
             max_new_tokens=max_new_tokens, placement=placement,
@@ -216,6 +266,8 @@ def _report(counts: Counts, output: Path, console: Console) -> None:
     text = f"{counts.done} predicted"
     if counts.earlier:
         text += f", {counts.earlier} were there already"
+    if counts.earlier_broken:
+        text += f' ({counts.earlier_broken} of them with "error", which still cannot be opened)'
     if counts.broken:
         text += f', {counts.broken} could not be opened (the rows with "error")'
     console.print(f"{text}: {output}", markup=False, highlight=False, soft_wrap=True)

@@ -503,6 +503,16 @@ def test_the_recipe_of_a_run_is_replaced_only_by_itself(values, monkeypatch):
         require_free(folder, loaded, recipe_file=inside, resume=False, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "why"), [("x" * 256, "File name too long"), ("a/" * 2048 + "a", "File name too long"), ("a\0b", "null")]
+)
+def test_a_folder_with_a_name_that_no_folder_can_have_is_refused(values, monkeypatch, tmp_path, name, why):
+    _nothing_is_loaded(monkeypatch)
+    for options in ({}, {"dry_run": True}):
+        with pytest.raises(UserError, match=f"output_dir.*{why}"):
+            train(values | {"output_dir": str(tmp_path / name)}, **options)
+
+
 @pytest.mark.parametrize("key", ["data.train.path", "model.vision"])
 def test_a_run_does_not_write_into_what_it_reads(values, monkeypatch, key):
     section, *rest = key.split(".")

@@ -66,6 +66,8 @@ def test_recipes_are_listed_and_shown() -> None:
         (["data", "check", "format=image_folder", "path=/nowhere"], "no such folder: /nowhere"),
         (["eval", "m", "--data", "quikstart"], "did you mean 'quickstart'?"),
         (["eval", "m", "--data", "quickstart", "--metrics", "cider"], "did you mean 'cider_d'?"),
+        (["eval", "m", "--data", "format=image_folder path=/data/Bob's photos"], "a quote is not closed. Put a pair"),
+        (["eval", "m", "--data", "format=image_folder path=/x/two words"], "needs quotes: 'path=/x/two words'"),
         (["chat", "m", "--image", "/nowhere.png"], "/nowhere.png: the file does not exist"),
         (["predict", "m", "/nowhere.png", "--prompt", "p", "--output", "o.jsonl"], "/nowhere.png is no file"),
     ],
@@ -225,6 +227,11 @@ def test_eval_scores_and_scores_blind(checkpoint: str, photos: Path) -> None:
     assert summary["n_images"] == 4
     assert summary["metrics"]["rouge_l"]["blind_score"] is not None
     assert (folder / "samples.html").is_file()
+    words = ["eval", checkpoint, "--data", f"format=image_folder path={photos}", "--metrics", "rouge_l", "--limit", "2"]
+    code, _, err = vlm(*words)
+    assert code == 2
+    assert "evaluation-image_folder holds the results of data" in err
+    assert json.loads((folder / "summary.json").read_text()) == summary
 
 
 def test_data_check_counts_tokens_as_the_model_does(checkpoint: str, photos: Path) -> None:

@@ -8,7 +8,18 @@ import sys
 import pytest
 
 from vlm.errors import UserError
-from vlm.files import InUse, atomic_folder, atomic_write, discard, locked, remove_leftovers, write_text
+from vlm.files import (
+    InUse,
+    atomic_folder,
+    atomic_write,
+    discard,
+    locked,
+    locked_folder,
+    new_file,
+    remove_leftovers,
+    replacing_files,
+    write_text,
+)
 
 
 def names(folder):
@@ -83,6 +94,14 @@ def test_links_devices_and_long_names(tmp_path):
         pass
     with pytest.raises(UserError, match=r"cannot write in .*real"), atomic_write(tmp_path / "real/a"):
         pass
+
+
+@pytest.mark.parametrize("name", ["ü" * 128, "a/" * 2048 + "a", "a\0b"])
+@pytest.mark.parametrize("opened", [atomic_write, atomic_folder, replacing_files, locked, locked_folder, new_file])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, opened, name):
+    with pytest.raises(UserError, match=r"cannot be written: (File name too long|.*null)"), opened(tmp_path / name):
+        pytest.fail("nothing can be written there")
+    assert names(tmp_path) == []
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_and_what_is_being_written_is_not(tmp_path):

@@ -69,6 +69,45 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(n
         COMMANDS[name][1](Path("full"))
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_name_that_no_file_can_have_is_refused_before_anything_is_loaded(name, photos):
+    with pytest.raises(UserError, match="File name too long"):
+        COMMANDS[name][1](Path("x" * 256))
+
+
+def test_predictions_into_a_folder_are_refused_before_anything_is_loaded(photos):
+    with pytest.raises(UserError, match="p is a folder; name a file with --output"):
+        COMMANDS["predict"][1](Path("p"))
+
+
+def test_an_evaluation_replaces_only_results_of_the_same_model_on_the_same_data(tmp_path, monkeypatch):
+    asked = {"model": "org/m", "data": {"format": "image_folder", "path": "/a"}}
+    evaluate._require_same(tmp_path / "none", asked)
+    evaluate._require_same(tmp_path, asked)
+    summary = tmp_path / "summary.json"
+    for text in ("", "[]", '{"metrics": {}}', '{"data": 1, "model": 2}'):
+        summary.write_text(text)
+        with pytest.raises(UserError, match=r"holds summary.json, and no record of .*--output"):
+            evaluate._require_same(tmp_path, asked)
+    summary.write_text(json.dumps(asked | {"metrics": {}}))
+    evaluate._require_same(tmp_path, asked)
+    for other in ({"model": "org/n"}, {"data": asked["data"] | {"limit": 3}}, {"data": asked["data"] | {"path": "/b"}}):
+        with pytest.raises(UserError, match=r"holds the results of .*choose another folder with --output"):
+            evaluate._require_same(tmp_path, asked | other)
+    summary.unlink()
+    (tmp_path / "predictions.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=r"holds predictions.jsonl, and no record"):
+        evaluate._require_same(tmp_path, asked)
+
+
+def test_the_data_of_an_evaluation_is_recorded_the_same_from_any_folder(photos, tmp_path, monkeypatch):
+    whole = {"format": "image_folder", "path": str(tmp_path / "p"), "limit": 3}
+    assert evaluate._whole(whole | {"path": "p"}, tmp_path) == whole
+    monkeypatch.chdir("p")
+    assert evaluate._whole(whole | {"path": "../p"}, Path()) == whole
+    assert evaluate._whole({"path": "user/images", "split": "test"}, Path()) == {"path": "user/images", "split": "test"}
+
+
 @pytest.mark.parametrize("name", ["predict", "chat", "data", "runs"])
 def test_only_training_runs_in_several_processes(name, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -1,5 +1,6 @@
 """Predicting on many images: which files, which rows, and going on after a stop."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -7,10 +8,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from vlm.data.image_files import find_images
 from vlm.errors import UserError
-from vlm.predict import Counts, Request, predict
+from vlm.predict import Counts, Request, _report, predict
 
 
 class Namer:
@@ -72,7 +74,7 @@ def test_a_second_run_adds_what_is_missing(photos: list[str], tmp_path: Path) ->
     assert run(photos, output, namer) == Counts(done=3, earlier=3, broken=1)
     assert sum(namer.batches) == 3
     assert output.read_bytes().startswith(first)
-    assert run(photos, output, Namer(stop_after=0)) == Counts(done=0, earlier=7, broken=0)
+    assert run(photos, output, Namer(stop_after=0)) == Counts(done=0, earlier=7, broken=0, earlier_broken=1)
     assert [row["image"] for row in rows(output)] == photos
 
 
@@ -108,7 +110,16 @@ def test_another_prompt_or_model_is_refused(photos: list[str], tmp_path: Path, k
     assert output.read_bytes() == before
 
 
-@pytest.mark.parametrize("line", [b"{}\n", b"[1]\n", b"text\n", b"\xff\n", b'{"image": 1}\n', b"\n"])
+OTHERS = [
+    b"{}\n", b"[1]\n", b"text\n", b"\xff\n", b'{"image": 1}\n', b"\n", b"text", b"[1]",
+    b'{"image": "a", "caption": "b"}',
+    b'{"image": ["a"], "prompt": "what?", "model": "m", "prediction": "b"}\n',
+    b'{"image": "a", "prompt": "what?", "model": "m"}\n',
+    b'{"image": "a", "prompt": "what?", "model": "m", "prediction": null}\n',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", OTHERS)
 def test_a_file_of_something_else_is_refused_untouched(photos: list[str], tmp_path: Path, line: bytes) -> None:
     output = tmp_path / "out.jsonl"
     output.write_bytes(line)
@@ -145,4 +156,43 @@ def test_names_of_any_bytes_are_answered_once(photos: list[str], tmp_path: Path)
     output = tmp_path / "out.jsonl"
     assert run([*photos, *odd], output) == Counts(done=8, earlier=0, broken=1)
     assert [row["image"] for row in rows(output)] == [*photos, *odd]
-    assert run([*photos, *odd], output, Namer(stop_after=0)) == Counts(done=0, earlier=9, broken=0)
+    assert run([*photos, *odd], output, Namer(stop_after=0)) == Counts(done=0, earlier=9, broken=0, earlier_broken=1)
+
+
+def test_images_that_open_now_are_answered_and_the_others_keep_their_error(photos: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    Path(photos[5]).rename(tmp_path / "away")
+    assert run(photos, output) == Counts(done=5, earlier=0, broken=2)
+    before = rows(output)
+    (tmp_path / "away").rename(photos[5])
+    with pytest.raises(KeyboardInterrupt):
+        run(photos, output, Namer(stop_after=0))
+    steps: list[int] = []
+    assert run(photos, output, advance=steps.append) == Counts(done=1, earlier=6, broken=0, earlier_broken=1)
+    assert sum(steps) == 7
+    now = {"image": photos[5], "prompt": "what?", "model": "m", "prediction": "6 wide\nand \u2028 ü"}
+    assert rows(output) == [*before[:5], before[6], now]
+    assert run(photos, output, Namer(stop_after=0)) == Counts(done=0, earlier=7, broken=0, earlier_broken=1)
+    console = Console(file=io.StringIO(), width=200)
+    _report(Counts(done=1, earlier=6, broken=0, earlier_broken=1), output, console)
+    said = '1 predicted, 6 were there already (1 of them with "error", which still cannot be opened): '
+    assert console.file.getvalue().startswith(said)  # type: ignore[attr-defined]
+
+
+def test_an_image_has_one_row_however_its_name_is_spelled(
+    photos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("photos")
+    spelled = ["photos", str(tmp_path / "photos"), "link", "photos/../link"]
+    relative = [os.path.relpath(photo) for photo in photos]
+    assert find_images(spelled).paths == relative
+    every = [image for name in spelled for image in find_images([name]).paths]
+    output = tmp_path / "out.jsonl"
+    steps: list[int] = []
+    assert run(every, output, advance=steps.append) == Counts(done=6, earlier=0, broken=1)
+    assert sum(steps) == len(every)
+    assert [row["image"] for row in rows(output)] == relative
+    assert run(photos, output, Namer(stop_after=0)) == Counts(done=0, earlier=7, broken=0, earlier_broken=1)
+    (tmp_path / "photos" / "z.png").symlink_to("1.png")  # a name of its own
+    assert run(find_images(["photos"]).paths, output) == Counts(done=1, earlier=7, broken=0, earlier_broken=1)

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
@@ -42,7 +43,7 @@ IMAGE_SUFFIXES = _suffixes()
 @dataclass
 class ImageFiles:
     """Attributes:
-    paths: the images, each once.
+    paths: the images, each once, as the first pattern that finds it spells its name.
     hidden: by hidden folder, or the folder of hidden files, how many images were left out.
     others: files whose names do not end like that of an image.
     unreadable: folders that cannot be read.
@@ -80,7 +81,7 @@ def find_images(patterns: Sequence[str]) -> ImageFiles:
     Raises UserError for a pattern that finds nothing.
     """
     found = ImageFiles()
-    paths: dict[str, None] = {}
+    paths: dict[str, str] = {}
     for pattern in patterns:
         mine = ImageFiles()
         path = existing(pattern)
@@ -95,12 +96,28 @@ def find_images(patterns: Sequence[str]) -> ImageFiles:
             left_out = mine.left_out()
             what += f"; left out: {', '.join(left_out)}" if left_out else ""
             raise UserError(f"{printable_name(pattern)} {what}")
-        paths |= dict.fromkeys(sorted(mine.paths))
+        for name in sorted(mine.paths):
+            paths.setdefault(place_of(name), name)
         found.hidden += mine.hidden
         found.others += mine.others
         found.unreadable += mine.unreadable
-    found.paths = list(paths)
+    found.paths = list(paths.values())
     return found
+
+
+def place_of(path: str) -> str:
+    """Return the same text for all spellings of a file's name: relative, absolute, or through a link to its folder.
+    Links to files are files of their own."""
+    folder, name = os.path.split(path)
+    return os.path.join(_real_folder(folder, os.getcwd()), name)
+
+
+@lru_cache(maxsize=1024)
+def _real_folder(folder: str, here: str) -> str:
+    try:
+        return os.path.realpath(os.path.join(here, folder))
+    except ValueError:  # a character that no file name has
+        return folder
 
 
 def is_hidden(name: str) -> bool:

@@ -13,7 +13,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from vlm.errors import UserError
-from vlm.files import InUse, discard, locked_folder, remove_leftovers
+from vlm.files import InUse, discard, locked_folder, real_path, remove_leftovers
+from vlm.paths import existing, existing_folder
 from vlm.recipe import Recipe
 from vlm.recipe_paths import PATH_KEYS
 from vlm.recipe_source import RecipeError, read_written, write_yaml
@@ -52,15 +53,20 @@ def run_lock(folder: Path, processes: PartialState) -> Iterator[None]:
 
 
 def require_place(folder: Path, recipe: Recipe) -> None:
-    """Raise UserError for a run folder that is a file, that the run reads, or whose files would be read as data."""
-    if folder.exists() and not folder.is_dir():
+    """Raise UserError for a run folder that is a file, that the run reads, or whose files would be read as data, and
+    for a name that no folder can have."""
+    try:
+        place = real_path(folder)
+    except UserError as error:
+        raise UserError(f"output_dir: {error}") from None
+    if place.exists() and not place.is_dir():
         raise UserError(f"output_dir: {folder} is a file; choose another folder")
     for key, path in _read_by(recipe):
-        if path.is_dir() and path.resolve() == folder.resolve():
+        if existing_folder(path) and path.resolve() == place:
             raise UserError(f"output_dir: {folder} is the folder that {key} reads; choose another folder")
     for section, source in _sources(recipe):
         path = Path(recipe.data.base_dir, str(source.get("path")))
-        if source.get("format") == "dataset" and path.is_dir() and path.resolve() in folder.resolve().parents:
+        if source.get("format") == "dataset" and existing_folder(path) and path.resolve() in place.parents:
             raise UserError(
                 f"output_dir: {folder} is in {path}, all of which {section}.path reads, and a run would add its files; "
                 "choose another folder"
@@ -76,7 +82,7 @@ def require_free(
     never replaces it with another text.
     """
     for key, path in _read_by(recipe):
-        if overwrite and folder.resolve() in (path.resolve(), *path.resolve().parents) and path.exists():
+        if overwrite and existing(path) and folder.resolve() in (path.resolve(), *path.resolve().parents):
             raise UserError(f"{key} {path} is in {folder}, which --overwrite would replace; choose another folder")
     found = [name for name in CONTENTS if os.path.lexists(folder / name)]
     known = is_run(folder)
