@@ -207,11 +207,27 @@ def test_images_that_do_not_open_are_left_out_and_counted_once(processor, tmp_pa
     seen = {name for batch in read(data, 150) for name in names(batch)}
     assert seen == {str(n) for n in range(ROWS) if n not in (4, 50)}
     assert sorted(problem.where.partition(":")[0] for problem in data.log.problems) == ["4", "50"]
-    assert data.log.total > 2 * ROWS, "read more than twice"
+    assert data.log.total == ROWS, "read more than twice, and counted once"
     data.save(tmp_path / "stream.json")
     again = dataset(processor, source(broken={4, 50}), max_bad=0.1)
     again.restore(tmp_path / "stream.json")
     assert (again.log.problems, again.log.total) == (data.log.problems, data.log.total)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_the_share_of_bad_rows_is_that_of_one_pass(processor, counted):
+    def passes(max_bad, readers=1):
+        rows = source(4, broken={1, 2})
+        rows.counted = counted
+        data = dataset(processor, rows, max_bad=max_bad, readers=readers)
+        data.log.total = 4 if counted else 0
+        read(data, 12)
+        return data.log
+
+    for readers in (1, 2):
+        assert "2 of 4 answers (50.00%)" in passes(0.6, readers).summary()
+    with pytest.raises(TooManyProblems):
+        passes(0.4)
 
 
 def test_too_much_that_is_bad_stops_training(processor):

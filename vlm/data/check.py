@@ -82,7 +82,9 @@ class ProblemLog:
             TooManyProblems: the budget is spent. All of them are counted first.
         """
         for problem in problems:
-            self._problems.setdefault((problem.where, problem.key), problem)
+            known = self._problems.get((problem.where, problem.key))
+            if known is None or known.lost < problem.lost:
+                self._problems[problem.where, problem.key] = problem
         over = self.bad > self.max_bad * self.total
         if over and (len(self._problems) > 1 or self.max_bad == 0):
             advice = "repair the data, or raise data.max_bad to train without them"

@@ -8,7 +8,7 @@ a resumed run tokenizes one window again; where tokens do not depend on pixels i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -97,7 +97,8 @@ class Position:
 
 @dataclass
 class Found:
-    """What was met in reading: answers, good and bad, what is bad, too long, or of text alone."""
+    """What was met in reading: answers, good and bad, what is bad, too long, or of text alone. Answers are counted in
+    the first pass over a source. A problem of a later pass has `lost=0`: some process has counted it already."""
 
     answers: int = 0
     problems: list[Problem] = field(default_factory=list)
@@ -139,12 +140,20 @@ class StreamCollator:
 
 
 class Window:
-    """`num_rows` rows of the sources as batches; those that are not wanted cost no image."""
+    """`num_rows` rows of the sources as batches; those that are not wanted cost no image. Examples of a later pass are
+    named in `repeated`."""
 
     def __init__(
-        self, num_rows: int, examples: list[Example], found: Found, layout: Layout, seed: str, batch_size: int
+        self,
+        num_rows: int,
+        examples: list[Example],
+        found: Found,
+        layout: Layout,
+        seed: str,
+        batch_size: int,
+        repeated: Collection[str] = (),
     ) -> None:
-        self.num_rows, self.found = num_rows, found
+        self.num_rows, self.found, self.repeated = num_rows, found, repeated
         items = self._items(examples, layout)
         self.rows = TreeDataset(items, layout.max_tokens_per_row, seed, layout.augmentation)
         if not len(self.rows):
@@ -165,11 +174,16 @@ class Window:
             layout.processor,
             max_length=layout.max_length,
             too_long=layout.too_long,
-            report=self.found.problems.append,
+            report=lambda problem: self.found.problems.append(self._counted_once(problem)),
             open_images=not getattr(layout.processor, "fixed_image_tokens", False),
             progress=lambda steps, total: steps,
         )
         return one_row_an_answer(items) if layout.plain else items
+
+    def _counted_once(self, problem: Problem) -> Problem:
+        # An image is named after its row: "rows.jsonl:12: a.png".
+        again = any(f"{problem.where}: ".startswith(f"{where}: ") for where in self.repeated)
+        return replace(problem, lost=0) if again else problem
 
     def batch(self, number: int, found: Found) -> list[Row]:
         """The rows of a batch, their images opened, without what does not open, which is added to what was `found`."""
@@ -183,7 +197,7 @@ class Window:
                 except ImageError as error:
                     broken[item.example.where] = image_problem(error, item.example)
             rows += [opened] if opened else []
-        found.problems += broken.values()
+        found.problems += map(self._counted_once, broken.values())
         return rows
 
 
@@ -208,16 +222,22 @@ class StreamReader:
         """The window at `position`, which the sources stand before."""
         examples: list[Example] = []
         found = Found()
+        first: set[str] = set()
         counts = quotas(self.mixture.weights, self.position.window, self.size)
         for reader, count in zip(self.sources, counts, strict=True):
             # Where a pass ends and the next begins, an image may come twice, and is then no example with two answers.
-            for _, rows in groupby(reader.take(count), key=lambda row: row.epoch):
+            for epoch, rows in groupby(reader.take(count), key=lambda row: row.epoch):
                 read = reader.source.examples([(row.place, row.content) for row in rows])
                 examples += read.examples
-                found.problems += read.problems
-                found.answers += read.total
+                if epoch == 0:
+                    found.problems += read.problems
+                    found.answers += 0 if reader.source.counted else read.total
+                    first |= {example.where for example in read.examples}
+                else:
+                    found.problems += [replace(problem, lost=0) for problem in read.problems]
         seed = f"{self.seed}, {self.position.window}"
-        return Window(sum(counts), examples, found, self.layout, seed, self.batch_size)
+        repeated = {example.where for example in examples} - first
+        return Window(sum(counts), examples, found, self.layout, seed, self.batch_size, repeated)
 
     def next(self) -> StreamBatch:
         """The next batch.
@@ -299,9 +319,10 @@ class StreamDataset(Dataset[Row]):
         self._note(batch.found)
 
     def _note(self, found: Found) -> None:
-        known = {(problem.where, problem.key) for problem in self.found.problems} if found.problems else set()
-        new = [problem for problem in found.problems if (problem.where, problem.key) not in known]
-        self.found.add(replace(found, problems=new))  # in the next epoch they come again
+        # In the next epoch they come again.
+        known = {(p.where, p.key): p.lost for p in self.found.problems} if found.problems else {}
+        new = [p for p in found.problems if known.get((p.where, p.key), -1) < p.lost]
+        self.found.add(replace(found, problems=new))
         self.log.total += found.answers
         self.log.extend(new)
 

@@ -43,6 +43,8 @@ class Pieces(Protocol):
     """How many rows there are in all, if that is known without reading them."""
     outline: list[Any]
     """What tells the source from one that has changed, as far as that is known without reading it."""
+    counted: bool
+    """Whether its answers, and what is bad in its rows, were counted before it is streamed."""
 
     def __len__(self) -> int: ...
 
@@ -56,8 +58,8 @@ class Pieces(Protocol):
 class InMemory:
     """What has been read already."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.all = examples
+    def __init__(self, examples: Sequence[Example], *, counted: bool = False) -> None:
+        self.all, self.counted = examples, counted
         self.num_rows: int | None = len(examples)
         self.outline = [example.image_id for example in examples]
 
@@ -73,6 +75,8 @@ class InMemory:
 
 class _Dataset:
     """What rows of a `dataset` source say, wherever they come from."""
+
+    counted = False
 
     def __init__(self, source: DatasetSource, base_dir: Path) -> None:
         self.source = source
@@ -210,7 +214,7 @@ def in_pieces(source: dict[str, Any], base_dir: Path, read_whole: Callable[[dict
     """
     parsed = parse_source(source)
     if not (isinstance(parsed, DatasetSource) and parsed.streaming):
-        return InMemory(read_whole(source))
+        return InMemory(read_whole(source), counted=True)
     with parsed.errors(base_dir):
         pieces = _pieces(parsed, base_dir)
     if not len(pieces) or pieces.num_rows == 0:
