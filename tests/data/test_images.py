@@ -97,7 +97,9 @@ def test_transparent_level_of_sixteen_bits_is_white():
 def test_float_images():
     unit = np.array([[0.0, 0.5, 1.0]], dtype=np.float32)
     assert np.asarray(open_image(encode(Image.fromarray(unit), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
-    for bad in (np.nan, -1.0, 1e9):
+    bytewide = np.array([[0.0, 1.0, 16.0]], dtype=np.float32)
+    assert np.asarray(open_image(encode(Image.fromarray(bytewide), "TIFF")))[0, :, 0].tolist() == [0, 1, 16]
+    for bad in (np.nan, -1.0, 1e9, 1.001, 15.9):
         with pytest.raises(ImageError, match="floating-point"):
             open_image(encode(Image.fromarray(np.array([[0.0, bad]], dtype=np.float32)), "TIFF"))
 

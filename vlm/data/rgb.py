@@ -8,6 +8,8 @@ import numpy as np
 from PIL import Image
 
 STRIP_PIXELS = 2**18
+MIN_FLOAT_WHITE = 16
+"""Floating-point pixels from 0 to 255 reach at least this value. A maximum between 1 and this is ambiguous."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -58,6 +60,11 @@ def _scale(image: Image.Image) -> float:
         # Each strip on its own, since `min` and `max` pass NaN over.
         if not all(low >= 0 and high <= 255 for low, high in ranges):
             raise ValueError(f"floating-point pixels from {low:g} to {high:g}; 0 to 1 or 0 to 255 is understood")
+        if 1 < high < MIN_FLOAT_WHITE:
+            raise ValueError(
+                f"floating-point pixels up to {high:g}: unclear whether white is 1 or 255; "
+                f"the maximum must be at most 1, or from {MIN_FLOAT_WHITE} to 255"
+            )
         return 255.0 if high <= 1 else 1.0
     if not (low >= 0 and high <= 65535):
         raise ValueError(f"integer pixels from {low:g} to {high:g}; 0 to 65535 is understood")
