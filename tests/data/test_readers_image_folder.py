@@ -209,3 +209,13 @@ def test_columns_of_other_people_are_left_alone(tmp_path, other):
     examples, problems = read_folder(tmp_path, rows)
     assert [e.branches[0].answer for e in examples] == ["x"]
     assert lines(problems) == ["f/metadata.jsonl:2: promt: unknown key, did you mean 'prompt'?"]
+
+
+def test_web_addresses_and_other_names_of_the_image_column_say_what_to_do(tmp_path):
+    write(tmp_path / "metadata.jsonl", [{"file_name": "https://x.y/0.png", "caption": "x"}])
+    (problem,) = read({"format": "image_folder", "path": "."}, base_dir=tmp_path).problems
+    assert "https://x.y/0.png is an address" in problem.why
+    assert problem.why.endswith("download it first")
+    write(tmp_path / "metadata.jsonl", [{"image": "0.png", "caption": "x"}])
+    (problem,) = read({"format": "image_folder", "path": "."}, base_dir=tmp_path).problems
+    assert str(problem).endswith("found only 'image', 'caption'; call 'image' 'file_name'")

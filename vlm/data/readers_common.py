@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from vlm.data.example import Branch, Example, ImageSource, Message, Problem, Sto
 from vlm.data.inline_images import inline_image
 from vlm.data.inside import Inside
 from vlm.errors import UserError, cut, nearest
+
+_ADDRESS = re.compile(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")
 
 
 class SourceError(UserError):
@@ -173,7 +176,7 @@ class Collector:
         one. Opens none of them."""
         for path in paths:
             if not os.path.isfile(path):  # which is also said of names that are too long for any file
-                self.bad(where, "image", f"no such image: {cut(str(path), 300)}{_called_otherwise(path)}", lost)
+                self.bad(where, "image", _why_missing(path), lost)
                 return True
             if self.inside is not None and not self.inside.holds(path):
                 folders = " or ".join(map(str, self.inside.folders))
@@ -219,6 +222,13 @@ def _file(folder: Path, name: str) -> Path:
         ways = [slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD")), unquote(slashed)]
         return next((folder / way for way in (name, *ways) if os.path.isfile(folder / way)), path)
     return path
+
+
+def _why_missing(path: Path) -> str:
+    if address := _ADDRESS.search(str(path)):  # `Path` made one slash of two
+        web = cut(f"{address[1]}://{address[2]}", 300)
+        return f"{web} is an address, and data is never fetched while training; download it first"
+    return f"no such image: {cut(str(path), 300)}{_called_otherwise(path)}"
 
 
 def _called_otherwise(path: Path) -> str:

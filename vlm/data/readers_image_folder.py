@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlm.data.example import Problem
 from vlm.data.image_files import has_image_suffix, is_hidden
@@ -21,10 +22,11 @@ from vlm.data.readers_common import (
 from vlm.data.readers_json import read_rows
 from vlm.data.readers_rows import DEFAULT_PROMPT, DEFAULT_QUESTION_PROMPT, ROW_KEYS, RowReader
 from vlm.data.readers_tables import Rows, read_csv, read_parquet
-from vlm.data.readers_text import RowError, file_names, id_text, unknown_near_miss
+from vlm.data.readers_text import RowError, file_names, id_text, show, unknown_near_miss
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _KNOWN = ("file_name", "file_names", "image_id", "question_id", *ROW_KEYS)
+_OTHER_NAMES = ("image", "images", "image_path", "image_file", "img", "path", "file")
 _EXPECTED = "expected the name of an image (or several under 'file_names')"
 
 
@@ -50,7 +52,7 @@ class ImageFolderSource(Source):
                 collector.bad(where, *miss)
                 continue
             try:
-                names = file_names(row.get("file_names", row.get("file_name")), "file_name", _EXPECTED)
+                names = _file_names(row)
                 images = image_sources(names, folder, "file_name")
                 image_id = id_text(row.get("image_id"), "image_id") or images_id(names, images) or where
             except RowError as error:
@@ -62,6 +64,14 @@ class ImageFolderSource(Source):
             if branches and not collector.missing_images(files_of(images), where, lost=len(branches)):
                 collector.add(images, branches, image_id=image_id, where=where)
         return collector.result(label)
+
+
+def _file_names(row: Mapping[str, Any]) -> list[str]:
+    if "file_names" not in row and "file_name" not in row:
+        found = ", ".join(map(show, row)) or "nothing"
+        hint = next((f"; call {key!r} 'file_name'" for key in row if key in _OTHER_NAMES), "")
+        raise RowError("file_name", f"{_EXPECTED}, found only {found}{hint}")
+    return file_names(row.get("file_names", row.get("file_name")), "file_name", _EXPECTED)
 
 
 def metadata_rows(metadata: Path, label: str, problems: list[Problem]) -> Rows:
@@ -85,7 +95,8 @@ def _metadata_in(folder: Path) -> str:
         return found[0]
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         raise SourceError(f"{folder} is a data set that `datasets` saved; read it with format: dataset and its columns")
-    folders = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not is_hidden(e.name))
+    names = [e.name for e in os.scandir(folder) if e.is_dir() and not is_hidden(e.name)]
+    folders = sorted(names, key=lambda name: (not name.lower().startswith("train"), name))
     inner = [f"{name}/{file}" for name in folders for file in METADATA_FILES if (folder / name / file).is_file()]
     none = f"{folder} has none of {', '.join(METADATA_FILES)}, which say what to learn of each image"
     if inner:
