@@ -66,6 +66,64 @@ def test_a_captioning_folder_is_read_as_datasets_reads_it(tmp_path, name):
     assert shown == {row["text"]: row["image"].convert("RGB").getpixel((0, 0)) for row in theirs}
 
 
+STRAY = """file_name,caption
+a.png,"A sign that says STOP
+b.png,"two
+lines, ""both"" read"
+a.png,"A sign that says "STOP" in red"
+a.png,a 5" screen
+b.png,"not closed
+a.png,last
+"""
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+@pytest.mark.parametrize("how", ["folder", "dataset"])
+def test_a_stray_quote_costs_its_row_alone(tmp_path, how, separator):
+    images(tmp_path, "a.png", "b.png")
+    name = "metadata.csv" if separator == "," else "metadata.tsv"
+    (tmp_path / name).write_text(STRAY.replace(",", separator))
+    if how == "folder":
+        examples, problems = read_folder(tmp_path, metadata=name)
+    else:
+        columns = {"image": "file_name", "caption": "caption"}
+        examples, problems = read_dataset(tmp_path, path="csv", data_files=name, columns=columns)
+    assert sorted(answers(examples)) == sorted(['a 5" screen', f'two\nlines{separator} "both" read', "last"])
+    assert [p.where.rpartition(":")[2] for p in problems if "not valid CSV" in p.why] == ["2", "5", "7"]
+    assert len(problems) == 3
+
+
+def test_quotes_that_pandas_reads_over_are_found(tmp_path):
+    images(tmp_path, "a.png")
+    columns = {"image": "image", "caption": "a"}
+    for row in ('a.png,"A sign that says "STOP" in red"', "a.png,a dog, running"):
+        (tmp_path / "rows.csv").write_text(f"image,a\n{row}\na.png,a dog\na.png,a cat\n")
+        examples, problems = read_dataset(tmp_path, path="csv", data_files="rows.csv", columns=columns)
+        assert (answers(examples), len(problems)) == (["a dog", "a cat"], 1)
+        assert problems[0].where.endswith("rows.csv:2")
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_files_in_another_encoding_are_refused_and_single_lines_are_bad(tmp_path, name):
+    images(tmp_path, "a.png")
+    words = ["caf\xe9", "plain", "na\xefve"]
+    if name.endswith(".csv"):
+        rows = ["file_name,caption", *(f"a.png,{word}" for word in words)]
+    else:
+        rows = [json.dumps({"file_name": "a.png", "caption": word}, ensure_ascii=False) for word in words]
+    (tmp_path / name).write_bytes("\n".join(rows).encode("latin-1"))
+    with pytest.raises(SourceError, match=r"not UTF-8 text \(2 lines .*; save the file as UTF-8"):
+        read_folder(tmp_path)
+    columns = {"image": "file_name", "caption": "caption"}
+    with pytest.raises(SourceError, match="save the file as UTF-8"):
+        read_dataset(tmp_path, path=name.rpartition(".")[2].removesuffix("l"), data_files=name, columns=columns)
+    (tmp_path / name).write_bytes("\n".join(rows[:-1]).encode("latin-1"))
+    examples, problems = read_folder(tmp_path)
+    assert (answers(examples), len(problems)) == (["plain"], 1)
+    (tmp_path / name).write_bytes("\n".join(rows[:-1]).encode("latin-1") + b"\n" + rows[-1].encode())
+    assert answers(read_folder(tmp_path).examples) == ["plain", "na\xefve"]
+
+
 def test_text_is_a_caption_only_where_there_is_nothing_else(tmp_path):
     images(tmp_path, "a.png")
     write(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "OCR", "question": "Q?", "answer": "A"}])
@@ -106,6 +164,7 @@ def test_a_folder_without_metadata_says_what_to_do(tmp_path):
     images(tmp_path / "labelled" / "cat", "a.png")
     images(tmp_path / "labelled" / "dog", "a.png")
     write(tmp_path / "splits" / "train" / "metadata.jsonl", [])
+    write(tmp_path / "splits" / "test" / "metadata.jsonl", [])
     write(tmp_path / "both" / "metadata.jsonl", [])
     write(tmp_path / "both" / "metadata.csv", "")
     for name, message in (

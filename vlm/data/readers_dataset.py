@@ -20,7 +20,7 @@ from vlm.data.inline_images import inline_image
 from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, files_of, image_sources, resolve
 from vlm.data.readers_local import read_row_by_row
 from vlm.data.readers_rows import DEFAULT_PROMPT, DEFAULT_QUESTION_PROMPT, RowReader
-from vlm.data.readers_tables import class_labels, label_name
+from vlm.data.readers_tables import class_labels, label_name, require_whole_csv
 from vlm.data.readers_text import RowError, id_text
 from vlm.errors import nearest
 
@@ -108,13 +108,19 @@ class DatasetSource(Source):
         return self
 
     def read(self, base_dir: Path) -> ReadResult:
-        folder = self.image_folder(base_dir)
         try:
             dataset = self.load(base_dir)
         except SourceError as error:
             return read_row_by_row(self, base_dir, error)
+        try:
+            return self._read_loaded(dataset, base_dir)
+        except UnicodeDecodeError as error:  # `datasets` loads such JSON, and only its rows cannot be had
+            why = f"{self.path}: not UTF-8 text ({error}); save the file as UTF-8"
+            return read_row_by_row(self, base_dir, SourceError(why))
+
+    def _read_loaded(self, dataset: Any, base_dir: Path) -> ReadResult:
         self.check_columns(dataset.column_names)
-        columns = self.columns
+        folder, columns = self.image_folder(base_dir), self.columns
         if columns.of_images is not None:
             dataset = self.undecoded(dataset, columns.of_images)
 
@@ -251,6 +257,7 @@ class DatasetSource(Source):
         """The data set, none of its columns looked at. Raises SourceError if it cannot be had."""
         import datasets
         from datasets.fingerprint import Hasher
+        from datasets.packaged_modules.csv.csv import Csv
         from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
         with self.errors(base_dir):
@@ -261,6 +268,8 @@ class DatasetSource(Source):
             files = list((builder.config.data_files or {}).get(split, []))
             for file in files:
                 require_whole_tar(file)
+                if isinstance(builder, Csv) and file.lower().endswith((".csv", ".tsv")) and os.path.isfile(file):
+                    require_whole_csv(Path(file))
             if isinstance(builder, WebDataset) and files and split == self.split and self.columns.of_images:
                 # What is kept of other or changed files is not taken for these.
                 stamps = [os.path.getmtime(file) for file in files if os.path.isfile(file)]

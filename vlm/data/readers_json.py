@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ def read_json_lines(path: Path, label: str, problems: list[Problem]) -> list[tup
         SourceError: the file cannot be read.
     """
     rows: list[tuple[str, dict[str, Any]]] = []
+    garbled = False
     for number, line in enumerate(_lines(path), start=1):
         where = f"{label}:{number}"
         if not line.strip():
@@ -151,13 +153,37 @@ def read_json_lines(path: Path, label: str, problems: list[Problem]) -> list[tup
         except json.JSONDecodeError as error:
             problems.append(Problem(where, "", f"not valid JSON: {error.msg} at column {error.colno}"))
         except UnicodeDecodeError as error:
-            problems.append(Problem(where, "", f"not UTF-8 text (byte {error.start} of the line)"))
+            garbled = True
+            problems.append(Problem(where, "", f"not UTF-8 text (byte {error.start} of the line); save it as UTF-8"))
         else:
             if isinstance(row, dict):
                 rows.append((where, row))
             else:
                 problems.append(Problem(where, "", f"expected an object {{...}}, found {show(row)}"))
+    if garbled:
+        _require_some_utf8(path, _lines(path))
     return rows
+
+
+def _require_some_utf8(path: Path, lines: Iterable[bytes]) -> None:
+    """Raise SourceError if several lines are not UTF-8, and no character outside ASCII is: it is all of another
+    encoding. A single such line is a bad row."""
+    others: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        if line.isascii():
+            continue
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            others.append(number)
+        else:
+            if line.strip(codecs.BOM_UTF8):
+                return
+    if len(others) > 1:
+        raise SourceError(
+            f"{path}: not UTF-8 text ({len(others):,} lines with characters in another encoding, the first is line "
+            f"{others[0]}); save the file as UTF-8"
+        )
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -185,13 +211,16 @@ def read_bytes(path: Path, count: int = -1) -> bytes:
 
 
 def file_text(path: Path, errors: str = "strict") -> str:
-    """Return the text of a file in UTF-8, UTF-16 or UTF-32. `errors` are those of `bytes.decode`.
+    """Return the text of a file in UTF-8, UTF-16 or UTF-32. `errors` are those of `bytes.decode`. They are for single
+    lines: a file that is all in another encoding is refused.
 
     Raises:
         SourceError: it cannot be read, or is no such text.
     """
     content = read_bytes(path)
     encoding = json.detect_encoding(content)
+    if errors != "strict" and encoding.startswith("utf-8"):
+        _require_some_utf8(path, content.splitlines())
     try:
         return content.decode("utf-8-sig" if encoding.startswith("utf-8") else encoding, errors)
     except UnicodeDecodeError as error:

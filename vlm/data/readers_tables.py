@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +24,85 @@ def read_csv(path: Path, label: str, problems: list[Problem]) -> Rows:
     Raises:
         SourceError: it cannot be read, or its first line does not name columns.
     """
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    lines = csv.reader(io.StringIO(file_text(path, errors="surrogateescape"), newline=""), delimiter=delimiter)
-    limit = csv.field_size_limit(_LONGEST_CELL)
+    delimiter = _delimiter(path)
+    lines = io.StringIO(file_text(path, errors="surrogateescape"), newline="").readlines()
+    records = _records(lines, delimiter)
     try:
-        names = next(lines, [])
-        _require_columns(names, path, delimiter)
-        rows: Rows = []
-        while True:
-            where = f"{label}:{lines.line_num + 1}"
+        names = _cells(next(records, (1, []))[1], None)
+    except SourceError as error:
+        raise SourceError(f"{path}: line 1, which names the columns, is {error}") from None
+    _require_columns(names, path, delimiter)
+    rows: Rows = []
+    for number, record in records:
+        where = f"{label}:{number}"
+        try:
+            cells = _cells(record, names)
+        except SourceError as error:
+            problems.append(Problem(where, "", str(error)))
+            continue
+        if cells:
+            rows.append((where, {name: cell for name, cell in zip(names, cells, strict=False) if cell}))
+    return rows
+
+
+def require_whole_csv(path: Path) -> None:
+    """Raise SourceError for the first bad record of a CSV file. pandas, and so `datasets`, reads over many of them: it
+    mangles stray quotation marks, and takes the first column for an index."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        names: list[str] | None = None
+        for number, record in _until_error(file, _delimiter(path)):
             try:
-                cells = next(lines, None)
-            except csv.Error as error:
-                problems.append(Problem(where, "", f"not a line of CSV: {error}"))
-                continue
-            if cells is None:
-                return rows
-            if len(cells) > len(names):
-                problems.append(
-                    Problem(where, "", f"{len(cells)} cells, and the first line names {len(names)} columns")
-                )
-            elif cells:
-                rows.append((where, {name: cell for name, cell in zip(names, cells, strict=False) if cell}))
-    finally:
-        csv.field_size_limit(limit)
+                cells = _cells(record, names)
+            except SourceError as error:
+                raise SourceError(f"{path}:{number}: {error}") from None
+            names = names or cells
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def _records(lines: list[str], delimiter: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """Yield each record, or what is wrong with it, with the number of its first line.
+
+    After an error reading goes on with the line after that one: a stray quotation mark costs no row but its own.
+    """
+    start, last = 0, None
+    while start < len(lines):
+        for number, last in _until_error((lines[at] for at in range(start, len(lines))), delimiter):
+            yield start + number, last
+        if not isinstance(last, csv.Error):
+            return
+        start += number
+
+
+def _until_error(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    records = csv.reader(lines, delimiter=delimiter, strict=True)
+    limit = csv.field_size_limit()
+    while True:
+        number = records.line_num + 1
+        csv.field_size_limit(_LONGEST_CELL)
+        try:
+            cells = next(records, None)
+        except csv.Error as error:
+            yield number, error
+            return
+        finally:
+            csv.field_size_limit(limit)
+        if cells is None:
+            return
+        yield number, cells
+
+
+def _cells(record: list[str] | csv.Error, names: list[str] | None) -> list[str]:
+    """Return the cells of a record. Raise SourceError, in words, if it is bad. `names` are the columns, if known."""
+    if isinstance(record, csv.Error):
+        raise SourceError(
+            f'not valid CSV ({record}): put a cell with quotation marks in quotes, and write each twice, as in ""'
+        )
+    if names is not None and len(record) > len(names):
+        raise SourceError(f"{len(record)} cells, and the first line names {len(names)} columns")
+    return record
 
 
 def _require_columns(names: list[str], path: Path, delimiter: str) -> None:
