@@ -169,6 +169,7 @@ for _ in range(10):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_images_while_a_third_one_reads(tmp_path):
     wanted = torch.arange(400000.0).reshape(2, 200, 1000)
     command = [sys.executable, "-c", WRITER, str(tmp_path)]

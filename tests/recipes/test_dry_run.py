@@ -86,6 +86,7 @@ def save_vqa(folder, subset, images_folder, numbers, pattern):
     return header | {"task_type": "Open-Ended", "questions": questions}, header | {"annotations": annotations}
 
 
+@pytest.mark.slow
 def test_vqa(parts, tmp_path):
     folder = tmp_path / "vqav2"
     for subset, numbers in (("train2014", range(4)), ("val2014", range(4, 7))):

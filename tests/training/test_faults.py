@@ -40,6 +40,7 @@ def copy(stopped, tmp_path):
     return json.loads(json.dumps(stopped)) | {"output_dir": str(tmp_path / "run")}
 
 
+@pytest.mark.slow
 def test_a_broken_checkpoint_is_said_and_the_one_before_is_taken(copy, tmp_path):
     checkpoints = tmp_path / "run/checkpoints/train"
     (checkpoints / "checkpoint-4/optimizer.pt").write_bytes(b"cut off")

@@ -134,6 +134,7 @@ def test_a_run_resumed_in_a_later_epoch_equals_one_that_was_not_stopped(values, 
         assert torch.equal(p, q), name
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_said_on_resuming(values, monkeypatch):
     with monkeypatch.context() as patch:
         kill_in(patch, "train", 3)
@@ -143,6 +144,7 @@ def test_a_changed_recipe_is_said_on_resuming(values, monkeypatch):
     assert "stages.0.train.max_steps: 4, now 5" in output
 
 
+@pytest.mark.slow
 def test_a_run_told_to_stop_says_how_to_go_on(values, tmp_path, monkeypatch):
     from vlm.training.callbacks import MetricsLog
 

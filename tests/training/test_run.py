@@ -272,6 +272,7 @@ def test_a_dry_run_takes_no_step_and_writes_no_folder(values, tmp_path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_two_lora_stages(values, tmp_path):
     stages = [STAGES[1] | {"name": name} for name in ("one", "two")]
     output = train(staged(values) | {"stages": stages}, dry_run=True)
@@ -385,6 +386,7 @@ def test_projectors_with_layers_of_their_own_train(values, projector, options):
         {"fusion": "prefix+cross_attention", "cross_attention_layers": [1]},
     ],
 )
+@pytest.mark.few(1)
 def test_cross_attention_trains(values, adapter):
     model = values["model"] | {"adapter": adapter}
     trainable = {"projector": 1e-2, "fusion": 1e-2}

@@ -102,6 +102,7 @@ def test_a_model_that_does_not_look_is_warned_of(tmp_path, caplog):
     assert not blind.seen
 
 
+@pytest.mark.slow
 def test_a_model_that_looks_is_asked_once(tmp_path, caplog):
     """One that learnt colours: with another image its answers are wrong."""
     colours = ["red", "lime", "blue", "white"]

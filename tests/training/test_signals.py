@@ -27,6 +27,7 @@ class Tell(TrainerCallback):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.few(1)
 def test_a_signal_ends_the_step_and_saves(whole, tmp_path, number):
     before = signal.getsignal(number)
     with StopOnSignal() as stop:
@@ -78,6 +79,7 @@ def evaluated(tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.few(1)
 def test_a_signal_during_the_evaluation_leaves_it_for_the_resumed_run(evaluated, tmp_path, step):
     """The held-out loss of that step is in the log as if nothing had happened, and the best model is the same; in the
     last step too."""

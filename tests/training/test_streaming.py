@@ -143,6 +143,7 @@ def test_a_dry_run_says_how_much_there_is(streamed, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_without_a_known_number_of_rows_steps_are_needed(streamed, tmp_path):
     folder = tmp_path / "jsonl"
     folder.mkdir()

@@ -404,6 +404,17 @@ def test_processor_loads_from_what_was_pushed(hub, run_dir, tmp_path, made):
     for name, content in hub.repos[REPO].commits[-1].files.items():
         (tmp_path / "back" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "back" / name).write_bytes(content)
+    processor = AutoProcessor.from_pretrained(tmp_path / "back")
+    assert processor.tokenizer.get_vocab() == made[1].tokenizer.get_vocab()
+    assert processor.chat_template == made[1].chat_template
+
+
+@pytest.mark.slow
+def test_without_trust_a_visitor_gets_an_error_and_no_bare_tokenizer(hub, run_dir, tmp_path):
+    publication = prepare(run_dir, REPO, tmp_path, merge_lora=True, target=None)
+    for name, content in publication.files.items():
+        (tmp_path / "back" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "back" / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     visitor = 'import sys\nsys.modules["vlm"] = None\nfrom transformers import AutoProcessor\n'
     done = subprocess.run(
         [sys.executable, "-c", f"{visitor}AutoProcessor.from_pretrained({str(tmp_path / 'back')!r})"],
@@ -413,10 +424,7 @@ def test_processor_loads_from_what_was_pushed(hub, run_dir, tmp_path, made):
         text=True,
     )
     assert done.returncode
-    assert "trust_remote_code=True" in done.stderr  # and no bare tokenizer
-    processor = AutoProcessor.from_pretrained(tmp_path / "back")
-    assert processor.tokenizer.get_vocab() == made[1].tokenizer.get_vocab()
-    assert processor.chat_template == made[1].chat_template
+    assert "trust_remote_code=True" in done.stderr
 
 
 def test_several_encoders_are_named(run_dir):

@@ -284,6 +284,7 @@ def test_no_package_says_which_and_why(no_hub, packages, language_there):
         quickstart.prepare(language_there)
 
 
+@pytest.mark.slow
 def test_stamps_that_cannot_be_had_are_left_out_in_one_line(no_hub, packages, language_there, capsys):
     (packages / sources.STAMPS_PACKAGE.filename).unlink()
     paths = quickstart.prepare(language_there)

@@ -129,6 +129,7 @@ def test_pixels_of_one_encoder_are_refused(parts):
 
 
 @pytest.mark.parametrize("rates", [{"projector": 1e-2}, {"projector": 1e-2, "vision": 1e-2}], ids=str)
+@pytest.mark.few(1)
 def test_a_run(parts, tmp_path, monkeypatch, rates):
     """Frozen, both encoders stay as they were and their features are kept; trained, both learn."""
     monkeypatch.setenv("VLM_HOME", str(tmp_path / "home"))
