@@ -112,10 +112,12 @@ def test_a_stage_is_not_started_from_a_model_that_has_changed_on_the_disk(two_st
 def test_a_run_resumed_in_a_later_epoch_equals_one_that_was_not_stopped(values, tmp_path, monkeypatch, augmentation):
     """Each epoch has rows of its own and changes images in its own way, and the resumed run must do as its epoch."""
     rows = [{"file_name": f"{n}.png", "captions": ["a cat", "no cat"]} for n in range(10)]  # alike: they change places
+    data = tmp_path / "data"
+    data.mkdir()
     for n in range(10):
-        image(n).save(tmp_path / f"{n}.png")
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = {"format": "image_folder", "path": str(tmp_path), "metadata": "train.jsonl"}
+        image(n).save(data / f"{n}.png")
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"format": "image_folder", "path": str(data), "metadata": "train.jsonl"}
     arguments = {key: value for key, value in TRAIN.items() if key != "max_steps"}
     values |= {"train": arguments | {"num_train_epochs": 3, "eval_strategy": "no"}, "evaluation": {}}
     values["data"] = {"train": source, "max_tokens_per_row": 100, "augmentation": augmentation}
