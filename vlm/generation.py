@@ -373,18 +373,25 @@ def _answers(model: Any, processor: Any, batch: Sequence[Request], options: dict
 
 def room(model: Any, length: int, max_new_tokens: int) -> int:
     """Return how many tokens, up to `max_new_tokens`, an answer to a prompt of `length` tokens may have: a decoder with
-    learned positions (GPT-2, OPT) fails after its last one. Raises UserError for a prompt that is too long."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    modules = decoder.named_modules()
-    if not any(isinstance(module, nn.Embedding) and re.search("wpe|position", name) for name, module in modules):
-        return max_new_tokens
-    places = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    [learned positions][`learned_positions`] fails after its last one. Raises UserError for a prompt that is too long.
+    """
+    places = learned_positions(model)
     if places is not None and length >= places:
         raise UserError(
             f"the prompt has {length:,} tokens, with its images and what was said before, and the model has {places:,} "
             "positions; ask something shorter (vlm chat: /reset forgets what was said)"
         )
     return max_new_tokens if places is None else min(max_new_tokens, places - length)
+
+
+def learned_positions(model: Any) -> int | None:
+    """Return how many tokens a decoder with learned positions (GPT-2, OPT) reads at the most; None for other decoders,
+    whose positions do not end."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    modules = decoder.named_modules()
+    if not any(isinstance(module, nn.Embedding) and re.search("wpe|position", name) for name, module in modules):
+        return None
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from vlm.data.conversation import IGNORE, tokenize_branch
 from vlm.data.dataset import TreeCollator, TreeDataset, make_items, shifted, supervised_tokens
 from vlm.data.example import Branch, Example, question_and_answer
 from vlm.data.features import FeatureCache
+from vlm.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,24 @@ def test_too_long_drops_answers_until_it_fits(model_and_processor):
     assert all(len(item.tree) <= 100 for item in items)
     learned = processor.tokenizer.decode([t for t in items[1].tree.labels if t != IGNORE])
     assert learned == "a cat<|im_end|>a dog<|im_end|>", "answers are whole or gone"
+
+
+def test_learned_positions_end_an_answer_and_not_a_tree(model_and_processor):
+    """A tree may be longer than the positions: those of each branch begin where the trunk ends."""
+    _, processor = model_and_processor
+    everything, _ = items_of(mixed(), processor)
+    path = max(everything[0].tree.position_ids) + 1
+    assert path < len(everything[0].tree)
+    items, left_out = items_of(mixed(), processor, max_positions=path, too_long="drop_branches")
+    assert [(item.example.where, item.answers) for item in items] == [("data.json:0", 2), ("data.json:1", 2)]
+    assert all(max(item.tree.position_ids) < path for item in items)
+    assert (left_out.examples, left_out.branches, left_out.positions) == (1, 3, path)
+    assert f"data.max_length 1000 tokens or the {path} positions of the model" in left_out.in_words(1000, "training")
+    items, left_out = items_of(mixed(), processor, max_positions=path, too_long="skip")
+    assert [item.example.where for item in items] == ["data.json:0"]
+    assert (left_out.examples, left_out.branches) == (2, 5)
+    with pytest.raises(UserError, match=rf"data\.json:1: \d+ tokens .* the model has {path} positions"):
+        items_of(mixed(), processor, max_positions=path, too_long="error")
 
 
 def test_too_long_is_an_error_that_names_the_row(model_and_processor):

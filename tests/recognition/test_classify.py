@@ -201,3 +201,23 @@ def test_what_is_neither_is_refused(folders, tmp_path):
 def test_what_does_not_go_together(clip, folders, options, message):
     with pytest.raises(UserError, match=message):
         run(str(clip), [str(folders / "cat")], **options)
+
+
+def test_a_label_after_the_last_learned_position_is_named(monkeypatch):
+    """GPT-2 has learned positions, which end; llama's rotary ones do not."""
+    model, processor = tiny("gpt2")
+    text, places = model.config.get_text_config(), model.config.get_text_config().max_position_embeddings
+    labels = ["cat", "e", "a dog on the street"]
+    with pytest.raises(UserError, match=rf"label 'cat': .* the model has {places} positions"):
+        LabelLikelihood(model, processor, labels, prompt="e" * 3 * places)
+    (item,) = LabelLikelihood(model, processor, labels)._items([blank_image(processor)], None)
+    longest = max(item.tree.position_ids) + 1
+    assert longest < len(item.tree), "the positions of a label begin where the question ends"
+    monkeypatch.setattr(text, "n_positions", longest)
+    LabelLikelihood(model, processor, labels)
+    monkeypatch.setattr(text, "n_positions", longest - 1)
+    with pytest.raises(
+        UserError, match=rf"label 'a dog on the street': .* {longest} tokens, .* {longest - 1} positions"
+    ):
+        LabelLikelihood(model, processor, labels)
+    LabelLikelihood(*tiny("llama"), labels, prompt="e" * 3 * places)

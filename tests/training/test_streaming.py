@@ -127,7 +127,7 @@ def test_an_epoch_is_as_long_as_its_rows(streamed, workers, tmp_path):
     """Going by the first window of 15 rows, within a window or two."""
     loaded = recipe.from_dict(streamed)
     mixture = mixture_of(loaded.data, lambda source: [])
-    stream = Stream(mixture, stream_layout(loaded, loaded.stages[0], tiny()[1]), ProblemLog(0))
+    stream = Stream(mixture, stream_layout(loaded, loaded.stages[0], tiny()[1], None), ProblemLog(0))
     rows = stream.rows(arguments(tmp_path, num_train_epochs=1, max_steps=-1, dataloader_num_workers=workers))
     assert rows.readers == max(1, workers)
     batches = [rows.__getitems__([start, start + 1]) for start in range(0, len(rows), 2)]

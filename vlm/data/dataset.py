@@ -83,16 +83,19 @@ Row = list[TreeItem]
 
 @dataclass
 class LeftOut:
-    """What did not fit into `max_length`, counted by branch."""
+    """What did not fit into `max_length`, or into the model's learned positions, counted by branch. `positions` is
+    their number if something did not fit into them, else 0."""
 
     examples: int = 0
     branches: int = 0
     longest: int = 0
+    positions: int = 0
 
     def in_words(self, max_length: int, name: str) -> str:
+        model = f" or the {self.positions} positions of the model" if self.positions else ""
         return (
             f"{name}: {self.branches} answers left out ({self.examples} whole examples), with which an example is "
-            f"longer than data.max_length {max_length} tokens; the longest is {self.longest}"
+            f"longer than data.max_length {max_length} tokens{model}; the longest is {self.longest}"
         )
 
 
@@ -101,6 +104,7 @@ def make_items(
     processor: Any,
     *,
     max_length: int,
+    max_positions: int | None = None,
     too_long: Literal["skip", "drop_branches", "error"],
     report: Callable[[Problem], None],
     features: Mapping[int, tuple[str, ...]] | None = None,
@@ -112,7 +116,8 @@ def make_items(
     `features` gives for each example the keys of its images in a [`FeatureCache`]; examples that it lacks are broken
     and left out (whoever built it reported them). Without it every image is opened here, so that a broken one is
     reported now and does not stop the training later, unless `open_images` is false. What is longer than `max_length`
-    tokens is handled as `too_long` says and counted; an image is never cut, and neither is an answer. Where text stands
+    tokens, or has an answer that with its prompt is longer than `max_positions`, is handled as `too_long` says and
+    counted; an image is never cut, and neither is an answer. Where text stands
     before an image and differs between the branches, they do not share the image, and each becomes a tree of its own;
     so does each prompt of a prefix LM, whose image sees it.
     Raises ValueError for `too_long="error"`, and UserError for a model that needs as many images in each example.
@@ -151,7 +156,8 @@ def make_items(
                 report(Problem(example.where, "", str(error), lost=len(example.branches)))
                 continue
             groups = _groups(branches, processor)
-            kept = [fitting for group in groups if (fitting := _fit(group, max_length, too_long, example, left_out))]
+            limits = (max_length, max_positions)
+            kept = [fitting for group in groups if (fitting := _fit(group, limits, too_long, example, left_out))]
             left_out.examples += not kept
             keys = features[index] if features is not None else ()
             answers = sum(map(len, kept))
@@ -189,13 +195,25 @@ def _tokenize(
 
 
 def _fit(
-    branches: list[TokenizedBranch], max_length: int, too_long: str, example: Example, left_out: LeftOut
+    branches: list[TokenizedBranch],
+    limits: tuple[int, int | None],
+    too_long: str,
+    example: Example,
+    left_out: LeftOut,
 ) -> list[TokenizedBranch]:
-    """The branches whose tree is at most `max_length` tokens."""
-    size = len(make_tree(branches))
-    if size <= max_length:
+    """The branches whose tree is within `limits`: its tokens, and those of each path, whose positions begin at 0."""
+    max_length, max_positions = limits
+    size, path = len(make_tree(branches)), max(len(branch.input_ids) for branch in branches)
+    ends = max_positions is not None and path > max_positions
+    if size <= max_length and not ends:
         return branches
     left_out.longest = max(left_out.longest, size)
+    left_out.positions = (max_positions or 0) if ends else left_out.positions
+    if too_long == "error" and ends:
+        raise UserError(
+            f"{example.where}: {path} tokens with an answer, and the model has {max_positions} positions. "
+            "Set data.too_long to skip or drop_branches."
+        )
     if too_long == "error":
         raise ValueError(
             f"{example.where}: {size} tokens with all its answers, over data.max_length {max_length}. "
@@ -204,7 +222,8 @@ def _fit(
     kept: list[TokenizedBranch] = []
     if too_long == "drop_branches":
         for branch in branches:
-            if len(make_tree([*kept, branch])) <= max_length:
+            fits = max_positions is None or len(branch.input_ids) <= max_positions
+            if fits and len(make_tree([*kept, branch])) <= max_length:
                 kept.append(branch)
     left_out.branches += len(branches) - len(kept)
     return kept

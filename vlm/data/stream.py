@@ -84,6 +84,7 @@ class Layout:
     augmentation: Augmentation | None = None
     without_text: bool = False
     plain: bool = False
+    max_positions: int | None = None
 
 
 @dataclass
@@ -112,6 +113,7 @@ class Found:
         self.left_out.examples += other.left_out.examples
         self.left_out.branches += other.left_out.branches
         self.left_out.longest = max(self.left_out.longest, other.left_out.longest)
+        self.left_out.positions = max(self.left_out.positions, other.left_out.positions)
 
 
 @dataclass
@@ -173,6 +175,7 @@ class Window:
             examples,
             layout.processor,
             max_length=layout.max_length,
+            max_positions=layout.max_positions,
             too_long=layout.too_long,
             report=lambda problem: self.found.problems.append(self._counted_once(problem)),
             open_images=not getattr(layout.processor, "fixed_image_tokens", False),
@@ -270,8 +273,11 @@ class StreamReader:
 def nothing_to_learn_from(found: Found) -> UserError:
     """What to say of many rows that cannot be used."""
     reasons = "".join(f"\n  {problem}" for problem in found.problems[:5])
+    model = f" or the {found.left_out.positions} positions of the model" if found.left_out.positions else ""
     long = (
-        f"\n  {found.left_out.branches:,} answers are too long for data.max_length" if found.left_out.branches else ""
+        f"\n  {found.left_out.branches:,} answers are too long for data.max_length{model}"
+        if found.left_out.branches
+        else ""
     )
     of_text = f"\n  {found.of_text:,} have no image, and the language model is frozen" if found.of_text else ""
     return UserError(f"there is not one usable row among many of the stream{reasons}{long}{of_text}")

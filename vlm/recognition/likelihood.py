@@ -28,8 +28,9 @@ from vlm.data.encoding import BATCH_IMAGES, tile_keys
 from vlm.data.example import Example, Problem, question_and_answer
 from vlm.data.image_inputs import naming_refused
 from vlm.data.tree_masks import TreeMasks
+from vlm.data.trees import paths
 from vlm.errors import UserError
-from vlm.generation import encode_images, fixed_image_tokens
+from vlm.generation import encode_images, fixed_image_tokens, learned_positions
 from vlm.precision import input_device
 from vlm.recipe_evaluation import Classification
 from vlm.recognition.labels import fill
@@ -64,6 +65,7 @@ class LabelLikelihood:
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ) -> None:
         self.model, self.processor, self.max_batch_tokens = model, processor, max_batch_tokens
+        self.max_positions = learned_positions(model)
         self.prompt, self.answers = prompt or PROMPT, [fill(answer or ANSWER, label) for label in labels]
         blank = blank_image(processor)
         trees = TreeCollator(processor, masks=TreeMasks(model))
@@ -85,8 +87,8 @@ class LabelLikelihood:
     def log_likelihoods(self, images: Sequence[Image.Image]) -> Tensor:
         """`[images, labels]`: the summed log-probability of each answer's tokens, in nats.
 
-        Raises UserError when a batch does not fit into the memory of the accelerator, and RefusedImages if the image
-        processor does not take an image.
+        Raises UserError when a batch does not fit into the memory of the accelerator, or an answer into the model's
+        learned positions, and RefusedImages if the image processor does not take an image.
         """
         features = self._encode(images) if fixed_image_tokens(self.model, self.processor) else None
         with naming_refused(self.processor, images):
@@ -146,7 +148,20 @@ class LabelLikelihood:
             features=keys,
             progress=lambda each, total: each,
         )
+        self._require_positions(items)
         return items
+
+    def _require_positions(self, items: Sequence[TreeItem]) -> None:
+        """Raise UserError for the first answer that ends after the model's learned positions."""
+        if self.max_positions is None:
+            return
+        lengths = (max(path.position_ids) + 1 for item in items for path in paths(item.tree))
+        for number, length in enumerate(lengths):
+            if length > self.max_positions:
+                raise UserError(
+                    f"label {self.answers[number % len(self.answers)]!r}: image, prompt and label have {length:,} "
+                    f"tokens, and the model has {self.max_positions:,} positions; shorten the prompt or the label"
+                )
 
     def _encode(self, images: Sequence[Image.Image]) -> _Features:
         keys = [tile_keys(self.processor, str(number), size_of(image)) for number, image in enumerate(images)]

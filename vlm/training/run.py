@@ -188,10 +188,12 @@ def _run_stages(
             cache, (keys, held_out_keys) = kept_features(
                 recipe, (trained_on, held_out), model, processor, args, log, console, stop
             )
-        stream = Stream(mixture, stream_layout(recipe, stage, processor), log) if mixture else None
+        places = generation.learned_positions(model)
+        stream = Stream(mixture, stream_layout(recipe, stage, processor, places), log) if mixture else None
+        made = partial(_items, recipe, processor, places, log, console, stop)
         batches = Batches(
-            stream.sample() if stream else _items(recipe, trained_on, processor, keys, log, console, stop, "training"),
-            _items(recipe, held_out, processor, held_out_keys, log, console, stop, "held out") if wants_loss else [],
+            stream.sample() if stream else made(trained_on, keys, "training"),
+            made(held_out, held_out_keys, "held out") if wants_loss else [],
             TreeCollator(processor, cache, TreeMasks(model), answer_weighting=recipe.data.answer_weighting),
             stream,
         )
@@ -322,12 +324,13 @@ def _quantize(model: PreTrainedModel, section: Quantization, args: TrainingArgum
 
 def _items(
     recipe: Recipe,
-    examples: Sequence[Example],
     processor: Any,
-    features: Keys | None,
+    max_positions: int | None,
     log: ProblemLog,
     console: Console,
     stop: StopOnSignal,
+    examples: Sequence[Example],
+    features: Keys | None,
     name: str,
 ) -> list[TreeItem]:
     """Examples as trees, their images' `features` kept; what is broken or too long is counted and named."""
@@ -335,6 +338,7 @@ def _items(
         examples,
         processor,
         max_length=recipe.data.max_length,
+        max_positions=max_positions,
         too_long=recipe.data.too_long,
         report=log.add,
         features=features,
@@ -346,7 +350,9 @@ def _items(
     if left_out.branches:
         console.print(left_out.in_words(recipe.data.max_length, name), highlight=False)
     if not items:
-        raise UserError(f"no example is left to train on ({name}): every one is broken or over data.max_length")
+        over = f"data.max_length or the {left_out.positions} positions of the model"
+        over = over if left_out.positions else "data.max_length"
+        raise UserError(f"no example is left to train on ({name}): every one is broken or over {over}")
     return items
 
 

@@ -30,7 +30,7 @@ def mixture_of(data: Data, read_whole: Callable[[dict[str, Any]], list[Example]]
     return Mixture.of([in_pieces(source, Path(data.base_dir), read_whole) for source in data.sources], data.weights)
 
 
-def stream_layout(recipe: Recipe, stage: Stage, processor: Any) -> Layout:
+def stream_layout(recipe: Recipe, stage: Stage, processor: Any, max_positions: int | None) -> Layout:
     """How a stage makes rows of examples. With a frozen language model nothing learns from text alone."""
     data = recipe.data
     return Layout(
@@ -41,6 +41,7 @@ def stream_layout(recipe: Recipe, stage: Stage, processor: Any) -> Layout:
         recipe.seed,
         data.augmentation,
         without_text=not {"language", "lora"} & stage.learning_rates.keys(),
+        max_positions=max_positions,
     )
 
 
