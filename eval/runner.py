@@ -33,6 +33,7 @@ Message = Mapping[str, Any]
 Request = tuple[list[Image.Image], list[Message]]
 Predict = Callable[[list[Request]], list[str]]
 Check = Callable[[list[Image.Image]], None]
+CheckPrompt = Callable[[Request], str]
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,20 @@ def _find_broken(examples: Sequence[Example], processes: Processes, check: Check
     return dict(sorted(processes.gather(broken)))
 
 
+def _find_refused(
+    examples: Sequence[Example], items: Sequence[Item], processes: Processes, check_prompt: CheckPrompt
+) -> dict[int, str]:
+    """Positions of the items whose prompts cannot be asked, and why."""
+    refused: list[tuple[int, str]] = []
+    of_example: dict[int, list[int]] = {}
+    for i, item in enumerate(items):
+        of_example.setdefault(item.example, []).append(i)
+    for position, group in processes.share([*of_example.items()]):
+        images = _open(examples[position])
+        refused += [(i, why) for i in group if (why := check_prompt((images, items[i].messages)))]
+    return dict(sorted(processes.gather(refused)))
+
+
 def _predict(asked: Sequence[tuple[Item, Example]], predict: Predict, processes: Processes) -> list[str]:
     """The answer to each item when it is shown the images of the example beside it. Each process finds its share, and
     gets those of all.
@@ -204,6 +219,7 @@ def evaluate(
     about: Mapping[str, Any] | None = None,
     may_fail_to_write: bool = False,
     check: Check = lambda images: None,
+    check_prompt: CheckPrompt | None = None,
 ) -> dict[str, Any]:
     """Predict, score, and write `predictions.jsonl`, `summary.json` and `samples.html` into `output_dir`.
 
@@ -224,12 +240,13 @@ def evaluate(
         about: what was evaluated, the first keys of the summary.
         may_fail_to_write: only log a warning if the files cannot be written, as on a full disk.
         check: raises UserError for images that the model cannot be shown; they are left out as those that do not open.
+        check_prompt: says why a prompt cannot be asked, or nothing if it can; those are left out and counted alike.
 
     Returns:
-        The summary: `n_items`, `n_images`, `n_broken`, `broken_images` (image_id, where, why), `blind_missing` (the
-        reason, or None), `seed`, and `metrics`: name -> score, interval, blind_score, blind_interval, n_items,
-        n_images, sees. `sees` is true when the score's interval lies wholly above the blind one's, None when either is
-        missing. Scores are on the metric's own scale: 0 to 1, CIDEr-D 0 to 10.
+        The summary: `n_items`, `n_images`, `n_broken`, `broken_images` (image_id, where, why; also of prompts),
+        `blind_missing` (the reason, or None), `seed`, and `metrics`: name -> score, interval, blind_score,
+        blind_interval, n_items, n_images, sees. `sees` is true when the score's interval lies wholly above the blind
+        one's, None when either is missing. Scores are on the metric's own scale: 0 to 1, CIDEr-D 0 to 10.
 
     Raises:
         ValueError: an unknown metric, nothing left to evaluate, or `predict` returned the wrong number of texts.
@@ -247,9 +264,18 @@ def evaluate(
             "%d of %d examples left out: their images cannot be used (see summary.json)", len(broken), len(examples)
         )
     items = [item for item in items_of(examples) if item.example not in broken]
+    refused = _find_refused(examples, items, processes, check_prompt) if check_prompt else {}
+    left_out = [{"image_id": items[i].image_id, "where": items[i].where, "why": why} for i, why in refused.items()]
+    if left_out and processes.index == 0:
+        logger.warning(
+            "%d of %d prompts left out, the first in %s: %s (all are in summary.json)",
+            len(left_out), len(items), left_out[0]["where"], left_out[0]["why"],
+        )  # fmt: skip
+    items = [item for i, item in enumerate(items) if i not in refused]
     if not items:
-        found = broken_images[0]["why"] if broken_images else ""
+        found = (broken_images + left_out)[0]["why"] if broken_images or left_out else ""
         reason = f"all {len(broken)} images are broken, the first: {found}" if broken else "no examples"
+        reason = f"no prompt can be asked, the first: {found}" if left_out else reason
         raise ValueError(f"Nothing to evaluate: {reason}")
 
     groups = [item.image_id for item in items]
@@ -270,8 +296,8 @@ def evaluate(
         "metrics": {},
         "n_items": len(items),
         "n_images": len(set(groups)),
-        "n_broken": len(broken_images),
-        "broken_images": broken_images,
+        "n_broken": len(broken_images) + len(left_out),
+        "broken_images": broken_images + left_out,
         "blind_missing": None if sources is not None else blind_missing,
         "seed": seed,
     }

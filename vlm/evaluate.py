@@ -114,9 +114,15 @@ def run(
 
         with generation_in_bfloat16(network):  # as at the end of training, so that the scores are the same
             more = measure(tasks, partial(label_likelihood, network, processor, max_batch_tokens), console=console)
-            check = SizeCheck(processor)
             summary = score(
-                examples, predict, list(metrics or ()), output_dir=folder, more=more, about=about, check=check
+                examples,
+                predict,
+                list(metrics or ()),
+                output_dir=folder,
+                more=more,
+                about=about,
+                check=SizeCheck(processor),
+                check_prompt=generation.prompt_check(network, processor),
             )
         show(summary, console)
         console.print(f"every answer: {folder / 'samples.html'}", markup=False, highlight=False, soft_wrap=True)

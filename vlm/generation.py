@@ -331,9 +331,10 @@ def generate(
     options = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
     with sound(model, processor):
         lengths = prompt_lengths(model, processor, requests)
-        max_new_tokens = options["max_new_tokens"] = room(model, max(lengths, default=0), max_new_tokens)
-        lengths = [length + max_new_tokens for length in lengths]
-        shapes = prompt_shapes(processor, requests)
+        places = learned_positions(model)  # answers of a batch have equal room, whatever else is asked
+        answer_lengths = [_room(places, length, max_new_tokens) for length in lengths]
+        lengths = [length + new for length, new in zip(lengths, answer_lengths, strict=True)]
+        shapes = [*zip(prompt_shapes(processor, requests), answer_lengths, strict=True)]
     keys = [tuple(id(image) for image in images) for images, _ in requests]
     answers = [""] * len(requests)
     if reads_the_prompt(model, options):  # and padding with it: there may not be any
@@ -347,6 +348,7 @@ def generate(
     for rows in batches:
         try:
             with sound(model, processor):
+                options["max_new_tokens"] = answer_lengths[rows[0]]
                 texts = _answers(model, processor, [requests[row] for row in rows], options)
         except torch.OutOfMemoryError as error:
             size = len(rows) * max(lengths[row] for row in rows)
@@ -375,11 +377,13 @@ def room(model: Any, length: int, max_new_tokens: int) -> int:
     """Return how many tokens, up to `max_new_tokens`, an answer to a prompt of `length` tokens may have: a decoder with
     [learned positions][`learned_positions`] fails after its last one. Raises UserError for a prompt that is too long.
     """
-    places = learned_positions(model)
+    return _room(learned_positions(model), length, max_new_tokens)
+
+
+def _room(places: int | None, length: int, max_new_tokens: int) -> int:
     if places is not None and length >= places:
         raise UserError(
-            f"the prompt has {length:,} tokens, with its images and what was said before, and the model has {places:,} "
-            "positions; ask something shorter (vlm chat: /reset forgets what was said)"
+            f"{_over_positions(length, places)}; ask something shorter (vlm chat: /reset forgets what was said)"
         )
     return max_new_tokens if places is None else min(max_new_tokens, places - length)
 
@@ -392,6 +396,28 @@ def learned_positions(model: Any) -> int | None:
     if not any(isinstance(module, nn.Embedding) and re.search("wpe|position", name) for name, module in modules):
         return None
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def _over_positions(length: int, places: int) -> str:
+    return (
+        f"the prompt has {length:,} tokens, with its images and what was said before, and the model has {places:,} "
+        "positions"
+    )
+
+
+def prompt_check(model: Any, processor: Any) -> Callable[[Any], str] | None:
+    """Return what says why a request does not fit into the model's learned positions, or nothing if it does; None for a
+    model whose positions do not end."""
+    places = learned_positions(model)
+    if places is None:
+        return None
+
+    def why_refused(request: Request) -> str:
+        with sound(model, processor):
+            length = prompt_lengths(model, processor, [request])[0]
+        return _over_positions(length, places) if length >= places else ""
+
+    return why_refused
 
 
 @contextmanager

@@ -261,3 +261,25 @@ def test_questions_of_the_same_words_are_scored_one_by_one(tmp_path: Path) -> No
         found = summary["metrics"][name]
         assert (found["n_items"], found["n_images"]) == (3, 2)
         assert (found["score"], found["blind_score"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+
+
+def test_a_prompt_that_cannot_be_asked_is_left_out_and_named(tmp_path: Path) -> None:
+    """The scores are those without it; another prompt about the same image stays."""
+    long = Branch((user("Describe at length."), assistant("a red square")), where="metadata.jsonl:red.2")
+    red = example("red")
+    both = Example(red.images, (*red.branches, long), image_id="red", where=red.where)
+    asked: list[str] = []
+
+    def why(request: Request) -> str:
+        asked.append(request[1][0]["content"][-1]["text"])
+        return "too long" if "length" in asked[-1] else ""
+
+    others = [example("blue"), example("green")]
+    options: dict[str, Any] = {"metrics": ["exact_match"], "bootstrap": 0}
+    summary = evaluate([both, *others], seeing, output_dir=tmp_path / "a", check_prompt=why, **options)
+    wanted = evaluate([red, *others], seeing, output_dir=tmp_path / "b", **options)
+    assert summary["metrics"] == wanted["metrics"]
+    assert summary["n_broken"] == 1
+    assert summary["broken_images"] == [{"image_id": "red", "where": "metadata.jsonl:red.2", "why": "too long"}]
+    with pytest.raises(ValueError, match="no prompt can be asked, the first: no"):
+        evaluate(others, seeing, output_dir=tmp_path / "c", check_prompt=lambda request: "no", **options)

@@ -2,13 +2,14 @@
 saved."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
-from tests.tiny import tiny
+from tests.tiny import text_config, tiny
 from tests.training.helpers import train
 from vlm.errors import UserError
 from vlm.modeling import VLMForConditionalGeneration
@@ -174,3 +175,35 @@ def test_a_generation_config_that_does_not_load_is_named(vicuna, tmp_path):
     (tmp_path / "language/generation_config.json").write_text(json.dumps({"num_return_sequences": 2}))
     with pytest.raises(UserError, match="num_return_sequences"):
         train(vicuna)
+
+
+@pytest.mark.parametrize("dry_run", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_what_is_longer_than_learned_positions_is_left_out(short, images, tmp_path, dry_run):
+    """GPT-2 has 256: a caption and a prompt over them are left out before training, and the scores are of the rest."""
+    model = AutoModelForCausalLM.from_config(text_config("gpt2"))
+    model.save_pretrained(tmp_path / "gpt2")
+    shutil.copytree(images, tmp_path / "images")
+    AutoTokenizer.from_pretrained(short["model"]["language"]).save_pretrained(tmp_path / "gpt2")
+    train_file, prompts = tmp_path / "images/train.jsonl", tmp_path / "test.json"
+    rows = [json.loads(line) for line in train_file.read_text().splitlines()]
+    rows[0]["captions"] = ["no " * 300]
+    train_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [
+        {"id": n, "image": f"{n}.png", "conversations": [
+            {"from": "human", "value": "<image>" + text}, {"from": "gpt", "value": "a cat"}
+        ]}
+        for n, text in ((10, "What?"), (11, "no " * 300), (12, "What?"))
+    ]  # fmt: skip
+    prompts.write_text(json.dumps(asked))
+    validation = {"format": "llava", "path": str(prompts), "images": str(tmp_path / "images")}
+    train_source = short["data"]["train"] | {"path": str(tmp_path / "images")}
+    short["data"] |= {"train": train_source, "validation": validation}
+    short["model"] |= {"language": str(tmp_path / "gpt2")}
+    short["evaluation"] = {"metrics": ["exact_match"], "max_new_tokens": 2}
+    said = " ".join(train(short, dry_run=dry_run).split())
+    assert "1 answers left out (1 whole examples)" in said
+    assert "or the 256 positions of the model" in said
+    assert re.search(r"test\.json:row 1 \(id 11\): the prompt has \d+ tokens.* and the model has 256 positions", said)
+    if not dry_run:
+        summary = json.loads((tmp_path / "run/evaluation/summary.json").read_text())
+        assert (summary["n_items"], summary["n_broken"]) == (2, 1)

@@ -173,6 +173,20 @@ def test_a_prompt_that_is_longer_than_the_model_has_positions(decoder):
     assert room(model, places - 1, 8) == 1
 
 
+def test_a_prompt_near_the_last_position_does_not_cut_other_answers():
+    model, processor = tiny("gpt2")
+    places = model.config.get_text_config().max_position_embeddings
+    short = ([], [{"role": "user", "content": [{"type": "text", "text": "a"}]}])
+    nearly = next(
+        ([], [{"role": "user", "content": [{"type": "text", "text": "a" * count}]}])
+        for count in range(places, 0, -1)
+        if prompt_lengths(model, processor, [([], [{"role": "user", "content": "a" * count}])])[0] < places
+    )
+    options = {"max_new_tokens": 6, "min_new_tokens": 1}
+    alone = [generate(model, processor, [request], **options)[0] for request in (short, nearly)]
+    assert generate(model, processor, [short, nearly], **options) == alone
+
+
 @pytest.mark.parametrize("assistant", ["itself", "another"])
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_with_an_assistant_the_tokens_are_those_of_greedy_decoding(fusion, assistant):

@@ -61,6 +61,7 @@ from vlm.training.processes import idle_gpus, join_processes, of_first, sharded
 from vlm.training.quantization import merged, quantize
 from vlm.training.rehearsal import rehearse
 from vlm.training.report import environment
+from vlm.training.sampling import report_prompts
 from vlm.training.stage import Batches, initialize_projector, run_stage
 from vlm.training.streams import Stream, mixture_of, stream_layout
 from vlm.training.tracking import require_trackers
@@ -124,6 +125,8 @@ def _train(
     read_tasks(recipe.evaluation.classification)  # what is wrong with them is said now
     done = finished_stages(folder, recipe.stage_names) if resume else 0
     model, processor = _start_model(recipe, folder, done)
+    if recipe.evaluation.metrics and not recipe.contrastive:
+        report_prompts(validation_examples[: recipe.evaluation.limit], model, processor, log)
     if note := make_savable(model):
         console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     for stage in recipe.stages[done:]:  # the last stage's mistakes too, before the first one trains
@@ -399,5 +402,6 @@ def _score(
             processes=processes,
             more=more,
             check=SizeCheck(processor),
+            check_prompt=generation.prompt_check(network, processor),
         )
     show(summary, console)

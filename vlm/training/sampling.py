@@ -12,10 +12,27 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 
 from vlm import generation
-from vlm.data.example import Example
+from vlm.data.check import ProblemLog
+from vlm.data.example import Example, Problem
 from vlm.data.image_inputs import SizeCheck
-from vlm.eval import evaluate
+from vlm.data.images import ImageError, open_image
+from vlm.eval import evaluate, items_of
 from vlm.recipe_evaluation import Evaluation
+
+
+def report_prompts(examples: Sequence[Example], model: Any, processor: Any, log: ProblemLog) -> None:
+    """Note the prompts that scoring will leave out, since they do not fit into the model's learned positions. Images
+    that cannot be used are left to the evaluation."""
+    check = generation.prompt_check(model, processor)
+    for item in items_of(examples) if check else ():
+        example = examples[item.example]
+        try:
+            images = [open_image(source, where=example.where) for source in example.images]
+            why = check((images, item.messages)) if check else ""
+        except ImageError:
+            continue
+        if why:
+            log.add(Problem(item.where, "", why))
 
 
 class Samples:
@@ -46,6 +63,7 @@ class Samples:
                 may_fail_to_write=True,
                 bootstrap=0,
                 check=SizeCheck(self.processor),
+                check_prompt=generation.prompt_check(model, self.processor),
             )
         return {f"eval_{name}": found["score"] for name, found in summary["metrics"].items()}
 
