@@ -59,7 +59,7 @@ class Standardize(nn.Module):
 class Projector(nn.Module):
     """What all projectors are: `features [B, N, D_v]` and `grid (h, w)` to visual tokens `[B, M, D_t]`.
 
-    A module that has parameters or buffers of its own, beside those of its layers, has a method `reset_own`. It
+    A module that has parameters or buffers of its own, apart from those of its layers, has a method `reset_own`. It
     initializes them by functions of `torch.nn.init`, which transformers keeps from what a checkpoint has.
     """
 

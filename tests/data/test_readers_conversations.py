@@ -66,15 +66,18 @@ def test_a_placeholder_is_the_place_of_an_image(name):
     [
         ({"messages": chat("<image><image>x", "y")}, "messages: 2 image parts or <image> placeholders but 1 image(s)"),
         ({"messages": chat([IMAGE, text("<image>x")], "y")}, "messages: 2 image parts or <image> placeholders but 1"),
-        ({"messages": chat("x", "<image>y")}, "messages[1]: an image stands in an answer"),
+        ({"messages": chat("x", "<image>y")}, "messages[1]: an answer contains an image"),
         (
             {"messages": [{"role": "system", "content": "<image>"}, *chat("x", "y")]},
-            "messages[0]: an image stands",
+            "messages[0]: the system message contains an image",
         ),
-        ({"conversations": [*share_gpt("", "<image>")[1:], *share_gpt("x", "y")]}, "conversations[0]: an image stands"),
-        ({"caption": "a <image>"}, "caption: an image stands in an answer"),
+        (
+            {"conversations": [*share_gpt("", "<image>")[1:], *share_gpt("x", "y")]},
+            "conversations[0]: an answer contains an image",
+        ),
+        ({"caption": "a <image>"}, "caption: an answer contains an image"),
         ({"question": "<image> <image>", "answer": "x"}, "question: 2 <image> placeholders but 1 image(s)"),
-        ({"question": "x", "answer": "<image>"}, "answer: an image stands in an answer"),
+        ({"question": "x", "answer": "<image>"}, "answer: an answer contains an image"),
         ({"completion": "y"}, "prompt: missing: 'prompt' and 'completion' go together"),
     ],
 )

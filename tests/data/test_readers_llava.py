@@ -61,7 +61,7 @@ LLAVA_FAULTS = [
     ({"conversations": turns("<image>", "A")}, "conversations: 1 <image> placeholders but 0 image(s)"),
     ({"image": "a.png", "conversations": turns("<image>", "")}, "conversations[1]: empty answer"),
     ({"image": "a.png", "conversations": turns("<image>", "A", "B")}, "conversations: the last turn must be an answer"),
-    ({"image": "a.png", "conversations": turns("Q", "<image>")}, "conversations[1]: an image stands in an answer"),
+    ({"image": "a.png", "conversations": turns("Q", "<image>")}, "conversations[1]: an answer contains an image"),
     (
         {"image": "a.png", "conversations": [*turns("<image>", "A"), *turns("B", "C")[::-1]]},
         "conversations[2]: a turn of the user is expected",

@@ -44,7 +44,7 @@ def conversation_branch(turns: Any, num_images: int, key: str, where: str, quest
         if message["role"] == "assistant" and count_image_parts([message]):
             raise RowError(name, NO_IMAGE_IN_ANSWER)
         if message["role"] == "system" and count_image_parts([message]):
-            raise RowError(name, "an image stands in the system message; images are only allowed in questions")
+            raise RowError(name, "the system message contains an image; images are only allowed in questions")
     found = count_image_parts(messages)
     first = int(messages[0]["role"] == "system")
     if len(messages) > first + 1 and messages[first]["role"] == "assistant":

@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 IMAGE_PLACEHOLDER = "<image>"
-NO_IMAGE_IN_ANSWER = "an image stands in an answer; images are only allowed in questions"
+NO_IMAGE_IN_ANSWER = "an answer contains an image; images are only allowed in questions"
 CONTENT_KEYS = ("caption", "captions", "question", "qa", "messages", "conversations", "completion")
 """What a row may have to answer."""
 _ID = re.compile("(id|ids|idx|index)[0-9]*$")
