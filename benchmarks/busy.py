@@ -26,7 +26,9 @@ SETTINGS: dict[str, dict[str, str]] = {
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
 }
-SETTINGS = {f"{name}, set by vlm" if SPIN_COUNT in values.values() else name: values for name, values in SETTINGS.items()}
+SETTINGS = {
+    f"{name}, set by vlm" if SPIN_COUNT in values.values() else name: values for name, values in SETTINGS.items()
+}
 REPEATS = 5
 PASSES = {"quiet": 30, "busy": 10}
 LIMIT = 120
