@@ -47,12 +47,12 @@ def _built() -> Path:
     if compiler is None:
         raise Unavailable("an emulated GPU needs a C compiler (cc, gcc or clang)")
     library.parent.mkdir(parents=True, exist_ok=True)
-    beside = library.with_suffix(f".{os.getpid()}")
+    unfinished = library.with_suffix(f".{os.getpid()}")
     options = ["-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-ldl"]
-    made = subprocess.run([compiler, *_headers(), "-o", beside, SOURCE, *options], capture_output=True, text=True)
+    made = subprocess.run([compiler, *_headers(), "-o", unfinished, SOURCE, *options], capture_output=True, text=True)
     if made.returncode:
         raise Unavailable(f"an emulated GPU: {compiler} cannot build {SOURCE.name}: {made.stderr.strip()}")
-    beside.rename(library)
+    unfinished.rename(library)
     return library
 
 

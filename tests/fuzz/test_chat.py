@@ -81,7 +81,7 @@ def test_lines(numbers: range, files: list[str]) -> None:
 
 @parts(fast=4, slow=150)
 def test_sessions(numbers: range, files: list[str]) -> None:
-    """A real model: no line ends the conversation, whatever stands in it."""
+    """A real model: no line ends the conversation, whatever it contains."""
     sessions = [
         Session(*tiny(decoder, fusion)) for decoder, fusion in (("llama", "prefix"), ("gpt2", "cross_attention"))
     ]
