@@ -3,15 +3,18 @@
 A thread of OpenMP that has finished its part spins before it sleeps. On a quiet machine that saves the time of waking
 it; on a busy one it takes the processor from the thread that all others wait for. Measured are forward and backward
 passes of one decoder layer of SmolLM2-135M's size over 512 tokens, with nothing else running and next to as many busy
-processes as there are processors, for each setting of the environment in alternation. The busy machine's ideal is what
-a fair scheduler gives: half of the processors, so twice the quiet time of the fastest setting.
+processes as there are processors, for each setting of the environment, in an order that changes from one alternation to
+the next. The busy machine's ideal is what a fair scheduler gives: half of the processors, so twice the quiet time of
+the fastest setting.
 
-Takes about ten minutes and prints a table of medians. Run it on a machine that does nothing else.
+Takes about fifteen minutes and prints a table of medians; the range of the quiet times says how far processes with the
+same setting differ. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -79,20 +82,22 @@ def stop(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def main() -> None:
     found: dict[tuple[str, str], list[float]] = {}
+    order = random.Random(0)
     for _ in range(REPEATS):
         for load in PASSES:
-            for name, values in SETTINGS.items():
-                found.setdefault((name, load), []).append(measured(values, load))
+            for name in order.sample(list(SETTINGS), len(SETTINGS)):
+                found.setdefault((name, load), []).append(measured(SETTINGS[name], load))
     medians = {key: statistics.median(times) for key, times in found.items()}
     quiet = min(time for (_, load), time in medians.items() if load == "quiet")
-    print("| setting | quiet, ms per pass | of the fastest | busy, ms per pass | of the ideal |")
+    print("| setting | quiet, ms per pass (range) | of the fastest | busy, ms per pass | of the ideal |")
     print("| --- | --- | --- | --- | --- |")
     for name in SETTINGS:
         alone, shared = medians[name, "quiet"], medians[name, "busy"]
+        low, high = min(found[name, "quiet"]), max(found[name, "quiet"])
         more = "over " if shared >= LIMIT / PASSES["busy"] else ""
         print(
-            f"| {name} | {alone * 1000:.0f} | {alone / quiet:.2f} | {more}{shared * 1000:.0f} | "
-            f"{more}{shared / (2 * quiet):.2f} |"
+            f"| {name} | {alone * 1000:.0f} ({low * 1000:.0f}-{high * 1000:.0f}) | {alone / quiet:.2f} | "
+            f"{more}{shared * 1000:.0f} | {more}{shared / (2 * quiet):.2f} |"
         )
 
 
