@@ -12,6 +12,7 @@ import jinja2
 
 from vlm.errors import UserError
 from vlm.processing import IMAGE_TOKEN
+from vlm.template_budget import TemplateBoundsError
 
 TEMPLATE_FILE = "<template>"
 """What jinja2 calls a template that has no file, in a traceback."""
@@ -127,6 +128,11 @@ def naming_template(processor: Any) -> Iterator[None]:
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         name = getattr(processor, "tokenizer", processor).name_or_path
         where = f"the chat template of {name or type(processor).__name__}" + (f", line {line}" if line else "")
+        if isinstance(error, TemplateBoundsError):
+            raise UserError(
+                f"{where}: {error}, which no conversation needs. It may be meant to do harm: use another model, or "
+                "write another template into chat_template.jinja"
+            ) from error
         if type(error) is jinja2.TemplateError:  # what `raise_exception` in a template raises
             raise Refused(f"{where}, refuses the conversation: {error}") from error
         raise UserError(

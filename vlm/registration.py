@@ -18,13 +18,15 @@ AUTO_MODULE = "transformers.models.auto"
 
 def register() -> None:
     """Register configuration, model and processor with AutoConfig, AutoModelForImageTextToText and AutoProcessor, dual
-    encoders with AutoModel, and encoders side by side with AutoModel and AutoImageProcessor."""
+    encoders with AutoModel, and encoders side by side with AutoModel and AutoImageProcessor. From then on chat
+    templates are rendered within bounds."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     from vlm.configuration import VLMConfig
     from vlm.dual_encoder import DualEncoderConfig, DualEncoderModel
     from vlm.modeling import VLMForConditionalGeneration
     from vlm.processing import VLMProcessor
+    from vlm.template_bounds import bound_templates
     from vlm.vision_towers import register as register_vision_towers
 
     AutoConfig.register(VLMConfig.model_type, VLMConfig, exist_ok=True)
@@ -33,6 +35,7 @@ def register() -> None:
     AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig, exist_ok=True)
     AutoModel.register(DualEncoderConfig, DualEncoderModel, exist_ok=True)
     register_vision_towers()
+    bound_templates()
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
