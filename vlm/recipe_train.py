@@ -8,10 +8,12 @@ import typing
 from typing import Any
 
 from vlm.errors import nearest, shown
+from vlm.recipe_train_effects import without_effect
 
 _PUSH = "not set in a recipe; when the run is done: vlm push RUN user/name"
 _BATCHES = "set by vlm, which builds the batches itself"
 _METRICS = "set by vlm; what is measured is set in the `evaluation:` section"
+_PRECISION = "has no effect: evaluations during training are in the number format of training (`bf16`, `fp16`)"
 
 REFUSED: dict[str, str] = {
     "output_dir": "set `output_dir` at the top of the recipe",
@@ -37,6 +39,8 @@ REFUSED: dict[str, str] = {
     "batch_eval_metrics": _METRICS,
     "eval_do_concat_batches": _METRICS,
     "eval_use_gather_object": _METRICS,
+    "bf16_full_eval": _PRECISION,
+    "fp16_full_eval": _PRECISION,
     "push_to_hub": _PUSH,
     "hub_model_id": _PUSH,
     "hub_strategy": _PUSH,
@@ -133,11 +137,7 @@ def check(train: dict[str, Any]) -> list[tuple[str, str]]:
             problems.append((key, f"no such field of TrainingArguments; {_suggest(key, known)}"))
         elif why := _wrong(value, known[key]) or _out_of_range(key, value):
             problems.append((key, why))
-    if "early_stopping_patience" in train and train.get("eval_strategy", "no") == "no":
-        problems.append(("early_stopping_patience", "needs `eval_strategy`: it counts evaluations without a gain"))
-    if "early_stopping_threshold" in train and "early_stopping_patience" not in train:
-        problems.append(("early_stopping_threshold", "has no effect without `early_stopping_patience`"))
-    return problems
+    return problems or list(without_effect(train))
 
 
 def _out_of_range(key: str, value: Any) -> str:

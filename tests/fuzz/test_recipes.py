@@ -66,7 +66,8 @@ PAIRS = {
     "data": {"train": {"format": "dataset", "path": "json", "data_files": ["a.jsonl"],
                        "columns": {"image": "x", "caption": "y"}}},
     "trainable": {"projector": 1e-3},
-    "train": {"max_steps": 3, "bf16": False, "fp16": False, "deepspeed": None, "fsdp_config": {"min_num_params": 1}},
+    "train": {"max_steps": 3, "bf16": False, "fp16": False, "deepspeed": None, "fsdp": "full_shard",
+              "fsdp_config": {"min_num_params": 1}},
 }  # fmt: skip
 BASES: tuple[dict[str, Any], ...] = (SHORT, STAGES, PAIRS)
 

@@ -223,8 +223,12 @@ def test_samples_change_no_step(values, tmp_path):
         ({"early_stopping_patience": 2}, {}, "needs `eval_strategy`"),
         ({"early_stopping_threshold": 0.1}, {}, "has no effect without `early_stopping_patience`"),
         ({"early_stopping_patience": "2"}, {}, "must be a whole number"),
-        ({"metric_for_best_model": "cider"}, {}, "is not measured during training; known: loss"),
-        ({"metric_for_best_model": "eval_exact_match"}, {}, "only with `evaluation.samples`"),
+        (
+            {"metric_for_best_model": "cider", "eval_strategy": "epoch"},
+            {},
+            "is not measured during training; known: loss",
+        ),
+        ({"metric_for_best_model": "eval_exact_match", "eval_strategy": "epoch"}, {}, "only with `evaluation.samples`"),
         ({}, {"samples": 4, "metrics": []}, "name `metrics`"),
         ({}, {"samples": 4}, "set `eval_strategy` in `train`"),
     ],
@@ -241,8 +245,8 @@ def test_a_metric_of_samples_can_choose(values):
 
 
 def test_what_transformers_refuses_is_said_in_its_words(values):
-    section = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "steps"}
-    with pytest.raises(UserError, match="requires the save and eval strategy to match"):
+    section = {"optim": "sgd", "optim_args": "momentum"}
+    with pytest.raises(UserError, match=r"train\.optim_args: 'momentum' cannot be used: not enough values to unpack"):
         train(values | {"train": section})
 
 
