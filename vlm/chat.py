@@ -24,7 +24,8 @@ HELP = """\
 /image FILE   show another image with your next question
 /reset        forget what was said; the last image stays
 /help         this list
-/quit         leave (so does Ctrl-D); Ctrl-C stops an answer"""
+/quit         leave (so does Ctrl-D); Ctrl-C stops an answer
+//...         ask a question that begins with /"""
 COMMANDS = ("/image", "/reset", "/help", "/quit")
 
 
@@ -48,7 +49,8 @@ class Conversation:
 
     def ask(self, question: str) -> Request:
         """Return the request for an answer to `question`. Nothing is remembered before `answered`."""
-        parts = [*({"type": "image"} for _ in self.waiting), {"type": "text", "text": question}]
+        text = [{"type": "text", "text": question}] if question.strip() else []
+        parts = [*({"type": "image"} for _ in self.waiting), *text]
         return self.images + self.waiting, [*self.messages, {"role": "user", "content": parts}]
 
     def answered(self, request: Request, answer: str) -> None:
@@ -67,8 +69,13 @@ def run(
     max_new_tokens: int = 256,
     placement: Placement = Placement(),
 ) -> None:
-    """Load `model` (run folder, checkpoint or Hub name) and chat on the terminal. See `chat`."""
-    picture = open_image(image) if image else None  # before the model, which takes longer to load
+    """Load `model` (run folder, checkpoint or Hub name) and chat on the terminal. See `chat`.
+
+    Raises UserError for an empty `question` without an image, and ImageError if `image` cannot be opened.
+    """
+    picture = None if image is None else open_image(image)  # before the model, which takes longer to load
+    if question is not None and not question.strip() and picture is None:
+        raise UserError("the question is empty, and there is no image; ask something, or name an image with --image")
     with console.status("loading the model"):
         from vlm import generation
         from vlm.session import Session
@@ -97,9 +104,10 @@ def chat(
         line = line.strip()
         if line == "/quit":
             return
-        if line.startswith("/"):
+        if line.startswith("/") and not line.startswith("//"):
             _command(conversation, line, console)
         elif line:
+            line = line.removeprefix("/") if line.startswith("//") else line
             try:
                 _answer(conversation, valid_unicode(line), stream, console)
             except KeyboardInterrupt:
@@ -127,10 +135,20 @@ def _typed(console: Console) -> Iterator[str]:
 
 
 def _command(conversation: Conversation, line: str, console: Console) -> None:
-    name, _, rest = line.partition(" ")
-    if name == "/image":
+    name, *rest = line.split(maxsplit=1)
+    if name not in COMMANDS:
+        hint = nearest(name, COMMANDS)
+        full = hint if hint.endswith("?") else f"{hint}."
+        _say(console, f"there is no command {name}; {full} To ask this as a question, type /{line}", "red")
+    elif name != "/image" and rest:
+        _say(
+            console, f"{name} takes nothing after it; type {name} alone. To ask this as a question, type /{line}", "red"
+        )
+    elif name == "/image" and not rest:
+        _say(console, "/image needs the name of a file: /image FILE", "red")
+    elif name == "/image":
         try:
-            path = _path(rest)
+            path = _path(rest[0])
             conversation.show(open_image(path))
         except ImageError as error:
             _say(console, str(error), "red")
@@ -140,10 +158,8 @@ def _command(conversation: Conversation, line: str, console: Console) -> None:
         conversation.reset()
         kept = "the last image stays" if conversation.waiting else "show an image with /image FILE"
         _say(console, f"forgotten; {kept}", "dim")
-    elif name == "/help":
-        _say(console, HELP, "dim")
     else:
-        _say(console, f"there is no command {name}; {nearest(name, COMMANDS)}", "red")
+        _say(console, HELP, "dim")
 
 
 def _path(typed: str) -> str:

@@ -245,7 +245,7 @@ def encode(
 def classify(
     model: ModelArgument,
     images: Annotated[list[str] | None, typer.Argument(help="Files, folders, or globs in quotes.")] = None,
-    labels: Annotated[str | None, typer.Option(help="a,b,c or a text file with one a line.")] = None,
+    labels: Annotated[str | None, typer.Option(help="a,b,c, a text file with one a line, or a CSV file.")] = None,
     data: Annotated[
         str | None, typer.Option(help="In place of images and labels: a folder of folders, or rows with a label.")
     ] = None,
@@ -363,7 +363,7 @@ def evaluate(
     from vlm import evaluate as evaluation
     from vlm.loading import Placement
 
-    names = metrics.split(",") if metrics else None
+    names = None if metrics is None else [name for part in metrics.split(",") if (name := part.strip())]
     evaluation.run(
         model,
         data,

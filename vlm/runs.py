@@ -5,41 +5,69 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
-from vlm.errors import UserError
+from vlm.errors import UserError, cut
 from vlm.recipe_source import read_written
 from vlm.training.history import draw_losses, duration, is_alive, read_metrics
 
 
 def ls(folder: Path, console: Console) -> None:
-    """List the runs in `folder`, itself or any below it; the latest first. Raises UserError if there are none."""
+    """List the runs in `folder`, itself or any below it; the latest first. A run whose files cannot be read is
+    listed as damaged, and the reason is given below the table. Raises UserError if there are no runs."""
     found = [path.parent for path in folder.rglob("recipe.yaml") if _is_run(path.parent)]
     if not found:
         raise UserError(f"there is no run in {folder}: a run is a folder that `vlm train` has written")
     table = Table("run", "recipe", "step", "state", "best", "changed", box=None, pad_edge=False)
+    damaged = []
     for run in sorted(found, key=_changed, reverse=True):
-        recipe, entries = _recipe(run), _entries(run)
         name = str(run.relative_to(folder)) if run != folder else str(run)
-        ago = duration(time.time() - _changed(run))
-        table.add_row(name, str(recipe.get("name")), _step(recipe, entries), state(run), _best(run), f"{ago} ago")
+        ago = f"{duration(time.time() - _changed(run))} ago"
+        try:
+            with _readable(run):
+                table.add_row(Text(name), *_columns(run), ago)
+        except UserError as error:
+            table.add_row(Text(name), "", "", "damaged", "", ago)
+            damaged.append(str(error))
     console.print(table, highlight=False)
+    for why in damaged:
+        console.print(f"damaged: {why}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _columns(run: Path) -> tuple[str, str, str, str]:
+    """Return the recipe, step, state and best score of a run."""
+    recipe = _recipe(run)
+    return str(recipe.get("name")), _step(recipe, _entries(run)), state(run), _best(run)
+
+
+@contextmanager
+def _readable(run: Path) -> Iterator[None]:
+    """Turn an error about what is in the files of a run into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{run}: its files are not as `vlm train` writes them ({cut(repr(error))})") from error
 
 
 def compare(first: Path, second: Path, picture: Path, console: Console) -> None:
     """Print in what the recipes of two runs differ, and what they came to; draw their losses into `picture`.
 
-    Raises UserError for a folder that is no run.
+    Raises UserError for a folder that is no run, and for a damaged run.
     """
     runs = {}
     for run in (first, second):
         if not _is_run(run):
             raise UserError(f"{run} is no run: there is no recipe.yaml and environment.json in it")
-        runs[run] = (dict(_flat(_recipe(run))), _results(run))
+        with _readable(run):
+            runs[run] = (dict(_flat(_recipe(run))), _results(run))
     (a, ours), (b, theirs) = runs[first], runs[second]
     columns = [Column(header, overflow="fold") for header in ("", str(first), str(second))]
     table = Table(*columns, box=None, pad_edge=False)
@@ -60,8 +88,19 @@ def state(run: Path) -> str:
     """`finished`, `running` (its process is alive on this machine) or `stopped`."""
     if (run / "model" / "config.json").is_file():
         return "finished"
-    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    environment = _read_object(run / "environment.json")
     return "running" if is_alive(environment.get("process")) else "stopped"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a run. Raises UserError for a damaged file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a {type(found).__name__} in place of an object with keys")
+    return found
 
 
 def _is_run(folder: Path) -> bool:
@@ -100,14 +139,15 @@ def _results(run: Path) -> dict[str, str]:
     """The lowest held-out loss and the scores, with the blind ones."""
     entries = _entries(run)
     found = {"step": str(entries[-1]["step"])} if entries else {}
-    if losses := [(entry["eval_loss"], entry["step"]) for entry in entries if "eval_loss" in entry]:
+    losses = [(loss, entry["step"]) for entry in entries if (loss := entry.get("eval_loss")) is not None]
+    if losses:
         loss, step = min(losses)
         found["lowest held-out loss"] = f"{loss:.4f} (step {step})"
     if (run / "evaluation" / "summary.json").is_file():
-        summary = json.loads((run / "evaluation" / "summary.json").read_text(encoding="utf-8"))
+        summary = _read_object(run / "evaluation" / "summary.json")
         for name, score in summary["metrics"].items():
             blind = "" if score["blind_score"] is None else f", blind {score['blind_score']:.3f}"
-            found[name] = f"{score['score']:.3f}{blind}"
+            found[name] = "not finite" if score["score"] is None else f"{score['score']:.3f}{blind}"
     return found
 
 

@@ -14,6 +14,7 @@ from tests.stock import PROMPTED, STOCK, stock
 from tests.tiny import FUSIONS, clip_config, image, tiny
 from vlm import classify
 from vlm.errors import UserError
+from vlm.recognition.labels import read_labels
 from vlm.recognition.likelihood import PROMPT, LabelLikelihood, blank_image
 
 LABELS = ["cat", "big dog", "e"]
@@ -221,3 +222,37 @@ def test_a_label_after_the_last_learned_position_is_named(monkeypatch):
     ):
         LabelLikelihood(model, processor, labels)
     LabelLikelihood(*tiny("llama"), labels, prompt="e" * 3 * places)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("l.csv", "cat\n\nbig dog\n", ["cat", "big dog"]),
+        ("l.csv", 'label\ncat\n"dog, big"\n', ["cat", "dog, big"]),
+        ("l.csv", "id,Label\n1,cat\n2, dog\n", ["cat", "dog"]),
+        ("l.csv", "\ufeffcat,dog,  bird\r\n", ["cat", "dog", "bird"]),
+        ("l.tsv", "class\tnumber\ncat, big\t1\ndog\t2\n", ["cat, big", "dog"]),
+        ("l.CSV", "cat\ndog\n", ["cat", "dog"]),
+        ("l.txt", "cat, big\ndog\n", ["cat, big", "dog"]),
+    ],
+)
+def test_labels_in_a_file(tmp_path, name, text, found):
+    (tmp_path / name).write_text(text)
+    assert read_labels(str(tmp_path / name)) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("l.csv", None, "l.csv: cannot be read"),
+        ("l.csv", "1,cat\n2,dog\n", "it has 2 columns .1, cat., and none is called `label`"),
+        ("l.csv", "", "no label; give two"),
+        ("l.csv", "label\ncat\ncat\n", "'cat' more than once"),
+        ("l.csv", '"cat\ndog\n', "not a table"),
+    ],
+)
+def test_a_table_without_labels_is_refused(tmp_path, name, text, said):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_labels(str(tmp_path / name))

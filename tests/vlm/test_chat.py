@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from vlm.chat import Conversation, Request, _typed, chat
+from vlm.chat import Conversation, Request, _typed, chat, run
 from vlm.data.example import count_image_parts
 from vlm.data.images import open_image
 from vlm.errors import UserError
@@ -152,3 +152,28 @@ def question_of(typed: str) -> str:
 def test_bytes_on_a_pipe_that_are_not_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 \xff?\n"), "utf-8"))
     assert list(_typed(Console(file=io.StringIO()))) == ["caf\udce9 \udcff?\n"]
+
+
+def test_a_command_with_something_after_it_does_nothing(photo: str) -> None:
+    out, _ = talk("/quit now", "/reset it", "/help me", "a", image=Image.new("RGB", (10, 10)))
+    assert "/quit takes nothing after it; type /quit alone. To ask this as a question, type //quit now" in out
+    assert "/reset takes nothing after it" in out
+    assert "/help takes nothing after it" in out
+    assert out.splitlines()[-1] == "a! images=[10] turns=1"
+    assert "/image needs the name of a file" in talk("/image")[0]
+
+
+def test_a_question_may_begin_with_a_slash() -> None:
+    out, talker = talk("/etc/hosts is what?", "//etc/hosts is what?", "//quit", "//")
+    assert "there is no command /etc/hosts; known: /help, /image, /quit, /reset. To ask this" in out
+    assert "as a question, type //etc/hosts is what?" in out
+    asked = [request[1][-1]["content"][-1]["text"] for request in talker.requests]
+    assert asked == ["/etc/hosts is what?", "/quit", "/"]
+
+
+def test_an_empty_question_is_the_image_alone_or_refused() -> None:
+    conversation = Conversation()
+    conversation.show(Image.new("RGB", (4, 4)))
+    assert conversation.ask("  ")[1] == [{"role": "user", "content": [{"type": "image"}]}]
+    with pytest.raises(UserError, match="the question is empty, and there is no image"):
+        run("no model", image=None, question=" ", console=Console(file=io.StringIO()))

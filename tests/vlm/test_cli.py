@@ -66,6 +66,8 @@ def test_recipes_are_listed_and_shown() -> None:
         (["data", "check", "format=image_folder", "path=/nowhere"], "no such folder: /nowhere"),
         (["eval", "m", "--data", "quikstart"], "did you mean 'quickstart'?"),
         (["eval", "m", "--data", "quickstart", "--metrics", "cider"], "did you mean 'cider_d'?"),
+        (["eval", "m", "--data", "quickstart", "--metrics", "rouge_l, cider"], "no metric 'cider'; did you mean"),
+        (["eval", "m", "--data", "quickstart", "--metrics", " , "], "--metrics is empty; give it one or more of bleu"),
         (["eval", "m", "--data", "format=image_folder path=/data/Bob's photos"], "a quote is not closed. Put a pair"),
         (["eval", "m", "--data", "format=image_folder path=/x/two words"], "needs quotes: 'path=/x/two words'"),
         (["chat", "m", "--image", "/nowhere.png"], "/nowhere.png: the file does not exist"),
@@ -219,7 +221,7 @@ def test_predict_writes_what_chat_says(checkpoint: str, photos: Path, tmp_path: 
 
 
 def test_eval_scores_and_scores_blind(checkpoint: str, photos: Path) -> None:
-    code, out, _ = vlm("eval", checkpoint, "--data", f"format=image_folder path={photos}", "--metrics", "rouge_l")
+    code, out, _ = vlm("eval", checkpoint, "--data", f"format=image_folder path={photos}", "--metrics", " rouge_l,")
     assert code == 0
     assert "rouge_l" in out
     folder = Path(checkpoint) / "evaluation-image_folder"

@@ -81,6 +81,49 @@ def test_a_finished_run_and_one_of_stages_below(tmp_path, monkeypatch):
     assert any(line.startswith("more/two captions 30 of 80 (tune, stage 2 of 2) stopped") for line in lines), lines
 
 
+def test_a_damaged_run_is_listed_and_the_others_too(tmp_path):
+    """Whatever is wrong with it, and a loss that is not a number is no damage."""
+    save_run(tmp_path / "good")
+    changes = {
+        "recipe.yaml": [": {", "name: x", "\xff"],
+        "environment.json": ["{", "[]", '{"process": 3}'],
+        "evaluation/summary.json": ["{", "[1]", "{}", '{"metrics": {"cider_d": 1}}'],
+        "metrics.jsonl": ['{"loss": 1}\n'],
+    }
+    bad = []
+    for file, texts in changes.items():
+        for text in texts:
+            run = save_run(tmp_path / f"bad{len(bad)}")
+            (run / file).parent.mkdir(exist_ok=True)
+            (run / file).write_bytes(text.encode("latin-1"))
+            bad.append((run, file))
+    code, lines = invoke(tmp_path)
+    assert code == 0
+    assert any(line.startswith("good captions 30 of 40 stopped loss 2.0000 ") for line in lines), lines
+    for run, _ in bad:
+        assert any(line.startswith(f"{run.name} damaged") for line in lines), (run, lines)
+    said = [line for line in lines if line.startswith("damaged: ")]
+    assert len(said) == len(bad)
+    assert all(any(str(run) in line for line in said) for run, _ in bad)
+    code, lines = invoke("compare", tmp_path / "good", bad[6][0], "--output", tmp_path / "both.png")
+    assert code == 2
+    assert "summary.json: cannot be read as JSON" in " ".join(lines)
+
+
+def test_a_loss_that_is_not_finite_is_no_number(tmp_path):
+    run = save_run(tmp_path / "one")
+    earlier = '{"stage": "train", "step": 40, "loss": NaN, "eval_loss": Infinity}\n'  # as earlier versions wrote it
+    now = '{"stage": "train", "step": 40, "loss": null, "eval_loss": null}\n'
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(earlier + now)
+    code, lines = invoke(tmp_path)
+    assert code == 0
+    assert any(line.startswith("one captions 40 of 40 stopped loss 2.0000 ") for line in lines), lines
+    code, lines = invoke("compare", run, run, "--output", tmp_path / "both.png")
+    assert code == 0
+    assert "lowest held-out loss 2.0000 (step 20) 2.0000 (step 20)" in lines
+
+
 def test_no_runs_is_said(tmp_path):
     code, lines = invoke(tmp_path)
     assert code == 2

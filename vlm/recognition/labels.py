@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm.errors import UserError, nearest
+from vlm.errors import UserError, cut, nearest
 from vlm.paths import existing_file, expanded
 from vlm.printing import printable, require_unicode
+
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""Endings of table files, and what is between their cells."""
+
+HEADERS = ("label", "labels", "class", "classes", "class_name", "name")
+"""What the column of labels may be called in a table, the first choice first."""
 
 PLACE = "{}"
 """Where the label goes in a template."""
@@ -31,17 +38,43 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 def read_labels(labels: str) -> list[str]:
-    """Labels out of `a,b,c`, or out of a text file with one on each line; empty lines are left out.
+    """Return labels out of `a,b,c`, out of a text file with one on each line, or out of a table (CSV, TSV); empty lines
+    are left out. A table has one column, or one called `label`, or one row.
 
-    Raises UserError for a file that is not there, fewer than two labels, and a label that comes twice.
+    Raises UserError for a file that is not there, a table whose labels are not told apart from its other columns, fewer
+    than two labels, and a label that comes twice.
     """
     path = expanded(labels)
-    if existing_file(labels) or (path.suffix == ".txt" and "," not in labels):
+    if existing_file(labels) or (path.suffix.lower() in (".txt", *TABLES) and "," not in labels):
         found = _lines(path, "--labels")
+        if path.suffix.lower() in TABLES:
+            found = _column(found, path)
     else:
         found = [label for part in labels.split(",") if (label := part.strip())]
     require_labels(found, f"--labels {labels}")
     return found
+
+
+def _column(lines: Sequence[str], path: Path) -> list[str]:
+    """Return the labels in the lines of a table. Raises UserError if it has several columns, and none is of labels."""
+    try:
+        rows = list(csv.reader(lines, delimiter=TABLES[path.suffix.lower()], skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        raise UserError(f"--labels {path}: not a table: {error}") from None
+    if not rows:
+        return []
+    if len(rows) == 1:
+        return [cell.strip() for cell in rows[0] if cell.strip()]
+    names = [name.strip().lower() for name in rows[0]]
+    column = next((names.index(name) for name in HEADERS if name in names), None)
+    if column is None and max(map(len, rows)) > 1:
+        raise UserError(
+            f"--labels {path}: it has {len(names)} columns ({cut(', '.join(names))}), and none is called `label`; "
+            "rename the column of labels, or give a text file with one label a line"
+        )
+    if column is None:
+        return [row[0].strip() for row in rows]
+    return [row[column].strip() for row in rows[1:] if len(row) > column and row[column].strip()]
 
 
 def require_labels(labels: Sequence[str], where: str) -> None:
