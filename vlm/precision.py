@@ -26,9 +26,11 @@ def fast_bfloat16(device: str) -> bool:
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The number format that `module` computes in, which is not that of quantized weights."""
+    """Return the number format that `module` computes in, which is not that of quantized weights. A module without
+    weights has torch's default."""
     tensors = chain(module.parameters(), module.buffers())
-    return next(tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.itemsize > 1)
+    found = (tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.itemsize > 1)
+    return next(found, torch.get_default_dtype())
 
 
 @contextmanager

@@ -7,8 +7,9 @@ text in another order than it has ("Trojan Source", https://trojansource.codes).
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
@@ -46,9 +47,22 @@ def html_text(text: str) -> str:
 
 def json_text(value: Any, **options: Any) -> str:
     """`value` as JSON that can be encoded as UTF-8, in readable characters. Half of a surrogate pair, which stands for
-    a byte of a file name that is not UTF-8, becomes an escape (`\\udce9`): read back, the name is the same."""
-    text = json.dumps(value, ensure_ascii=False, **options)
+    a byte of a file name that is not UTF-8, becomes an escape (`\\udce9`): read back, the name is the same. A number
+    that is NaN or infinite, which JSON does not have, becomes null."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, **options)
+    except ValueError:
+        text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, **options)
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _finite(value: Any) -> Any:
+    """Return plain values with None for every number that is NaN or infinite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def require_unicode(text: str, what: str) -> None:

@@ -1,7 +1,9 @@
 """What is watched while training: that each part learns that should, and no other; and the metrics file."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +112,19 @@ def test_the_metrics_file_has_a_line_for_each_log(tmp_path):
     assert [entry["step"] for entry in losses] == [1, 2, 3]
     assert all(entry["stage"] == "align" and entry["seconds"] >= 0 for entry in entries)
     assert all({"grad_norm", "learning_rate", "epoch"} <= entry.keys() for entry in losses)
+
+
+def test_the_metrics_file_is_json_also_where_a_loss_is_not_finite(tmp_path):
+    def strict(name):
+        raise AssertionError(name)
+
+    log = MetricsLog(tmp_path / "metrics.jsonl", "train")
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3)
+    log.on_log(None, state, None, {"loss": math.nan, "eval_loss": math.inf, "grad_norm": 2.0})
+    state.global_step = 4
+    log.on_train_begin(None, state, None)  # which writes what was there anew
+    entry = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=strict)
+    assert (entry["loss"], entry["eval_loss"], entry["grad_norm"]) == (None, None, 2.0)
 
 
 def test_a_run_that_begins_again_replaces_what_it_logged(tmp_path):

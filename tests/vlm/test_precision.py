@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.tiny import encode, image, tiny, user
 from tests.training import helpers
-from vlm.precision import frozen_layers_in, generation_in_bfloat16
+from vlm.precision import dtype_of, frozen_layers_in, generation_in_bfloat16
 from vlm.training.parts import add_lora, set_trainable
 
 LORA = helpers.LORA | {"r": 2, "lora_alpha": 4}
@@ -68,3 +68,11 @@ def test_generation_computes_as_autocast_does():
         assert torch.equal(model(**inputs).logits, expected)
     with generation_in_bfloat16(model, False):
         assert not torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_module_without_weights_computes_in_the_default_format():
+    assert dtype_of(nn.GELU()) == torch.float32
+    assert dtype_of(nn.Embedding(2, 2).to(torch.bfloat16)) == torch.bfloat16
+    counter = nn.Module()
+    counter.register_buffer("steps", torch.zeros(1, dtype=torch.long))
+    assert dtype_of(counter) == torch.float32

@@ -74,6 +74,18 @@ def test_what_is_there_is_found(tmp_path, monkeypatch) -> None:
     assert existing("~") == existing_folder("~") == tmp_path
 
 
+def test_json_has_no_nan() -> None:
+    """Which no JSON parser but Python's would read."""
+
+    def strict(name: str) -> None:
+        raise AssertionError(name)
+
+    nan, infinity = float("nan"), float("inf")
+    text = json_text({"a": nan, "b": [1.5, -infinity, {"c": infinity}], "d": "NaN", "e": (nan, 2)}, indent=1)
+    read = json.loads(text, parse_constant=strict)
+    assert read == {"a": None, "b": [1.5, None, {"c": None}], "d": "NaN", "e": [None, 2]}
+
+
 HALF, BYTE = "half \ud83d", os.fsdecode(b"caf\xe9")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -23,6 +22,7 @@ from vlm.data.pairs import PairDataset
 from vlm.data.stream import StreamDataset
 from vlm.errors import UserError
 from vlm.files import going_on, write_text
+from vlm.printing import json_text
 from vlm.training.finite import own_share
 from vlm.training.history import read_metrics
 from vlm.training.parts import named_parts, part_of
@@ -138,7 +138,8 @@ class StopOnSignal(TrainerCallback):
 
 
 class MetricsLog(TrainerCallback):
-    """Appends what the Trainer logs to `metrics.jsonl`, one JSON object a line, with stage, step and seconds.
+    """Appends what the Trainer logs to `metrics.jsonl`, one JSON object a line, with stage, step and seconds. A number
+    that is not finite is null.
 
     A resumed run takes out first what it had logged after its checkpoint: those steps come again. A line that cannot be
     written, as on a full disk, is said once and left out.
@@ -156,7 +157,7 @@ class MetricsLog(TrainerCallback):
                 if entry["stage"] != self.stage or entry["step"] <= state.global_step
             ]
             with going_on(self.path):
-                write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+                write_text(self.path, "".join(json_text(entry) + "\n" for entry in kept))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
@@ -165,7 +166,7 @@ class MetricsLog(TrainerCallback):
             entry = {"stage": self.stage, "step": state.global_step, "seconds": round(time.monotonic() - self.start, 2)}
             try:
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry | dict(logs or {})) + "\n")
+                    file.write(json_text(entry | dict(logs or {})) + "\n")
             except OSError as error:
                 if not self.said:
                     logger.warning("%s cannot be written (%s); training goes on without", self.path, error)

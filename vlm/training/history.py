@@ -32,11 +32,14 @@ def is_alive(process: Mapping[str, Any] | None) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a `metrics.jsonl`, without a line that was cut off as the disk was full."""
+    """Return the entries of a `metrics.jsonl`, without lines that are no object: one that was cut off as the disk was
+    full. A number that was not finite is None."""
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            entries.append(json.loads(line))
+        with suppress(ValueError):
+            entry = json.loads(line, parse_constant=lambda name: None)  # earlier versions wrote NaN
+            if isinstance(entry, dict):
+                entries.append(entry)
     return entries
 
 
@@ -60,7 +63,7 @@ def draw_losses(runs: Mapping[str, Path], picture: Path, loss: str = "cross-entr
         for stage in stages:
             mine = [entry for entry in entries if entry["stage"] == stage]
             for key, style, name in (("loss", "-", "training"), ("eval_loss", "o--", "held out")):
-                points = [(offset + entry["step"], entry[key]) for entry in mine if key in entry]
+                points = [(offset + entry["step"], entry[key]) for entry in mine if entry.get(key) is not None]
                 if points:
                     words = [run] * (len(runs) > 1) + [stage] * (len(stages) > 1) + [name]
                     axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=": ".join(words))
