@@ -109,17 +109,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_files(folder: Path) -> Iterator[Path]:
+def replacing_files(folder: Path, last: str) -> Iterator[Path]:
     """Give an empty folder whose files go to `folder` when the block ends, all on disk first. The names in the folder
-    that are there already are replaced, one right after the other, the others stay. After an exception, `folder` is
-    unchanged. Raises DiskError if the disk is full.
+    that are there already are replaced, the others stay.
+
+    The file `last` says that the files belong together: the earlier one is removed first, and the new one comes last.
+    So a process that is killed in between leaves no `last`, and never one with files of another time. After an
+    exception in the block, `folder` is unchanged. Raises DiskError if the disk is full.
     """
     folder = real_path(folder)
     with _temporary(folder / folder.name) as temporary:
         temporary.mkdir()
         yield temporary
         _sync_all(temporary)
-        for child in sorted(temporary.iterdir(), key=lambda child: child.stat().st_mtime_ns):  # as they were written
+        (folder / last).unlink(missing_ok=True)
+        _sync_names(folder)
+        for child in sorted(temporary.iterdir(), key=lambda child: child.name == last):
+            if child.name == last:
+                _sync_names(folder)
             child.replace(folder / child.name)
         _sync_names(folder)
 

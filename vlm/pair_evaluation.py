@@ -79,7 +79,7 @@ def evaluate_pairs(
         {"image_id": example.image_id, "where": example.where} | row
         for example, row in zip(kept, nearest_texts(scores, positive, texts), strict=True)
     ]
-    with replacing_files(output_dir) as folder:
+    with replacing_files(output_dir, "summary.json") as folder:
         lines = "".join(json_text(row) + "\n" for row in predictions)
         (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
         write_samples(
@@ -90,7 +90,6 @@ def evaluate_pairs(
             title="Nearest texts",
             about_blind="Blind is a random order.",
         )
-        # Last: a run that has its summary is scored.
         (folder / "summary.json").write_text(json_text(summary, indent=1), encoding="utf-8")
     show(summary, console)
     cut = CutTexts(longest_text(embedder.tokenizer, embedder.model.config))

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -97,7 +98,9 @@ def test_links_devices_and_long_names(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ü" * 128, "a/" * 2048 + "a", "a\0b"])
-@pytest.mark.parametrize("opened", [atomic_write, atomic_folder, replacing_files, locked, locked_folder, new_file])
+@pytest.mark.parametrize(
+    "opened", [atomic_write, atomic_folder, partial(replacing_files, last="x"), locked, locked_folder, new_file]
+)
 def test_a_name_that_no_file_can_have_is_refused(tmp_path, opened, name):
     with pytest.raises(UserError, match=r"cannot be written: (File name too long|.*null)"), opened(tmp_path / name):
         pytest.fail("nothing can be written there")
@@ -212,7 +215,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
 
 
 REPLACES = """
-with files.replacing_files(pathlib.Path(sys.argv[1])) as folder:
+with files.replacing_files(pathlib.Path(sys.argv[1]), "summary.json") as folder:
     for name in ("predictions.jsonl", "samples.html"):
         (folder / name).write_text("new")
     print("ready", flush=True); sys.stdin.read()
@@ -237,6 +240,35 @@ def test_files_are_replaced_together_or_stay_whatever_signal_comes(tmp_path, num
     assert writer.returncode == 0
     assert {(tmp_path / name).read_text() for name in every} == {"new"}
     assert names(tmp_path) == sorted(["notes", *every])
+
+
+KILLED = """
+import os, signal
+replace, left = pathlib.Path.replace, int(sys.argv[2])
+def until_killed(self, target):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return replace(self, target)
+pathlib.Path.replace = until_killed
+"""
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_killed_between_two_files_it_leaves_no_mixture_that_counts(tmp_path, moved):
+    """`summary.json` says that the others are of one evaluation: it is never there with others of another."""
+    every = ["predictions.jsonl", "samples.html", "summary.json"]
+    for name in every:
+        (tmp_path / name).write_text("old")
+    writer = process(KILLED + REPLACES, tmp_path, moved)
+    writer.communicate()
+    assert writer.returncode == -signal.SIGKILL
+    assert [(tmp_path / name).read_text() for name in every[:2]].count("new") == moved
+    assert not (tmp_path / "summary.json").exists()
+    process(REPLACES, tmp_path).communicate()
+    assert {(tmp_path / name).read_text() for name in every} == {"new"}
+    assert names(tmp_path) == every
 
 
 def test_a_folder_is_removed_under_another_name(tmp_path, monkeypatch):
