@@ -10,6 +10,7 @@ tokens -> text_model   -> pooled [T, D_t] -> text_projection   -> [T, D]
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -31,6 +32,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.clip.modeling_clip import CLIPOutput
+from transformers.utils import can_return_tuple
 
 from vlm.adapters.contrastive_loss import infonce, sigmoid
 from vlm.build import load_vision
@@ -125,7 +127,7 @@ class DualEncoderModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """`pixel_values [B, 3, H, W]`; `pooler_output [B, D]`, not normalised, and the patch embeddings.
 
         Raises ValueError for an encoder that does not pool what it sees.
@@ -139,27 +141,34 @@ class DualEncoderModel(PreTrainedModel):
         )
 
     def get_text_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> BaseModelOutputWithPooling:
-        """`input_ids`, `attention_mask` `[T, L]`, padded on either side; `pooler_output [T, D]`, not normalised."""
+        """`input_ids`, `attention_mask` and, of encoders that have them, `token_type_ids`, `[T, L]`, padded on either
+        side; `pooler_output [T, D]`, not normalised."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        read = self.text_model(input_ids=input_ids, attention_mask=mask, return_dict=True)
+        types = {}
+        if "token_type_ids" in inspect.signature(self.text_model.forward).parameters:
+            types = {"token_type_ids": token_type_ids}
+        elif token_type_ids is not None and token_type_ids.any():
+            raise ValueError(f"{type(self.text_model).__name__} has no token types; leave out token_type_ids")
+        read = self.text_model(input_ids=input_ids, attention_mask=mask, **types, return_dict=True)
         pooled = pool_text(read, mask, self.config.text_pooling).to(dtype_of(self.text_projection))
         return BaseModelOutputWithPooling(
             last_hidden_state=read.last_hidden_state, pooler_output=self.text_projection(self.dropout(pooled))
         )
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
         pixel_values: Tensor,
         attention_mask: Tensor | None = None,
         return_loss: bool = False,
-        **kwargs: Any,
+        token_type_ids: Tensor | None = None,
     ) -> CLIPOutput:
         """As `CLIPModel`; the loss, of one text an image, is SigLIP's if there is a bias."""
         seen: Any = self.get_image_features(pixel_values)
-        read: Any = self.get_text_features(input_ids, attention_mask)
+        read: Any = self.get_text_features(input_ids, attention_mask, token_type_ids)
         image_embeds, text_embeds = (nn.functional.normalize(each.pooler_output, dim=-1) for each in (seen, read))
         text_embeds = text_embeds.to(image_embeds.device)  # the encoders may be on two
         logits = image_embeds @ text_embeds.T * self.logit_scale.exp() + getattr(self, "logit_bias", 0.0)

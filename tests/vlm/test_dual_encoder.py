@@ -132,3 +132,27 @@ def test_a_clip_begins_with_the_projection_that_it_comes_with(tmp_path):
     stock.vision_model.save_pretrained(tmp_path / "eye")  # a CLIP without its projection
     image_processor().save_pretrained(tmp_path / "eye")
     assert build_dual_encoder(str(tmp_path / "eye"), text)[0].config.projection_dim == 512
+
+
+def test_arguments_are_used_or_refused(tmp_path):
+    stock, vision, text = halves(tmp_path)
+    ours, processor = build_dual_encoder(vision, text, projection_dim=16, text_pooling="pooler")
+    ours.load_state_dict(stock.state_dict())
+    inputs = dict(processor(text=TEXTS, images=[image(n) for n in range(3)], return_tensors="pt", padding=True))
+    for name in ("position", "output_attentions", "pixel_value"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            ours(**inputs, **{name: None})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'a'"):
+        ours.get_image_features(inputs["pixel_values"], a=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'a'"):
+        ours.get_text_features(inputs["input_ids"], a=1)
+    types = torch.arange(inputs["input_ids"].shape[1]).gt(2).long().expand_as(inputs["input_ids"])
+    inputs["token_type_ids"] = types
+    with torch.no_grad():
+        mine, its = ours.eval()(**inputs), stock(**inputs)
+        torch.testing.assert_close(mine.text_embeds, its.text_embeds)
+        untyped = ours(**{**inputs, "token_type_ids": torch.zeros_like(types)}).text_embeds
+        assert not torch.allclose(mine.text_embeds, untyped, atol=1e-4)
+        loss, *rest = ours(**inputs, return_loss=True, return_dict=False)
+    assert loss == ours(**inputs, return_loss=True).loss
+    assert torch.equal(rest[0], mine.logits_per_image)
