@@ -144,17 +144,35 @@ def _find_broken(examples: Sequence[Example], processes: Processes, check: Check
 
 
 def _find_refused(
-    examples: Sequence[Example], items: Sequence[Item], processes: Processes, check_prompt: CheckPrompt
+    asked: Sequence[tuple[Item, Example]], processes: Processes, check_prompt: CheckPrompt
 ) -> dict[int, str]:
-    """Positions of the items whose prompts cannot be asked, and why."""
+    """Positions of the items whose prompts cannot be asked with the images of the example next to them, and why."""
     refused: list[tuple[int, str]] = []
     of_example: dict[int, list[int]] = {}
-    for i, item in enumerate(items):
-        of_example.setdefault(item.example, []).append(i)
-    for position, group in processes.share([*of_example.items()]):
-        images = _open(examples[position])
-        refused += [(i, why) for i in group if (why := check_prompt((images, items[i].messages)))]
+    for i, (_, shown) in enumerate(asked):
+        of_example.setdefault(id(shown), []).append(i)
+    for group in processes.share([*of_example.values()]):
+        images = _open(asked[group[0]][1])
+        refused += [(i, why) for i in group if (why := check_prompt((images, asked[i][0].messages)))]
     return dict(sorted(processes.gather(refused)))
+
+
+def _askable(
+    examples: Sequence[Example],
+    items: Sequence[Item],
+    sources: Sequence[Example] | None,
+    processes: Processes,
+    check_prompt: CheckPrompt,
+) -> tuple[list[int], list[dict[str, str]]]:
+    """Positions of the items whose prompts can be asked, and the others in the form of `broken_images`. Images take
+    different numbers of tokens: a prompt may be too long with the images that it is shown blind alone, `sources`."""
+    refused = _find_refused([(item, examples[item.example]) for item in items], processes, check_prompt)
+    rest = [i for i in range(len(items)) if i not in refused]
+    if sources is not None:
+        blind = _find_refused([(items[i], sources[i]) for i in rest], processes, check_prompt)
+        refused |= {rest[place]: f"with the images of another example, {why}" for place, why in blind.items()}
+    left_out = [{"image_id": items[i].image_id, "where": items[i].where, "why": refused[i]} for i in sorted(refused)]
+    return [i for i in range(len(items)) if i not in refused], left_out
 
 
 def _predict(asked: Sequence[tuple[Item, Example]], predict: Predict, processes: Processes) -> list[str]:
@@ -264,14 +282,18 @@ def evaluate(
             "%d of %d examples left out: their images cannot be used (see summary.json)", len(broken), len(examples)
         )
     items = [item for item in items_of(examples) if item.example not in broken]
-    refused = _find_refused(examples, items, processes, check_prompt) if check_prompt else {}
-    left_out = [{"image_id": items[i].image_id, "where": items[i].where, "why": why} for i, why in refused.items()]
+    sources, blind_missing = _blind_sources(examples, items, seed) if blind else (None, "not asked for")
+    left_out: list[dict[str, str]] = []
+    total = len(items)
+    if check_prompt:
+        kept, left_out = _askable(examples, items, sources, processes, check_prompt)
+        items = [items[i] for i in kept]
+        sources = None if sources is None else [sources[i] for i in kept]
     if left_out and processes.index == 0:
         logger.warning(
             "%d of %d prompts left out, the first in %s: %s (all are in summary.json)",
-            len(left_out), len(items), left_out[0]["where"], left_out[0]["why"],
+            len(left_out), total, left_out[0]["where"], left_out[0]["why"],
         )  # fmt: skip
-    items = [item for i, item in enumerate(items) if i not in refused]
     if not items:
         found = (broken_images + left_out)[0]["why"] if broken_images or left_out else ""
         reason = f"all {len(broken)} images are broken, the first: {found}" if broken else "no examples"
@@ -279,7 +301,6 @@ def evaluate(
         raise ValueError(f"Nothing to evaluate: {reason}")
 
     groups = [item.image_id for item in items]
-    sources, blind_missing = _blind_sources(examples, items, seed) if blind else (None, "not asked for")
     asked = [(item, examples[item.example]) for item in items]
     if sources is not None:
         asked += zip(items, sources, strict=True)
@@ -334,7 +355,8 @@ def evaluate(
         rows.append(row)
 
     output_dir = Path(output_dir)
-    with going_on(output_dir) if may_fail_to_write else nullcontext(), replacing_files(output_dir) as folder:
+    may_fail = going_on(output_dir) if may_fail_to_write else nullcontext()
+    with may_fail, replacing_files(output_dir, "summary.json") as folder:
         with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json_text(row) + "\n" for row in rows)
         chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:num_samples])
@@ -344,6 +366,5 @@ def evaluate(
             images=[partial(_open, examples[items[i].example]) for i in chosen],
             summary=summary,
         )
-        # Last, since it says that the evaluation is done.
         (folder / "summary.json").write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
     return summary

@@ -25,6 +25,8 @@ from vlm.recipe_paths import PATH_KEYS
 RESULTS = ("predictions.jsonl", "samples.html", "summary.json")
 """The files of an evaluation."""
 
+_SOME_OF = "one or more of {}, joined by commas"
+
 
 def run(
     model: str,
@@ -54,9 +56,12 @@ def run(
     from vlm.dual_encoder import is_dual_encoder
     from vlm.eval import METRICS
     from vlm.eval import evaluate as score
+    from vlm.fingerprint import fingerprint
     from vlm.generation import load_config
     from vlm.recognition.tasks import measure
 
+    if metrics is not None and not metrics:
+        raise UserError(f"--metrics is empty; give it {_SOME_OF.format(', '.join(METRICS))}")
     asked = metrics
     words = _words(data)
     tasks: dict[str, Classification] = {}
@@ -67,19 +72,20 @@ def run(
     else:
         section = recipe.parse_data(words)
         label = section.sources[0]["format"]
-    for name in metrics or ():
+    metrics = list(dict.fromkeys(metrics or ()))
+    for name in metrics:
         if name not in METRICS:
             raise UserError(f"there is no metric '{name}'; {nearest(name, METRICS)}")
     pairs = is_dual_encoder(load_config(model))
     if pairs and asked:
         raise UserError(f"{model} is a dual encoder, which is measured by recall alone: leave out --metrics")
     if not metrics and not pairs:
-        raise UserError(f"say what to measure: --metrics with one or more of {', '.join(METRICS)}, joined by commas")
+        raise UserError(f"say what to measure: --metrics with {_SOME_OF.format(', '.join(METRICS))}")
     if section.validation is None and (section.streams or len(section.sources) > 1):
         raise UserError(f"{label} has no held-out data, and what it trains on is not one source that is read whole")
     source = section.validation or section.sources[0]
     source = source | ({"limit": limit} if limit else {})
-    about = {"model": _full_name(model), "data": _whole(source, Path(section.base_dir))}
+    about: dict[str, Any] = {"model": _full_name(model), "data": _whole(source, Path(section.base_dir))}
     folder = output or (Path(model) if existing_folder(model) else Path()) / f"evaluation-{label}"
     examples, problems = read(source, base_dir=Path(section.base_dir))
     for problem in problems[:5]:
@@ -88,7 +94,11 @@ def run(
         console.print(f"left out: {len(problems) - 5} more; `vlm data check` lists them")
 
     with locked_folder(folder, "Wait until it ends, or choose another --output."):
-        _require_same(folder, about)
+        earlier = _require_same(folder, about)
+        about["weights"] = fingerprint(model)
+        if earlier and earlier.get("weights") != about["weights"]:
+            said = f"the model has changed since the evaluation in {folder}, which is replaced"
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
         if pairs:
             from vlm.embedding import load_embedder
             from vlm.pair_evaluation import evaluate_pairs
@@ -117,7 +127,7 @@ def run(
             summary = score(
                 examples,
                 predict,
-                list(metrics or ()),
+                metrics,
                 output_dir=folder,
                 more=more,
                 about=about,
@@ -171,12 +181,15 @@ def _whole(source: Mapping[str, Any], base_dir: Path) -> dict[str, Any]:
     return dict(json.loads(json_text(found, default=str)))
 
 
-def _require_same(folder: Path, about: Mapping[str, Any]) -> None:
-    """Raise UserError if the folder holds results of another evaluation, or other files of the same names."""
+def _require_same(folder: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the summary of the evaluation that the folder holds, if there is one.
+
+    Raises UserError if it holds results of another evaluation, or other files of the same names.
+    """
     place = real_path(folder)
     found = [name for name in RESULTS if os.path.lexists(place / name)]
     if not found:
-        return
+        return None
     advice = "choose another folder with --output, or remove them"
     try:
         earlier = json.loads((place / "summary.json").read_text(encoding="utf-8"))
@@ -191,3 +204,4 @@ def _require_same(folder: Path, about: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{folder} holds the results of {key} {json_text(earlier[key])}, and this is {json_text(now)}; {advice}"
             )
+    return earlier

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -33,7 +31,8 @@ from vlm.data.image_inputs import RefusedImages, naming_refused, refused_images
 from vlm.data.prompts import encode_prompt, end_token_id, has_chat_template, require_prompt
 from vlm.errors import UserError, cut
 from vlm.generation_config import answering, reads_the_prompt, require_honoured, setting, writer
-from vlm.loading import checkpoint_of, no_loading_bar, reading, user_errors
+from vlm.loading import checkpoint_of, no_loading_bar, reading, require_all_weights, user_errors
+from vlm.positions import learned_positions, over_positions, room, warn_beyond
 from vlm.precision import default_device, input_device
 from vlm.processing import pad_left
 from vlm.shared_prefix import can_share_prefix, share_prefix, shared_prefix
@@ -57,7 +56,7 @@ def load(
     """Model, frozen and in evaluation mode, and processor of a run folder, a checkpoint folder or a Hub name.
 
     `dtype` and `device_map` are those of transformers' `from_pretrained`; a `device_map` takes the place of `device`.
-    Raises UserError if there is no such model.
+    Raises UserError if there is no such model, and for a checkpoint that lacks weights.
     """
     source = checkpoint_of(name_or_path)
     config = load_config(name_or_path, trust_remote_code=trust_remote_code)
@@ -66,16 +65,22 @@ def load(
     with reading(name_or_path, "processor"):
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     with reading(name_or_path), no_loading_bar():
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
+        model, info = loaded
+        require_all_weights(source, model, info)
     try:
         require_supported(model, processor)
     except UserError as error:
         raise UserError(f"{name_or_path}: {error}") from None
     pad_left(processor.tokenizer)  # also for those that save it again
     if device_map is None:
-        model = model.to(device or default_device())  # type: ignore[arg-type]  # a string is a device
+        model = model.to(device or default_device())
     return model.eval().requires_grad_(False), processor
 
 
@@ -332,7 +337,8 @@ def generate(
     with sound(model, processor):
         lengths = prompt_lengths(model, processor, requests)
         places = learned_positions(model)  # answers of a batch have equal room, whatever else is asked
-        answer_lengths = [_room(places, length, max_new_tokens) for length in lengths]
+        answer_lengths = [room(places, length, max_new_tokens) for length in lengths]
+        warn_beyond(model, max(lengths, default=0))
         lengths = [length + new for length, new in zip(lengths, answer_lengths, strict=True)]
         shapes = [*zip(prompt_shapes(processor, requests), answer_lengths, strict=True)]
     keys = [tuple(id(image) for image in images) for images, _ in requests]
@@ -373,38 +379,6 @@ def _answers(model: Any, processor: Any, batch: Sequence[Request], options: dict
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
 
-def room(model: Any, length: int, max_new_tokens: int) -> int:
-    """Return how many tokens, up to `max_new_tokens`, an answer to a prompt of `length` tokens may have: a decoder with
-    [learned positions][`learned_positions`] fails after its last one. Raises UserError for a prompt that is too long.
-    """
-    return _room(learned_positions(model), length, max_new_tokens)
-
-
-def _room(places: int | None, length: int, max_new_tokens: int) -> int:
-    if places is not None and length >= places:
-        raise UserError(
-            f"{_over_positions(length, places)}; ask something shorter (vlm chat: /reset forgets what was said)"
-        )
-    return max_new_tokens if places is None else min(max_new_tokens, places - length)
-
-
-def learned_positions(model: Any) -> int | None:
-    """Return how many tokens a decoder with learned positions (GPT-2, OPT) reads at the most; None for other decoders,
-    whose positions do not end."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    modules = decoder.named_modules()
-    if not any(isinstance(module, nn.Embedding) and re.search("wpe|position", name) for name, module in modules):
-        return None
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
-def _over_positions(length: int, places: int) -> str:
-    return (
-        f"the prompt has {length:,} tokens, with its images and what was said before, and the model has {places:,} "
-        "positions"
-    )
-
-
 def prompt_check(model: Any, processor: Any) -> Callable[[Any], str] | None:
     """Return what says why a request does not fit into the model's learned positions, or nothing if it does; None for a
     model whose positions do not end."""
@@ -415,7 +389,7 @@ def prompt_check(model: Any, processor: Any) -> Callable[[Any], str] | None:
     def why_refused(request: Request) -> str:
         with sound(model, processor):
             length = prompt_lengths(model, processor, [request])[0]
-        return _over_positions(length, places) if length >= places else ""
+        return over_positions(length, places) if length >= places else ""
 
     return why_refused
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,11 +179,18 @@ def load_quietly(auto_class: Any, name: str, *, pooled: bool = False, **kwargs: 
             model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
+    require_all_weights(name, model, info, pooled=pooled)
+    return model
+
+
+def require_all_weights(name: str, model: Any, info: Mapping[str, Any], *, pooled: bool = False) -> None:
+    """Raise ValueError, with their names, for weights that the checkpoint `name` lacks, by the loading info of
+    `from_pretrained`: transformers makes them up and warns. Those that a model may do without, such as tied ones, are
+    not in the info; those of a pooling layer are missed only if its output is wanted, `pooled`."""
     missing = sorted(key for key in info["missing_keys"] if pooled or "pooler" not in key.split("."))
     if missing:
         more = f" and {len(missing) - SHOWN} others" if len(missing) > SHOWN else ""
         raise ValueError(f"{name} lacks weights of {type(model).__name__}: {', '.join(missing[:SHOWN])}{more}")
-    return model
 
 
 def checkpoint_of(name_or_path: str) -> str:

@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from types import MappingProxyType
+from typing import Any, BinaryIO
 
 from PIL import Image
 from rich.console import Console
@@ -25,6 +26,9 @@ from vlm.printing import json_text, require_unicode
 Request = tuple[list[Image.Image], list[Message]]
 Generate = Callable[[list[Request]], list[str]]
 """From requests to one answer each (vlm.generation.generate)."""
+
+WEIGHTS = "weights"
+"""The key of a row that says which weights of the model have answered."""
 
 ROW_START = b'{"image": "'
 """How each row begins."""
@@ -52,25 +56,31 @@ def predict(
     prompt: str,
     model: str,
     output: Path,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    why_refused: Callable[[Request], str] | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Counts:
     """Write one row an image to `output`, in the order of `images`, dozens at a time, leaving out what it has already.
 
-    A row is `{"image", "prompt", "model", "prediction"}`, or with `"error"` in place of `"prediction"` where the image
-    cannot be opened. A row with `"error"` is removed when its image opens now, and its new row comes at the end. A last
-    row cut off by a crash is removed first and redone.
+    A row is `{"image", "prompt", "model", "prediction"}` and the `settings`, or with `"error"` in place of
+    `"prediction"` where the image cannot be opened, or the request not be answered. A row with `"error"` is removed
+    when its image opens now, and its new row comes at the end. A last row cut off by a crash is removed first and
+    redone.
 
     Args:
+        settings: what else the answers depend on, by its key in a row: the weights of the model, for one.
+        why_refused: returns why a request cannot be answered, or nothing if it can.
         advance: called with a number of images when they are written.
 
-    Raises UserError when `output` is something else, or was written with another prompt or model, and DiskError if the
-    disk is full: then the rows that are whole stay.
+    Raises UserError when `output` is something else, or was written with another prompt, model or setting, and
+    DiskError if the disk is full: then the rows that are whole stay.
     """
+    about = {"prompt": prompt, "model": model, **settings}
     output.parent.mkdir(parents=True, exist_ok=True)
     advice = "Make room, and run the command again: it continues after the rows that are there"
     with saving(str(output), advice, is_write_fault):
         with output.open("a+b") as file:
-            failed = _written(file, output, prompt=prompt, model=model)
+            failed = _written(file, output, about)
         places: dict[str, str] = {}
         for image in images:
             places.setdefault(place_of(image), image)
@@ -82,7 +92,7 @@ def predict(
         broken = 0
         with output.open("ab") as file:
             for chunk in chunks(_opened(todo)):
-                rows = [*_rows(generate, chunk, prompt, model)]
+                rows = [*_rows(generate, chunk, about, why_refused)]
                 broken += sum("error" in row for row in rows)
                 _append(file, "".join(json_text(row) + "\n" for row in rows).encode())
                 advance(len(chunk))
@@ -108,14 +118,23 @@ def _opened(images: Sequence[str]) -> Iterator[tuple[tuple[str, str], list[Image
 
 
 def _rows(
-    generate: Generate, chunk: list[tuple[tuple[str, str], list[Image.Image]]], prompt: str, model: str
-) -> Iterator[dict[str, str]]:
+    generate: Generate,
+    chunk: list[tuple[tuple[str, str], list[Image.Image]]],
+    about: Mapping[str, Any],
+    why_refused: Callable[[Request], str] | None,
+) -> Iterator[dict[str, Any]]:
+    prompt = about["prompt"]
     parts = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
-    requests = {image: (opened, [{"role": "user", "content": parts}]) for (image, _), opened in chunk if opened}
+    requests: dict[str, Request] = {
+        image: (opened, [{"role": "user", "content": parts}]) for (image, _), opened in chunk if opened
+    }
     errors = {image: error for (image, error), _ in chunk if error}
     answers: dict[str, str] = {}
     while requests and not answers:
         try:
+            if why_refused:
+                errors |= {image: why for image, request in requests.items() if (why := why_refused(request))}
+                requests = {image: request for image, request in requests.items() if image not in errors}
             answers = dict(zip(requests, generate(list(requests.values())), strict=True))
         except RefusedImages as refused:
             found = {image: str(e) for image, ([opened], _) in requests.items() if (e := refused.of(opened, image))}
@@ -124,7 +143,7 @@ def _rows(
             errors |= found
             requests = {image: request for image, request in requests.items() if image not in found}
     for (image, _), _ in chunk:
-        row = {"image": image, "prompt": prompt, "model": model}
+        row = {"image": image, **about}
         yield row | ({"error": errors[image]} if image in errors else {"prediction": answers[image]})
 
 
@@ -142,7 +161,7 @@ def _append(file: BinaryIO, lines: bytes) -> None:
         raise
 
 
-def _written(file: BinaryIO, output: Path, *, prompt: str, model: str) -> dict[str, bool]:
+def _written(file: BinaryIO, output: Path, about: Mapping[str, Any]) -> dict[str, bool]:
     """Return which images have a row, by `place_of`, and whether it is one with "error". Cut off what a crash left of
     the last row."""
     file.seek(0)
@@ -152,11 +171,11 @@ def _written(file: BinaryIO, output: Path, *, prompt: str, model: str) -> dict[s
         row = _row(line)
         if row is None and not _is_cut(line, first=number == 1):
             raise UserError(f"{output}, line {number}: not a row of `vlm predict`; choose another --output")
-        for key, now in (("prompt", prompt), ("model", model)):
-            if row is not None and row[key] != now:
+        for key, now in about.items():
+            if row is not None and row.get(key) != now:
                 raise UserError(
-                    f"{output} was written with {key} {row[key]!r}, and this is {now!r}; "
-                    "choose another --output, or remove the file"
+                    f"{output} was written {_difference(key, row.get(key), now)}; choose another --output, or remove "
+                    "the file"
                 )
         if row is None or not line.endswith(b"\n"):
             file.truncate(end)
@@ -165,6 +184,14 @@ def _written(file: BinaryIO, output: Path, *, prompt: str, model: str) -> dict[s
         place = place_of(row["image"])
         failed[place] = failed.get(place, True) and "error" in row
     return failed
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    if before is None:
+        return f"without a record of {key}, which an earlier version did not keep"
+    if key == WEIGHTS:
+        return f"with other weights of this model ({before}, and now {now}): it was trained again or changed since"
+    return f"with {key} {before!r}, and this is {now!r}"
 
 
 def _is_cut(line: bytes, *, first: bool) -> bool:
@@ -180,7 +207,7 @@ def _is_cut(line: bytes, *, first: bool) -> bool:
     return False
 
 
-def _row(line: bytes) -> dict[str, str] | None:
+def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except ValueError:
@@ -236,8 +263,10 @@ def _run(
     placement: Placement,
 ) -> Counts:
     from vlm import generation
+    from vlm.fingerprint import fingerprint
 
     with console.status("loading the model"):
+        weights = fingerprint(model)
         loaded, processor = generation.load(model, **placement.options())
 
     def generate(requests: list[Request]) -> list[str]:
@@ -256,6 +285,8 @@ def _run(
             prompt=prompt,
             model=name,
             output=output,
+            settings={WEIGHTS: weights, "max_new_tokens": max_new_tokens},
+            why_refused=generation.prompt_check(loaded, processor),
             advance=lambda count: progress.advance(task, count),
         )
     _report(counts, output, console)
@@ -269,5 +300,5 @@ def _report(counts: Counts, output: Path, console: Console) -> None:
     if counts.earlier_broken:
         text += f' ({counts.earlier_broken} of them with "error", which still cannot be opened)'
     if counts.broken:
-        text += f', {counts.broken} could not be opened (the rows with "error")'
+        text += f', {counts.broken} could not be answered (the rows with "error")'
     console.print(f"{text}: {output}", markup=False, highlight=False, soft_wrap=True)

@@ -12,8 +12,9 @@ from PIL import Image
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from vlm.data.prompts import is_prefix_lm
-from vlm.generation import Request, encode_images, fixed_image_tokens, room, sound, to_generate, tokenize
+from vlm.generation import Request, encode_images, fixed_image_tokens, sound, to_generate, tokenize
 from vlm.generation_config import answering, has_plain_generate, require_honoured, setting
+from vlm.positions import learned_positions, room, warn_beyond
 from vlm.precision import input_device
 from vlm.processing import QFORMER_INPUTS
 from vlm.tiling import size_of
@@ -106,7 +107,8 @@ class Session:
         fixed = fixed_image_tokens(self.model, self.processor)
         inputs = tokenize(self.processor, [request], pixels=not fixed).to(input_device(self.model))
         ids = inputs["input_ids"][0].tolist()
-        options["max_new_tokens"] = room(self.model, len(ids), options["max_new_tokens"])
+        options["max_new_tokens"] = room(learned_positions(self.model), len(ids), options["max_new_tokens"])
+        warn_beyond(self.model, len(ids))
         prompt = int((inputs["token_type_ids"] == 0).sum()) if is_prefix_lm(self.processor) else 0
         keeps = self._has_usual_cache(options) and (fixed or _is_causal(self.model, inputs))
         texts = _qformer_texts(inputs)

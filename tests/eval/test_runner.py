@@ -283,3 +283,25 @@ def test_a_prompt_that_cannot_be_asked_is_left_out_and_named(tmp_path: Path) -> 
     assert summary["broken_images"] == [{"image_id": "red", "where": "metadata.jsonl:red.2", "why": "too long"}]
     with pytest.raises(ValueError, match="no prompt can be asked, the first: no"):
         evaluate(others, seeing, output_dir=tmp_path / "c", check_prompt=lambda request: "no", **options)
+
+
+def test_a_prompt_may_be_too_long_with_the_images_of_another_example_alone(tmp_path: Path) -> None:
+    """Images take different numbers of tokens. Such an item has no blind answer, and is left out of both scores."""
+    answered: list[str] = []
+
+    def asked(requests: list[Request]) -> list[str]:
+        answered.extend(seeing(requests))
+        return seeing(requests)
+
+    def why(request: Request) -> str:
+        return "too long" if NAME_OF[request[0][0].getpixel((0, 0))] == "green" else ""
+
+    examples = [example(colour) for colour in ("red", "blue", "green")]
+    summary = evaluate(examples, asked, ["exact_match"], output_dir=tmp_path, bootstrap=0, check_prompt=why)
+    left_out = {row["image_id"]: row["why"] for row in summary["broken_images"]}
+    assert left_out.pop("green") == "too long"
+    assert [*left_out.values()] == ["with the images of another example, too long"]
+    assert len(answered) == 2, "one item, sighted and blind"
+    assert "a green square" not in answered
+    assert (summary["n_items"], summary["n_broken"]) == (1, 2)
+    assert (summary["metrics"]["exact_match"]["score"], summary["metrics"]["exact_match"]["blind_score"]) == (1, 0)

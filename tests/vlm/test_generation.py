@@ -5,8 +5,10 @@ import torch
 
 from tests.tiny import DECODERS, FUSIONS, continuation, encode, image, text_config, tiny, user
 from vlm.errors import UserError
-from vlm.generation import generate, prompt_lengths, room
+from vlm.generation import generate, prompt_lengths
+from vlm.positions import learned_positions, room
 from vlm.processing import IMAGE_TOKEN
+from vlm.session import Session
 
 CONVERSATIONS = [
     [user(image(0), "what is it")],
@@ -164,13 +166,33 @@ def test_a_prompt_that_is_longer_than_the_model_has_positions(decoder):
     too_long = ([], [{"role": "user", "content": [{"type": "text", "text": "a" * (places + 5)}]}])
     nearly = ([], [{"role": "user", "content": [{"type": "text", "text": "a" * 20}]}])
     if decoder == "llama":
-        assert room(model, places, 7) == 7
+        assert learned_positions(model) is None
+        assert room(None, places, 7) == 7
         return
     with pytest.raises(UserError, match=rf"the model has {places:,} positions; ask something shorter"):
         generate(model, processor, [too_long], max_new_tokens=2)
     length = prompt_lengths(model, processor, [nearly])[0]
-    assert room(model, length, 10**6) == places - length
-    assert room(model, places - 1, 8) == 1
+    assert learned_positions(model) == places
+    assert room(places, length, 10**6) == places - length
+    assert room(places, places - 1, 8) == 1
+
+
+def test_beyond_positions_that_do_not_end_there_is_a_warning_once(caplog):
+    model, processor = tiny("llama", text=text_config("llama", max_position_embeddings=40))
+    short, long = (([], [{"role": "user", "content": [{"type": "text", "text": "a" * n}]}]) for n in (2, 200))
+    (length,) = prompt_lengths(model, processor, [long])
+    assert prompt_lengths(model, processor, [short])[0] < 40 < length
+    generate(model, processor, [short], max_new_tokens=2)
+    assert not caplog.messages
+    generate(model, processor, [short, long], max_new_tokens=2)
+    [*Session(model, processor).stream(long, max_new_tokens=2)]
+    (said,) = caplog.messages
+    assert f"the prompt has {length} tokens" in said
+    assert "the model has 40 positions (max_position_embeddings)" in said
+    caplog.clear()
+    again, _ = tiny("llama", text=text_config("llama", max_position_embeddings=40))
+    [*Session(again, processor).stream(long, max_new_tokens=2)]
+    assert len(caplog.messages) == 1, "another model"
 
 
 def test_a_prompt_near_the_last_position_does_not_cut_other_answers():

@@ -1,4 +1,4 @@
-"""What a checkpoint lacks is initialized as in a new model, and what it has stays as it is."""
+"""What a checkpoint lacks is initialized as in a new model, and what it has stays as it is. Commands refuse it."""
 
 import math
 from collections.abc import Iterator
@@ -10,9 +10,13 @@ from transformers import AutoModel, AutoModelForImageTextToText, BertConfig
 
 import vlm  # noqa: F401 - registers the Auto classes
 from tests.dual_encoders import text_sizes
+from tests.stock import STOCK, stock
+from tests.stock_prompted import PROMPTED
 from tests.tiny import ALL_FUSIONS, DECODERS, clip_config, small_projector, tiny
 from vlm.adapters import PROJECTORS
 from vlm.dual_encoder import DualEncoderConfig, DualEncoderModel
+from vlm.errors import UserError
+from vlm.generation import load
 
 TILES = {"type": "tiles", "max_tiles": 2}
 BRIDGES = {
@@ -105,3 +109,38 @@ def test_of_a_dual_encoder(missing, tmp_path):
     assert alike(loaded[missing], new[missing])
     own = ("logit_scale", "logit_bias", "text_projection.weight", "visual_projection.weight")
     assert all((loaded[name] == 7).all() for name in own if name != missing)
+
+
+def refused(folder, name):
+    """Whether a checkpoint without the weight `name` is refused by it."""
+    path = folder / "model.safetensors"
+    whole = load_file(path)
+    save_file({key: value for key, value in whole.items() if key != name}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks weights of ") as raised:
+        load(str(folder), device="cpu")
+    save_file(whole, path, metadata={"format": "pt"})
+    return str(raised.value)
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_loaded(tmp_path):
+    for part in tiny(fusion="prefix+cross_attention", tie_word_embeddings=True):
+        part.save_pretrained(tmp_path)
+    names = [*load_file(tmp_path / "model.safetensors")]
+    assert not [name for name in names if "lm_head" in name], "it is tied, and need not be there"
+    load(str(tmp_path), device="cpu")
+    for part in ("vision_tower", "multi_modal_projector", "gate", "embed_tokens"):
+        name = next(name for name in names if part in name and "pooler" not in name)
+        said = refused(tmp_path, name)
+        assert f"cannot load '{tmp_path}'" in said
+        assert name.rpartition(".")[0].rpartition(".")[2] in said
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("name", [*STOCK, *PROMPTED])
+def test_of_a_transformers_model_too(name, tmp_path):
+    for part in stock(name):
+        part.save_pretrained(tmp_path)
+    load(str(tmp_path), device="cpu")
+    names = sorted(load_file(tmp_path / "model.safetensors"))
+    for gone in names[:: max(1, len(names) // 3)]:
+        assert gone.rpartition(".")[2] in refused(tmp_path, gone)

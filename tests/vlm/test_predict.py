@@ -100,6 +100,40 @@ def test_cut_at_any_byte_it_is_repaired(photos: list[str], tmp_path: Path) -> No
         assert output.read_bytes() == whole
 
 
+def test_answers_of_other_weights_or_settings_are_not_continued(photos: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    settings = {"weights": "aa", "max_new_tokens": 4}
+    run(photos[:2], output, settings=settings)
+    assert rows(output)[0] | {"prediction": ""} == {
+        "image": photos[0], "prompt": "what?", "model": "m", "weights": "aa", "max_new_tokens": 4, "prediction": ""
+    }  # fmt: skip
+    before = output.read_bytes()
+    with pytest.raises(UserError, match=r"with other weights of this model \(aa, and now bb\)"):
+        run(photos, output, settings=settings | {"weights": "bb"})
+    with pytest.raises(UserError, match="with max_new_tokens 4, and this is 5"):
+        run(photos, output, settings=settings | {"max_new_tokens": 5})
+    assert output.read_bytes() == before
+    assert run(photos, output, settings=settings).earlier == 2
+    run(photos, tmp_path / "old.jsonl")
+    with pytest.raises(UserError, match="without a record of weights"):
+        run(photos, tmp_path / "old.jsonl", settings=settings)
+
+
+def test_a_request_that_cannot_be_answered_is_one_row(photos: list[str], tmp_path: Path) -> None:
+    output, namer = tmp_path / "out.jsonl", Namer()
+
+    def why(request: Request) -> str:
+        return "too long" if request[0][0].size[0] in (2, 3, 7) else ""
+
+    assert run(photos, output, namer, why_refused=why) == Counts(done=3, earlier=0, broken=4)
+    assert [row["image"] for row in rows(output)] == photos
+    assert [row.get("error", row.get("prediction", ""))[:8] for row in rows(output)] == [
+        "1 wide\na", "too long", "too long", rows(output)[3]["error"][:8], "5 wide\na", "6 wide\na", "too long"
+    ]  # fmt: skip
+    assert sum(namer.batches) == 3
+    assert run(photos, output) == Counts(done=3, earlier=4, broken=0, earlier_broken=1)
+
+
 @pytest.mark.parametrize(("key", "now"), [("prompt", "why?"), ("model", "n")])
 def test_another_prompt_or_model_is_refused(photos: list[str], tmp_path: Path, key: str, now: str) -> None:
     output = tmp_path / "out.jsonl"

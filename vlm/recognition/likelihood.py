@@ -27,10 +27,12 @@ from vlm.data.dataset import TreeCollator, TreeItem, make_items, one_row_an_answ
 from vlm.data.encoding import BATCH_IMAGES, tile_keys
 from vlm.data.example import Example, Problem, question_and_answer
 from vlm.data.image_inputs import naming_refused
+from vlm.data.images import RefusedImages
 from vlm.data.tree_masks import TreeMasks
 from vlm.data.trees import paths
 from vlm.errors import UserError
-from vlm.generation import encode_images, fixed_image_tokens, learned_positions
+from vlm.generation import encode_images, fixed_image_tokens
+from vlm.positions import learned_positions, warn_beyond
 from vlm.precision import input_device
 from vlm.recipe_evaluation import Classification
 from vlm.recognition.labels import fill
@@ -67,6 +69,7 @@ class LabelLikelihood:
         self.model, self.processor, self.max_batch_tokens = model, processor, max_batch_tokens
         self.max_positions = learned_positions(model)
         self.prompt, self.answers = prompt or PROMPT, [fill(answer or ANSWER, label) for label in labels]
+        self._fits_blank = False
         blank = blank_image(processor)
         trees = TreeCollator(processor, masks=TreeMasks(model))
         self.why_plain = why_not_trees(model, trees, self._items([blank, blank], None), input_device(model))
@@ -74,6 +77,7 @@ class LabelLikelihood:
         self.collator = trees if self.why_plain is None else TreeCollator(processor, plain=True)
         self.prior = self.log_likelihoods([blank])
         """`[1, labels]`, of a blank image."""
+        self._fits_blank = True
 
     def scores(self, images: Sequence[Image.Image]) -> Tensor:
         """`[images, labels]`: how much likelier, in nats, each label is with the image than with a blank one."""
@@ -148,20 +152,28 @@ class LabelLikelihood:
             features=keys,
             progress=lambda each, total: each,
         )
-        self._require_positions(items)
+        self._require_positions(items, images)
         return items
 
-    def _require_positions(self, items: Sequence[TreeItem]) -> None:
-        """Raise UserError for the first answer that ends after the model's learned positions."""
+    def _require_positions(self, items: Sequence[TreeItem], images: Sequence[Image.Image]) -> None:
+        """Raise RefusedImages for images with which an answer ends after the model's learned positions, and UserError
+        if one does even with a blank image."""
+        longest = max((max(item.tree.position_ids) + 1 for item in items), default=0)
         if self.max_positions is None:
+            warn_beyond(self.model, longest - 1)
+        if self.max_positions is None or longest <= self.max_positions:
             return
-        lengths = (max(path.position_ids) + 1 for item in items for path in paths(item.tree))
-        for number, length in enumerate(lengths):
+        refused: list[tuple[Image.Image, str]] = []
+        lengths = ((max(path.position_ids) + 1, item) for item in items for path in paths(item.tree))
+        for number, (length, item) in enumerate(lengths):
             if length > self.max_positions:
-                raise UserError(
-                    f"label {self.answers[number % len(self.answers)]!r}: image, prompt and label have {length:,} "
-                    f"tokens, and the model has {self.max_positions:,} positions; shorten the prompt or the label"
-                )
+                answer = self.answers[number % len(self.answers)]
+                places = f"{self.max_positions:,} positions"
+                why = f"image, prompt and label have {length:,} tokens, and the model has {places}"
+                if not self._fits_blank:
+                    raise UserError(f"label {answer!r}: {why}; shorten the prompt or the label")
+                refused.append((images[int(item.example.image_id)], f"label {answer!r}: {why}"))
+        raise RefusedImages(refused)
 
     def _encode(self, images: Sequence[Image.Image]) -> _Features:
         keys = [tile_keys(self.processor, str(number), size_of(image)) for number, image in enumerate(images)]

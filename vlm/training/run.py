@@ -40,7 +40,8 @@ from vlm.eval import Processes, evaluate
 from vlm.eval.summary import show
 from vlm.files import going_on, write_text
 from vlm.generation_config import make_savable
-from vlm.loading import checkpoint_of, no_loading_bar, reading, user_errors
+from vlm.loading import checkpoint_of, no_loading_bar, reading, require_all_weights, user_errors
+from vlm.positions import learned_positions
 from vlm.precision import generation_in_bfloat16
 from vlm.printing import json_text
 from vlm.recipe import Recipe, Stage, require_models
@@ -191,7 +192,7 @@ def _run_stages(
             cache, (keys, held_out_keys) = kept_features(
                 recipe, (trained_on, held_out), model, processor, args, log, console, stop
             )
-        places = generation.learned_positions(model)
+        places = learned_positions(model)
         stream = Stream(mixture, stream_layout(recipe, stage, processor, places), log) if mixture else None
         made = partial(_items, recipe, processor, places, log, console, stop)
         batches = Batches(
@@ -307,7 +308,11 @@ def _start_model(recipe: Recipe, folder: Path, done: int) -> tuple[PreTrainedMod
 def _load(source: str, recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     trust = recipe.model.trust_remote_code
     with reading(source), no_loading_bar():
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype="float32", trust_remote_code=trust)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source, dtype="float32", trust_remote_code=trust, output_loading_info=True
+        )
+        model, info = loaded
+        require_all_weights(source, model, info)
     with reading(source, "processor"):
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust)
     generation.require_supported(model, processor)
