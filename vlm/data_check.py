@@ -64,4 +64,22 @@ def _reading(model: str, max_length: int) -> dict[str, Any]:
             rows = [tokenize_branch(processor, branch, images, sizes) for branch in example.branches]
         return [(row.input_ids, row.labels) for row in rows]
 
-    return {"tokenize": tokenize, "decode": processor.tokenizer.decode, "max_length": max_length}
+    return {
+        "tokenize": tokenize,
+        "decode": processor.tokenizer.decode,
+        "max_length": max_length,
+        "max_positions": _positions(source),
+    }
+
+
+def _positions(source: str) -> int | None:
+    """How many tokens the model reads at the most, if its positions are learned; no weights are loaded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from vlm.generation import learned_positions
+    from vlm.loading import reading
+
+    with reading(source, "config"), torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(source))
+    return learned_positions(model)

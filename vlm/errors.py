@@ -1,6 +1,7 @@
 """Errors that are meant for the person at the keyboard, and the "did you mean" that goes with them."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -17,8 +18,19 @@ def cut(text: str, most: int = 80) -> str:
 
 
 def shown(value: object, most: int = 80) -> str:
-    """Return `repr(value)` for a message, of at most `most` characters."""
-    return cut(repr(value), most)
+    """Return `repr(value)` for a message, of at most `most` characters. Values of any size and depth are fine."""
+    if isinstance(value, str | bytes):
+        return cut(repr(value[:most]) if len(value) > most else repr(value), most)
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxlist, brief.maxdict, brief.maxstring, brief.maxother = 3, 8, 8, most, most
+    return cut(brief.repr(value), most)
+
+
+def some(values: Iterable[object], most: int = 8) -> str:
+    """Return the first of many values for a message, and how many more there are; `nothing` for none."""
+    values = list(values)
+    first = ", ".join(shown(value) for value in values[:most]) or "nothing"
+    return f"{first} and {len(values) - most:,} more" if len(values) > most else first
 
 
 def nearest(word: object, known: Iterable[str]) -> str:
@@ -26,5 +38,9 @@ def nearest(word: object, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     if close:
-        return f"did you mean '{close[0]}'?"
-    return f"known: {', '.join(names)}"
+        return f"did you mean '{cut(close[0])}'?"
+    more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+    return f"known: {', '.join(cut(name) for name in names[:_MOST_NAMES])}{more}"
+
+
+_MOST_NAMES = 40

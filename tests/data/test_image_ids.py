@@ -92,8 +92,8 @@ def test_ids_that_are_no_ids_are_named(tmp_path):
     source = {"format": "dataset", "path": "json", "data_files": "rows.jsonl", "columns": columns}
     examples, problems = read(source, base_dir=tmp_path)
     assert examples == []
-    assert [str(p).partition("]:")[2] for p in problems] == [
-        f"row {n}: id: an id is text or a number, found [{n}]" for n in range(2)
+    assert [str(p).rpartition("rows.jsonl:")[2] for p in problems] == [
+        f"{n + 1}: id: an id is text or a number, found [{n}]" for n in range(2)
     ]
 
 

@@ -94,8 +94,8 @@ def test_dataset_of_paths(tmp_path):
     examples, problems = read(source, base_dir=tmp_path)
     assert [e.images for e in examples] == [(str(tmp_path / "i" / "a.png"),)]
     assert lines(problems) == [
-        f"r.jsonl[train]:row 1: image: no such image: {tmp_path / 'i' / 'b.png'}",
-        "r.jsonl[train]:row 2: image: no image in column 'f'",
+        f"{tmp_path / 'r.jsonl'}:2: image: no such image: {tmp_path / 'i' / 'b.png'}",
+        f"{tmp_path / 'r.jsonl'}:3: image: no image in column 'f'",
     ]
 
 

@@ -105,7 +105,7 @@ ROW_FAULTS = [
     ({"file_name": "no.png", "caption": "x"}, "image: no such image: "),
     ({"caption": "x"}, "file_name: expected the name of an image"),
     ({"file_name": 7, "caption": "x"}, "file_name: expected the name of an image"),
-    ({"filename": "a.png", "caption": "x"}, "filename: unknown key, did you mean 'file_name'?"),
+    ({"fil_name": "a.png", "caption": "x"}, "fil_name: unknown key, did you mean 'file_name'?"),
     ("{not json", "not valid JSON: Expecting property name"),
     ("[1]", "expected an object {...}, found [1]"),
     (
@@ -216,6 +216,7 @@ def test_web_addresses_and_other_names_of_the_image_column_say_what_to_do(tmp_pa
     (problem,) = read({"format": "image_folder", "path": "."}, base_dir=tmp_path).problems
     assert "https://x.y/0.png is an address" in problem.why
     assert problem.why.endswith("download it first")
-    write(tmp_path / "metadata.jsonl", [{"image": "0.png", "caption": "x"}])
+    write(tmp_path / "metadata.jsonl", [{"picture": "0.png", "caption": "x"}])
     (problem,) = read({"format": "image_folder", "path": "."}, base_dir=tmp_path).problems
-    assert str(problem).endswith("found only 'image', 'caption'; call 'image' 'file_name'")
+    assert str(problem).startswith("metadata.jsonl:1: file_name: expected the name of an image")
+    assert str(problem).endswith("found only 'picture', 'caption'")

@@ -139,7 +139,7 @@ def test_cells_of_csv_are_text_and_bad_lines_are_named(tmp_path):
     examples, problems = read_folder(tmp_path)
     assert answers(examples) == ["007", "None", "N/A"]
     assert lines(problems) == [
-        "metadata.csv:7: 4 cells, and the first line names 3 columns",
+        "metadata.csv:7: 4 cells, and the first line names 3 columns; put a cell with a comma in it in quotation marks",
         "metadata.csv:6: answer: missing: a question needs 'answer' or 'answers'",
         "metadata.csv:8: answer: not UTF-8 text (byte 0xe9, or \\udce9, in place of character 0); write the text again",
     ]
@@ -148,7 +148,6 @@ def test_cells_of_csv_are_text_and_bad_lines_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metadata.csv", "file_name;caption\na.png;x\n", "only one column, 'file_name;caption'; separate columns with"),
         ("metadata.csv", "file_name,caption,caption\n", "two columns are called 'caption'"),
         ("metadata.parquet", "no parquet", "metadata.parquet: cannot be read as parquet"),
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,17 @@ from vlm.chat_templates import Refused
 from vlm.data.example import Branch, Example, Problem, message_text
 from vlm.data.images import ImageError, image_sha256, open_image
 from vlm.data.readers import read
-from vlm.errors import UserError
+from vlm.errors import UserError, cut
 from vlm.printing import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 IGNORE_INDEX = -100
-_SHOWN = 10  # of each kind of finding; the counts are always of all
+_SHOWN = 10  # of each kind of finding, and answers of an example; the counts are always of all
+_LONGEST_LINE = 600
+_LONGEST_TEXT = 1000
+"""Characters of a finding, and of a stretch of an example."""
 
 Tokenize = Callable[[Example], list[tuple[Sequence[int], Sequence[int]]]]
 """`(input_ids, labels)` for each branch of an example, labels -100 where nothing is learned."""
@@ -151,7 +154,7 @@ class Report:
         duplicate_branches: pairs of places with the same image bytes, question and answer.
         answer_words: the spread of the answers' lengths in words.
         tokens: the spread of the branches' lengths in tokens, images included, if they were tokenized.
-        truncated: branches longer than `max_length` tokens.
+        truncated: branches longer than `max_length` tokens, or than the `max_positions` of the model.
         unsupervised: branches in which no token is learned.
         samples: three examples, with what is supervised.
     """
@@ -164,6 +167,7 @@ class Report:
     duplicate_branches: list[tuple[str, str]] = field(default_factory=list)
     answer_words: Spread | None = None
     max_length: int | None = None
+    max_positions: int | None = None
     tokens: Spread | None = None
     truncated: list[Problem] = field(default_factory=list)
     unsupervised: list[Problem] = field(default_factory=list)
@@ -187,6 +191,7 @@ def check(
     tokenize: Tokenize | None = None,
     decode: Decode | None = None,
     max_length: int | None = None,
+    max_positions: int | None = None,
     num_samples: int = 3,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
@@ -199,6 +204,7 @@ def check(
             and samples show assistant text as supervised.
         decode: turns token ids back into text, for samples. Goes with `tokenize`.
         max_length: the longest row in tokens that training takes. Needs `tokenize`.
+        max_positions: how many tokens a model with learned positions reads at the most.
         num_samples: how many examples to show, spread evenly over the source.
         progress: called with (examples done, examples in all).
 
@@ -211,7 +217,8 @@ def check(
     if max_length is not None and tokenize is None:
         raise ValueError("max_length counts tokens, so it needs tokenize")
     examples, problems = read(source, base_dir=base_dir)
-    report = Report(source=str(source.get("format")), problems=list(problems), max_length=max_length)
+    report = Report(source=str(source.get("format")), problems=list(problems))
+    report.max_length, report.max_positions = max_length, max_positions
     digests: dict[Any, str] = {}
     first_image: dict[str, str] = {}
     first_branch: dict[tuple[Any, ...], str] = {}
@@ -267,8 +274,12 @@ def _open_all(example: Example, digests: dict[Any, str], first_image: dict[str, 
 def _lengths(example: Example, rows: list[tuple[Sequence[int], Sequence[int]]], report: Report) -> list[int]:
     for branch, (input_ids, labels) in zip(example.branches, rows, strict=True):
         where = branch.where or example.where
-        if report.max_length is not None and len(input_ids) > report.max_length:
-            why = f"{len(input_ids)} tokens, {len(input_ids) - report.max_length} more than {report.max_length}"
+        length, most, places = len(input_ids), report.max_length, report.max_positions
+        if places is not None and length > places:
+            why = f"{length} tokens, and the model has {places} positions"
+            report.truncated.append(Problem(where, "", why))
+        elif most is not None and length > most:
+            why = f"{length} tokens, {length - most} more than {most}"
             report.truncated.append(Problem(where, "", why))
         if all(label == IGNORE_INDEX for label in labels):
             report.unsupervised.append(Problem(where, "", "no token of it is learned"))
@@ -276,13 +287,16 @@ def _lengths(example: Example, rows: list[tuple[Sequence[int], Sequence[int]]], 
 
 
 def _samples(example: Example, tokenize: Tokenize | None, decode: Decode | None) -> list[Sample]:
+    few = replace(example, branches=example.branches[:_SHOWN])
     if tokenize is None or decode is None:
-        segments = [_message_segments(branch) for branch in example.branches]
+        segments = [_message_segments(branch) for branch in few.branches]
     else:
-        segments = [_token_segments(ids, labels, decode) for ids, labels in tokenize(example)]
-    return [
-        Sample(branch.where or example.where, tuple(s)) for branch, s in zip(example.branches, segments, strict=True)
-    ]
+        segments = [_token_segments(ids, labels, decode) for ids, labels in tokenize(few)]
+    places = [branch.where or example.where for branch in few.branches]
+    samples = [Sample(where, tuple(found)) for where, found in zip(places, segments, strict=True)]
+    if more := len(example.branches) - len(few.branches):
+        samples.append(Sample(example.where, (Segment(f"... and {more:,} more answers about the same images", False),)))
+    return samples
 
 
 def _message_segments(branch: Branch) -> list[Segment]:
@@ -328,7 +342,7 @@ def render(report: Report) -> RenderableType:
         ("Bad, and skipped in training:", _listing(report.problems)),
         ("Same image bytes:", _pairs(report.duplicate_images)),
         ("Same image, question and answer:", _pairs(report.duplicate_branches)),
-        (f"Longer than {report.max_length} tokens:", _listing(report.truncated)),
+        (f"Longer than {_limits(report)}:", _listing(report.truncated)),
         ("Nothing is learned from:", _listing(report.unsupervised)),
     ):
         if lines:
@@ -338,7 +352,7 @@ def render(report: Report) -> RenderableType:
     for sample in report.samples:
         text = Text(f"\n{printable(sample.where)}\n", style="dim")
         for segment in sample.segments:
-            shown = printable(segment.text)
+            shown = printable(_brief(segment.text))
             text.append(
                 f"[[{shown}]]" if segment.supervised else shown, "bold green" if segment.supervised else "not dim"
             )
@@ -360,10 +374,19 @@ def _counts(report: Report) -> list[tuple[str, str]]:
         rows += [("branch length", f"{report.tokens} tokens")]
         rows += [("nothing learned", f"{len(report.unsupervised):,}")]
     if report.max_length is not None:
-        rows += [(f"over {report.max_length} tokens", f"{len(report.truncated):,}")]
+        rows += [(f"over {_limits(report)}", f"{len(report.truncated):,}")]
     elif report.tokens is None:
         rows += [("truncations", "not counted: they need a processor")]
     return rows
+
+
+def _limits(report: Report) -> str:
+    places = f", or the {report.max_positions} positions of the model" if report.max_positions is not None else ""
+    return f"{report.max_length} tokens{places}"
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} ... ({len(text):,} characters)"
 
 
 def _listing(problems: Sequence[Problem]) -> list[str]:
@@ -375,4 +398,5 @@ def _pairs(pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _shortened(lines: list[str]) -> list[str]:
-    return lines if len(lines) <= _SHOWN else [*lines[:_SHOWN], f"  ... and {len(lines) - _SHOWN:,} more"]
+    shown = [cut(line, _LONGEST_LINE) for line in lines[:_SHOWN]]
+    return shown if len(lines) <= _SHOWN else [*shown, f"  ... and {len(lines) - _SHOWN:,} more"]

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from vlm.data.inline_images import inline_image
+from vlm.errors import cut
 
 Message = dict[str, Any]
 """One turn in the Hugging Face chat format:
@@ -28,7 +29,7 @@ class StoredImage:
 
     The column must be cast to `Image(decode=False)`, so that a row gives `{"bytes": ..., "path": ...}`; a column of
     paths or of images in base64 gives plain strings. `index` picks one of several images of a row (`None` where the
-    column holds one).
+    column holds one). In place of a data set there may be the rows of a JSON or CSV file, by the byte they start at.
     """
 
     dataset: Any
@@ -42,7 +43,7 @@ class StoredImage:
         if self.index is not None:
             cell = cell[self.index]
         if isinstance(cell, dict):
-            return cell["bytes"] if cell.get("bytes") is not None else cell["path"]
+            cell = cell["bytes"] if cell.get("bytes") is not None else cell["path"]
         inline = inline_image(cell, self.column) if isinstance(cell, str) else None
         return cell if inline is None else inline
 
@@ -125,7 +126,8 @@ class Problem:
     lost: int = 1
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.key}: {self.why}" if self.key else f"{self.where}: {self.why}"
+        parts = (cut(self.where, 300), cut(self.key), cut(self.why, 600))
+        return ": ".join(part for part in parts if part)
 
 
 def message_text(message: Message) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 
-from vlm.data.readers_text import RowError, show
+from vlm.data.readers_text import RowError
+from vlm.errors import shown
 
 _SHORTEST = 64
 """Characters: no image is smaller, and few names are longer."""
@@ -22,7 +23,7 @@ def inline_image(text: str, key: str) -> bytes | None:
     if text[:5].lower() == "data:":
         head, _, body = text.partition(",")
         if not head.lower().endswith(";base64"):
-            raise RowError(key, f"a data URI without base64 ({show(head)}); write the image as base64")
+            raise RowError(key, f"a data URI without base64 ({shown(head)}); write the image as base64")
     elif len(text) >= _SHORTEST and text.startswith(_BEGINNINGS) and "." not in text:
         body = text
     else:

@@ -9,7 +9,8 @@ from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, 
 from vlm.data.readers_conversations import asked_branch
 from vlm.data.readers_json import load_json
 from vlm.data.readers_rows import DEFAULT_PROMPT
-from vlm.data.readers_text import RowError, answer_text, required_id, show, whole
+from vlm.data.readers_text import RowError, answer_text, required_id, whole
+from vlm.errors import shown
 
 
 class CocoCaptionsSource(Source):
@@ -38,7 +39,7 @@ class CocoCaptionsSource(Source):
             except RowError as error:
                 collector.bad(where, error.key, error.why)
                 continue
-            where = f"{where} (id {show(image['id'])})"
+            where = f"{where} (id {shown(image['id'])})"
             if image_id in known:
                 collector.bad(where, "id", f"two images have this id; the other one is in {known[image_id]}")
                 continue
@@ -59,7 +60,7 @@ class CocoCaptionsSource(Source):
                 collector.add([str(file)], branches, image_id=image_id, where=where)
         for image_id in [i for i in captions if i not in known]:
             for where, annotation in captions[image_id]:
-                collector.bad(where, "image_id", f"no image has the id {show(annotation['image_id'])}")
+                collector.bad(where, "image_id", f"no image has the id {shown(annotation['image_id'])}")
         return collector.result(self.annotations)
 
     def _captions(self, annotations: list[Any], collector: Collector) -> dict[str, list[tuple[str, dict[str, Any]]]]:
@@ -69,13 +70,13 @@ class CocoCaptionsSource(Source):
             where = f"{self.annotations}:annotations row {index}"
             try:
                 if not isinstance(annotation, dict):
-                    raise RowError("", f"expected an object with 'image_id' and 'caption', found {show(annotation)}")
+                    raise RowError("", f"expected an object with 'image_id' and 'caption', found {shown(annotation)}")
                 image_id = required_id(annotation, "image_id")
             except RowError as error:
                 collector.bad(where, error.key, error.why)
                 continue
             if "id" in annotation:
-                where = f"{where} (id {show(annotation['id'])})"
+                where = f"{where} (id {shown(annotation['id'])})"
             by_image.setdefault(image_id, []).append((where, annotation))
         return by_image
 
@@ -83,5 +84,5 @@ class CocoCaptionsSource(Source):
 def _image(image: Any) -> tuple[str, str]:
     """The id and the file name of an entry of `images`."""
     if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
-        raise RowError("file_name", f"expected an object with 'id' and 'file_name', found {show(image)}")
+        raise RowError("file_name", f"expected an object with 'id' and 'file_name', found {shown(image)}")
     return required_id(image, "id"), whole(image["file_name"], "file_name")

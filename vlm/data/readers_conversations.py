@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from vlm.data.example import Branch, Message, count_image_parts, question_and_answer
-from vlm.data.readers_text import IMAGE_PLACEHOLDER, NO_IMAGE_IN_ANSWER, RowError, is_null, show, whole
+from vlm.data.readers_text import IMAGE_PLACEHOLDER, NO_IMAGE_IN_ANSWER, RowError, is_null, whole
+from vlm.errors import shown
 
 _ROLES = {
     "system": "system",
@@ -37,7 +38,7 @@ def conversation_branch(turns: Any, num_images: int, key: str, where: str, quest
         RowError: the conversation is not of that form, or names more or fewer images than there are.
     """
     if not isinstance(turns, list) or not turns:
-        raise RowError(key, f"expected a list of turns, found {show(turns)}")
+        raise RowError(key, f"expected a list of turns, found {shown(turns)}")
     messages = [_message(turn, f"{key}[{index}]") for index, turn in enumerate(turns)]
     names = [f"{key}[{index}]" for index in range(len(messages))]
     for message, name in zip(messages, names, strict=True):
@@ -90,18 +91,18 @@ def completed_branch(row: Mapping[str, Any], num_images: int, where: str, questi
 
 def _message(turn: Any, key: str) -> Message:
     if not isinstance(turn, dict):
-        raise RowError(key, f"expected an object with 'role' and 'content', found {show(turn)}")
+        raise RowError(key, f"expected an object with 'role' and 'content', found {shown(turn)}")
     by, said = ("role", "content") if "role" in turn or "content" in turn else ("from", "value")
     if by not in turn or is_null(turn.get(said)):
-        raise RowError(key, f"expected an object with '{by}' and '{said}', found {show(turn)}")
+        raise RowError(key, f"expected an object with '{by}' and '{said}', found {shown(turn)}")
     role = turn[by]
     if not isinstance(role, str) or role not in _ROLES:
-        raise RowError(key, f"{by} {show(role)} is not one of {', '.join(_ROLES)}")
+        raise RowError(key, f"{by} {shown(role)} is not one of {', '.join(_ROLES)}")
     content = turn[said].strip() if by == "from" and isinstance(turn[said], str) else turn[said]
     if isinstance(content, str):
         return {"role": _ROLES[role], "content": parts_of(content, key)}
     if not isinstance(content, list):
-        raise RowError(key, f"{said} is text or a list of parts, found {show(content)}")
+        raise RowError(key, f"{said} is text or a list of parts, found {shown(content)}")
     return {"role": _ROLES[role], "content": [made for part in content for made in _parts(part, key)]}
 
 
@@ -111,7 +112,7 @@ def _parts(part: Any, key: str) -> list[dict[str, str]]:
         return [{"type": "image"}]
     if kind == "text" and isinstance(part.get("text"), str):
         return parts_of(part["text"], key)
-    raise RowError(key, f"a part is {{type: image}} or {{type: text, text: ...}}, found {show(part)}")
+    raise RowError(key, f"a part is {{type: image}} or {{type: text, text: ...}}, found {shown(part)}")
 
 
 def parts_of(text: str, key: str) -> list[dict[str, str]]:

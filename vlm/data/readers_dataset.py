@@ -18,15 +18,13 @@ from vlm.data import readers_webdataset as webdataset
 from vlm.data.example import ImageSource, StoredImage
 from vlm.data.inline_images import inline_image
 from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, files_of, image_sources, resolve
-from vlm.data.readers_local import read_row_by_row
+from vlm.data.readers_files import RowFiles, read_files, row_files
 from vlm.data.readers_rows import DEFAULT_PROMPT, DEFAULT_QUESTION_PROMPT, RowReader
-from vlm.data.readers_tables import class_labels, label_name, require_whole_csv
+from vlm.data.readers_tables import class_labels, label_name
 from vlm.data.readers_text import RowError, id_text
 from vlm.errors import nearest
 
 _BATCH = 1000
-LONGEST_INDEX = 64
-"""Characters. What is longer is an image, as in VLMEvalKit."""
 
 
 class Columns(BaseModel):
@@ -108,15 +106,12 @@ class DatasetSource(Source):
         return self
 
     def read(self, base_dir: Path) -> ReadResult:
-        try:
-            dataset = self.load(base_dir)
-        except SourceError as error:
-            return read_row_by_row(self, base_dir, error)
-        try:
+        with self.errors(base_dir):
+            if (files := self.row_files(base_dir)) is not None:
+                return read_files(self, base_dir, files)
+        dataset = self.load(base_dir)
+        with self.errors(base_dir):
             return self._read_loaded(dataset, base_dir)
-        except UnicodeDecodeError as error:  # `datasets` loads such JSON, and only its rows cannot be had
-            why = f"{self.path}: not UTF-8 text ({error}); save the file as UTF-8"
-            return read_row_by_row(self, base_dir, SourceError(why))
 
     def _read_loaded(self, dataset: Any, base_dir: Path) -> ReadResult:
         self.check_columns(dataset.column_names)
@@ -127,16 +122,13 @@ class DatasetSource(Source):
         labels = class_labels(dataset.features)
         label = f"{self.data_files if isinstance(self.data_files, str) else self.path}[{self.split}]"
         collector = Collector(self.limit, self.inside(*self.folders(base_dir)))
-        elsewhere = _rows_by_index(dataset, columns.image)
         for index, (row, cell) in enumerate(self._rows(dataset, columns.of_words, columns.of_images)):
             if collector.full and columns.image_id is None:
                 break
             where = f"{label}:row {index}"
-            at = elsewhere.get(cell, index) if isinstance(cell, str) else index
-            image_id = self.image_id(row, where, collector) if columns.image_id else str(at)
+            image_id = self.image_id(row, where, collector) if columns.image_id else str(index)
             if image_id is not None and collector.wants(image_id):
-                cell = cell if at == index else dataset[at][columns.image]
-                images = _sources(dataset, at, columns.of_images, cell, folder)
+                images = _sources(dataset, index, columns.of_images, cell, folder)
                 self.collect(collector, row, images, image_id=image_id, where=where, labels=labels)
         return collector.result(label)
 
@@ -201,14 +193,19 @@ class DatasetSource(Source):
             files = [f if "://" in f else str(base_dir / Path(f).expanduser()) for f in files]
         return (str(local) if local.exists() else self.path), files
 
+    def is_saved(self, base_dir: Path) -> bool:
+        """Whether `path` is what `save_to_disk` saved."""
+        path = Path(self.place(base_dir)[0])
+        return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
     def saved(self, base_dir: Path) -> Any | None:
         """The data set, memory-mapped, if `path` is what `save_to_disk` saved."""
         import datasets
 
-        path = Path(self.place(base_dir)[0])
-        if not ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        if not self.is_saved(base_dir):
             return None
-        loaded = datasets.load_from_disk(str(path))
+        path = self.place(base_dir)[0]
+        loaded = datasets.load_from_disk(path)
         if isinstance(loaded, datasets.DatasetDict):
             return loaded[self.split]
         if "split" in self.model_fields_set and str(loaded.split) != self.split:
@@ -233,50 +230,41 @@ class DatasetSource(Source):
             reason = f"{type(cause).__name__}: {cause}"
             raise SourceError(f"data set {self.path!r}, split {self.split!r}: {reason} ({tried})") from error
 
-    def builder(self, base_dir: Path) -> tuple[Any, dict[str, Any]]:
-        """What `datasets` reads the data set with, and the options that it is made with. In a CSV file everything is
-        text as it stands: pandas would make numbers of `007`, and nothing of `None` and `N/A`."""
+    def builder(self, base_dir: Path) -> Any:
+        """What `datasets` reads the data set with."""
         import datasets
-        import pandas as pd
-        from datasets.packaged_modules.csv.csv import Csv
 
         path, files = self.place(base_dir)
-        options: dict[str, Any] = {"data_files": files, "revision": self.revision}
-        builder = datasets.load_dataset_builder(path, self.name, **options)
-        if not isinstance(builder, Csv) or builder.info.features is not None:
-            return builder, options
-        found = [file for of_split in (builder.config.data_files or {}).values() for file in of_split]
-        if all(file.lower().endswith(".tsv") for file in found):
-            options["sep"] = "\t"
-        options |= {"keep_default_na": False, "na_values": [""]}
-        names = pd.read_csv(found[0], sep=options.get("sep", builder.config.sep), nrows=0).columns if found else []
-        options["features"] = datasets.Features({name: datasets.Value("string") for name in names})
-        return datasets.load_dataset_builder(path, self.name, **options), options
+        return datasets.load_dataset_builder(path, self.name, data_files=files, revision=self.revision)
+
+    def row_files(self, base_dir: Path) -> RowFiles | None:
+        """The JSON or CSV files of the data set; None for one of another format."""
+        return None if self.is_saved(base_dir) else row_files(self.builder(base_dir), streamed=self.streaming)
 
     def load(self, base_dir: Path) -> Any:
         """The data set, none of its columns looked at. Raises SourceError if it cannot be had."""
         import datasets
         from datasets.fingerprint import Hasher
-        from datasets.packaged_modules.csv.csv import Csv
         from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
         with self.errors(base_dir):
             if (saved := self.saved(base_dir)) is not None:
                 return saved
-            builder, options = self.builder(base_dir)
+            builder = self.builder(base_dir)
             path, split = self.place(base_dir)[0], self.split.partition("[")[0]
             files = list((builder.config.data_files or {}).get(split, []))
             for file in files:
                 require_whole_tar(file)
-                if isinstance(builder, Csv) and file.lower().endswith((".csv", ".tsv")) and os.path.isfile(file):
-                    require_whole_csv(Path(file))
             if isinstance(builder, WebDataset) and files and split == self.split and self.columns.of_images:
                 # What is kept of other or changed files is not taken for these.
                 stamps = [os.path.getmtime(file) for file in files if os.path.isfile(file)]
                 made = {"tars": files} | self.fields(files[0])
                 fingerprint = Hasher.hash([made, stamps, inspect.getsource(webdataset)])
                 return datasets.Dataset.from_generator(webdataset.rows, gen_kwargs=made, fingerprint=fingerprint)
-            return datasets.load_dataset(path, self.name, split=self.split, **options)
+            data_files = self.place(base_dir)[1]
+            return datasets.load_dataset(
+                path, self.name, data_files=data_files, split=self.split, revision=self.revision
+            )
 
     def fields(self, tar: str) -> dict[str, tuple[str, ...]]:
         """What is to be read of WebDataset shards, of which `tar` is one."""
@@ -383,16 +371,3 @@ def _sources(dataset: Any, row: int, column: str | None, cell: Any, folder: Path
         else StoredImage(dataset, row, column, i if isinstance(cell, list) else None)
         for i, (c, file) in enumerate(zip(cells, is_file, strict=True))
     )
-
-
-def _rows_by_index(dataset: Any, column: str | None) -> dict[str, int]:
-    """The rows that hold an image in base64, by their `index`: in VLMEvalKit's tables, which have a column of that
-    name, other rows with the same image hold that in place of the image."""
-    if column is None or not {"index", column} <= set(dataset.column_names):
-        return {}
-    if getattr(dataset.features[column], "dtype", "") not in ("string", "large_string"):
-        return {}
-    pairs = zip(dataset["index"], dataset[column], strict=True)
-    return {
-        str(index): row for row, (index, cell) in enumerate(pairs) if cell is not None and len(cell) > LONGEST_INDEX
-    }

@@ -5,13 +5,15 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vlm.data.example import Problem
 from vlm.data.readers_common import SourceError
-from vlm.data.readers_text import show
+from vlm.data.text_files import FoundRow, Readable, byte_lines, file_text, require_some_utf8
+from vlm.errors import shown, some
 
 MAX_DEPTH = 200
 """Where a text is nested deeper than Python can read, what is nested deeper than this is cut out."""
@@ -27,7 +29,7 @@ class RepeatedKey:
         self.key = key
 
     def __repr__(self) -> str:
-        return f"an object with the key {show(self.key)} twice"
+        return f"an object with the key {shown(self.key)} twice"
 
 
 def parse_json(text: str) -> Any:
@@ -78,17 +80,17 @@ def _cut_deep(text: str) -> str:
     return "".join([*kept, text[end:]])
 
 
-def load_json(path: Path) -> Any:
+def load_json(file: Readable) -> Any:
     """Return the content of a JSON file, in UTF-8, UTF-16 or UTF-32; see [`parse_json`].
 
     Raises:
         SourceError: it cannot be read, or is not valid JSON; the message names file, line and column.
     """
     try:
-        return parse_json(file_text(path))
+        return parse_json(file_text(file))
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise SourceError(f"{path}: not valid JSON: {error.msg} at {where}") from error
+        raise SourceError(f"{file}: not valid JSON: {error.msg} at {where}") from error
 
 
 def load_json_list(path: Path, key: str) -> list[Any]:
@@ -99,129 +101,109 @@ def load_json_list(path: Path, key: str) -> list[Any]:
     """
     content = load_json(path)
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        found = f"an object with {', '.join(map(show, content))}" if isinstance(content, dict) else show(content)
+        found = f"an object with {some(content)}" if isinstance(content, dict) else shown(content)
         raise SourceError(f"{path}: expected an object with a list under {key!r}, found {found}")
     return list(content[key])
 
 
-def read_rows(path: Path, label: str, problems: list[Problem]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the rows of a JSON list or of JSON Lines, whatever the file is called, and where each stands.
+def read_rows(path: Path, label: str, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of [`json_rows`], and where each stands. Bad rows go to `problems`.
 
-    Bad rows go to `problems`.
+    Raises:
+        SourceError: it cannot be read, is called `.json` and holds no rows, or is all in another encoding.
+    """
+    bad = False
+    for where, content, _ in json_rows(path, label):
+        if isinstance(content, Problem):
+            problems.append(content)
+            bad = True
+        else:
+            yield where, content
+    if bad:
+        require_some_utf8(path)
+
+
+def json_rows(file: Readable, label: str) -> Iterator[FoundRow]:
+    """Yield the rows of a JSON list or of JSON Lines, whatever the file is called. `label` is the file in messages.
 
     Raises:
         SourceError: it cannot be read, or is called `.json` and holds neither.
     """
-    start = read_bytes(path, 4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    if path.suffix != ".json" and start != b"[":
-        return read_json_lines(path, label, problems)
+    if _is_json_lines(file):
+        yield from _rows_of_lines(file, label)
+        return
     try:
-        content = load_json(path)
+        content = load_json(file)
     except SourceError as error:
         # Several values in a file are lines of JSON.
         cause = error.__cause__
         several = isinstance(cause, json.JSONDecodeError) and cause.msg == "Extra data"
-        if several or path.suffix != ".json":
-            return read_json_lines(path, label, problems)
-        raise
+        if not several and file.suffix == ".json":
+            raise
+        yield from _rows_of_lines(file, label)
+        return
     if not isinstance(content, list):
-        raise SourceError(f"{path}: expected a list of rows, or rows on a line each (.jsonl), found {show(content)}")
-    rows = []
+        raise SourceError(f"{file}: expected a list of rows, or rows on a line each (.jsonl), found {_told(content)}")
     for index, row in enumerate(content):
-        where = f"{label}:row {index}"
-        if isinstance(row, dict):
-            rows.append((where, row))
-        else:
-            problems.append(Problem(where, "", f"expected an object {{...}}, found {show(row)}"))
-    return rows
+        yield _row(f"{label}:row {index}", row)
 
 
-def read_json_lines(path: Path, label: str, problems: list[Problem]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the objects of a JSON Lines file, and where each stands. Bad lines go to `problems`; empty ones are fine.
+def _is_json_lines(file: Readable) -> bool:
+    """Whether it is so by its beginning; a large file is not read for that."""
+    first = (line for _, line in byte_lines(file) if line.strip(codecs.BOM_UTF8 + b" \t\r\n"))
+    lines = list(islice(first, 2))
+    if lines and lines[0].lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+        return False
+    if file.suffix != ".json":
+        return True
+    try:
+        return len(lines) == 2 and isinstance(parse_json(lines[0].decode("utf-8-sig")), dict)
+    except ValueError:
+        return False
 
-    Raises:
-        SourceError: the file cannot be read.
-    """
-    rows: list[tuple[str, dict[str, Any]]] = []
-    garbled = False
-    for number, line in enumerate(_lines(path), start=1):
+
+def _told(content: Any) -> str:
+    """What a file holds in place of rows, and the key that holds them, if there is one."""
+    if not isinstance(content, dict) or not content:
+        return shown(content)
+    holding = [
+        key for key, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    hint = f"; write the list under {shown(holding[0])} into a file of its own" if holding else ""
+    return f"an object with {some(content)}{hint}"
+
+
+def _rows_of_lines(file: Readable, label: str) -> Iterator[FoundRow]:
+    """Rows of JSON Lines; empty lines are fine."""
+    for number, (start, line) in enumerate(byte_lines(file), start=1):
         where = f"{label}:{number}"
         if not line.strip():
             continue
         try:
             row = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except json.JSONDecodeError as error:
-            problems.append(Problem(where, "", f"not valid JSON: {error.msg} at column {error.colno}"))
+            why = f"not valid JSON: {error.msg} at column {error.colno}"
+            yield FoundRow(where, Problem(where, "", why))
         except UnicodeDecodeError as error:
-            garbled = True
-            problems.append(Problem(where, "", f"not UTF-8 text (byte {error.start} of the line); save it as UTF-8"))
+            why = f"not UTF-8 text (byte {error.start} of the line); save it as UTF-8"
+            yield FoundRow(where, Problem(where, "", why))
         else:
-            if isinstance(row, dict):
-                rows.append((where, row))
-            else:
-                problems.append(Problem(where, "", f"expected an object {{...}}, found {show(row)}"))
-    if garbled:
-        _require_some_utf8(path, _lines(path))
-    return rows
+            yield _row(where, row, start)
 
 
-def _require_some_utf8(path: Path, lines: Iterable[bytes]) -> None:
-    """Raise SourceError if several lines are not UTF-8, and no character outside ASCII is: it is all of another
-    encoding. A single such line is a bad row."""
-    others: list[int] = []
-    for number, line in enumerate(lines, start=1):
-        if line.isascii():
-            continue
-        try:
-            line.decode()
-        except UnicodeDecodeError:
-            others.append(number)
-        else:
-            if line.strip(codecs.BOM_UTF8):
-                return
-    if len(others) > 1:
-        raise SourceError(
-            f"{path}: not UTF-8 text ({len(others):,} lines with characters in another encoding, the first is line "
-            f"{others[0]}); save the file as UTF-8"
-        )
+def _row(where: str, row: Any, start: int | None = None) -> FoundRow:
+    if isinstance(row, dict):
+        return FoundRow(where, row, start)
+    return FoundRow(where, Problem(where, "", f"expected an object {{...}}, found {shown(row)}"))
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file as UTF-8, without their ends: `\\n`, `\\r\\n` or `\\r`."""
-    encoding = json.detect_encoding(read_bytes(path, 4))
-    if not encoding.startswith("utf-8"):
-        yield from (line.encode(errors="surrogatepass") for line in file_text(path).splitlines())
-        return
-    with path.open("rb") as file:
-        for line in file:
-            yield from line.removesuffix(b"\n").removesuffix(b"\r").split(b"\r")
+class RowsOnDisk:
+    """The rows of a JSON Lines file, each by the byte that it starts at."""
 
+    def __init__(self, path: str) -> None:
+        self.path = path
 
-def read_bytes(path: Path, count: int = -1) -> bytes:
-    """Return the first `count` bytes of a file, by default all.
-
-    Raises:
-        SourceError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return file.read(count)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error
-
-
-def file_text(path: Path, errors: str = "strict") -> str:
-    """Return the text of a file in UTF-8, UTF-16 or UTF-32. `errors` are those of `bytes.decode`. They are for single
-    lines: a file that is all in another encoding is refused.
-
-    Raises:
-        SourceError: it cannot be read, or is no such text.
-    """
-    content = read_bytes(path)
-    encoding = json.detect_encoding(content)
-    if errors != "strict" and encoding.startswith("utf-8"):
-        _require_some_utf8(path, content.splitlines())
-    try:
-        return content.decode("utf-8-sig" if encoding.startswith("utf-8") else encoding, errors)
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: not {encoding.upper()} text (byte {error.start}); save it as UTF-8") from error
+    def __getitem__(self, start: int) -> Any:
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            return parse_json(file.readline().split(b"\r")[0].decode("utf-8-sig"))

@@ -8,7 +8,8 @@ from typing import ClassVar
 from vlm.data.readers_common import Collector, ReadResult, Source, files_of, image_sources, images_id, resolve
 from vlm.data.readers_conversations import conversation_branch
 from vlm.data.readers_json import read_rows
-from vlm.data.readers_text import RowError, file_names, id_text, is_null, show, unknown_near_miss
+from vlm.data.readers_text import RowError, file_names, id_text, is_null, unknown_near_miss
+from vlm.errors import shown
 
 _KNOWN = ("id", "image", "images", "conversations")
 _EXPECTED = "expected the name of an image, or a list of names"
@@ -27,7 +28,7 @@ class LlavaSource(Source):
         collector = Collector(self.limit, self.inside(folder, path.parent))
         for where, row in read_rows(path, self.path, collector.problems):
             if "id" in row:
-                where = f"{where} (id {show(row['id'])})"
+                where = f"{where} (id {shown(row['id'])})"
             if "video" in row:
                 collector.bad(where, "video", "videos are not supported")
                 continue

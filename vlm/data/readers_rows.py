@@ -31,9 +31,9 @@ from vlm.data.readers_text import (
     is_null,
     near_miss,
     required_text,
-    show,
     unknown_near_miss,
 )
+from vlm.errors import shown, some
 
 DEFAULT_PROMPT = "Describe the image."
 DEFAULT_QUESTION_PROMPT = "{question}"
@@ -97,7 +97,7 @@ class RowReader:
             attempt(where, self._question, item, num_images, where, question_id)
         for key in ("captions", "qa"):
             if key in row and (not isinstance(row[key], list) or not row[key]):
-                problems.append(Problem(where, key, f"expected a list that is not empty, found {show(row[key])}"))
+                problems.append(Problem(where, key, f"expected a list that is not empty, found {shown(row[key])}"))
                 continue
             for index, item in enumerate(row.get(key, ())):
                 item_where = f"{where} {key}[{index}]"
@@ -122,7 +122,7 @@ class RowReader:
 
     def _question(self, item: Any, num_images: int, where: str, question_id: str) -> Branch:
         if not isinstance(item, dict):
-            raise RowError("qa", f"expected an object with a question and an answer, found {show(item)}")
+            raise RowError("qa", f"expected an object with a question and an answer, found {shown(item)}")
         if "user" in item and "assistant" in item:
             item = {"question": item["user"], "answer": item["assistant"]}
         _only_known(item, ("question", "answer", "answers"))
@@ -156,5 +156,5 @@ def _nothing_to_answer(row: Mapping[str, Any], where: str) -> Problem:
         return Problem(where, "", f"nothing to answer: {empty[0]!r} is null")
     hint = next((f" ({key!r}: {_OTHER_NAMES[key]})" for key in row if key in _OTHER_NAMES), "")
     hint = hint or next((f" ({key!r}{h})" for key in row if (h := near_miss(key, CONTENT_KEYS))), "")
-    found = ", ".join(map(show, row)) or "nothing"
+    found = some(row)
     return Problem(where, "", f"nothing to answer: none of {', '.join(CONTENT_KEYS)} among {found}{hint}")

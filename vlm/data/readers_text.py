@@ -6,11 +6,12 @@ import difflib
 import json
 import math
 import re
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
+
+from vlm.errors import shown
 
 IMAGE_PLACEHOLDER = "<image>"
 NO_IMAGE_IN_ANSWER = "an answer contains an image; images are only allowed in questions"
@@ -18,8 +19,6 @@ CONTENT_KEYS = ("caption", "captions", "question", "qa", "messages", "conversati
 """What a row may have to answer."""
 _ID = re.compile("(id|ids|idx|index)[0-9]*$")
 _EXACT = 2**53  # up to here a float holds every integer
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring, _REPR.maxother = 3, 4, 4, 60, 60
 
 
 class RowError(ValueError):
@@ -28,12 +27,6 @@ class RowError(ValueError):
     def __init__(self, key: str, why: str) -> None:
         super().__init__(key, why)
         self.key, self.why = key, why
-
-
-def show(value: Any) -> str:
-    """Return `repr(value)` in at most 60 characters, for messages. Values of any size and depth are fine."""
-    text = repr(value) if isinstance(value, str) and len(value) < 60 else _REPR.repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def is_null(value: Any) -> bool:
@@ -100,7 +93,7 @@ def required_text(item: Mapping[str, Any], key: str, *, allow_empty: bool = Fals
     text = as_text(value)
     if text is None:
         hint = f"; a list goes under '{key}s'" if isinstance(value, list) and key in ("caption", "answer") else ""
-        raise RowError(named, f"expected text, found {show(value)}{hint}")
+        raise RowError(named, f"expected text, found {shown(value)}{hint}")
     if not text.strip() and not allow_empty:
         raise RowError(named, "empty")
     return whole(text, named).strip()
@@ -121,13 +114,13 @@ def answer_texts(answers: Any) -> tuple[str, ...]:
         RowError: not a list, empty, or holding something else.
     """
     if not isinstance(answers, list) or not answers:
-        raise RowError("answers", f"expected a list that is not empty, found {show(answers)}")
+        raise RowError("answers", f"expected a list that is not empty, found {shown(answers)}")
     texts = []
     for index, answer in enumerate(answers):
         key = f"answers[{index}]"
         text = as_text(answer.get("answer") if isinstance(answer, dict) else answer)
         if text is None:
-            raise RowError(key, f"expected text, found {show(answer)}")
+            raise RowError(key, f"expected text, found {shown(answer)}")
         texts.append(whole(text, key).strip())
     return tuple(texts)
 
@@ -142,7 +135,7 @@ def id_text(value: Any, key: str) -> str | None:
         return None
     text = None if isinstance(value, bool) else as_text(value)
     if text is None:
-        raise RowError(key, f"an id is text or a number, found {show(value)}")
+        raise RowError(key, f"an id is text or a number, found {shown(value)}")
     return whole(text, key).strip() or None
 
 
@@ -154,7 +147,7 @@ def required_id(row: Mapping[str, Any], key: str) -> str:
     """
     text = id_text(row.get(key), key)
     if text is None:
-        raise RowError(key, f"expected an id (text or a number), found {show(row.get(key))}")
+        raise RowError(key, f"expected an id (text or a number), found {shown(row.get(key))}")
     return text
 
 
@@ -167,7 +160,7 @@ def file_names(value: Any, key: str, expected: str) -> list[str]:
     names = value if isinstance(value, list) else [value]
     for name in names:
         if not isinstance(name, str) or not name.strip():
-            raise RowError(key, f"{expected}, found {show(name)}")
+            raise RowError(key, f"{expected}, found {shown(name)}")
         whole(name, key)
     return names
 

@@ -12,7 +12,8 @@ from vlm.data.readers_common import Collector, ReadResult, Source, SourceError, 
 from vlm.data.readers_conversations import asked_branch
 from vlm.data.readers_json import load_json, load_json_list
 from vlm.data.readers_rows import DEFAULT_QUESTION_PROMPT
-from vlm.data.readers_text import RowError, answer_text, answer_texts, id_text, required_id, required_text, show
+from vlm.data.readers_text import RowError, answer_text, answer_texts, id_text, required_id, required_text
+from vlm.errors import shown
 
 _QUESTION = "'image_id', 'question_id' and 'question'"
 _ANNOTATION = "'question_id' and 'multiple_choice_answer'"
@@ -66,12 +67,12 @@ class VQAv2Source(Source):
             where = f"{self.questions}:row {index}"
             try:
                 if not isinstance(row, dict):
-                    raise RowError("", f"expected an object with {_QUESTION}, found {show(row)}")
+                    raise RowError("", f"expected an object with {_QUESTION}, found {shown(row)}")
                 question_id, image_id = required_id(row, "question_id"), required_id(row, "image_id")
             except RowError as error:
                 collector.bad(where, error.key, error.why)
                 continue
-            where = f"{where} (question_id {show(row['question_id'])})"
+            where = f"{where} (question_id {shown(row['question_id'])})"
             if question_id in asked:
                 collector.bad(
                     where, "question_id", f"two questions have this id; the other one is in {asked[question_id]}"
@@ -108,7 +109,7 @@ class VQAv2Source(Source):
         annotation_where: str,
     ) -> Branch:
         if "image_id" in annotation and id_text(annotation["image_id"], "image_id") != image_id:
-            why = f"{show(row['image_id'])} here but {show(annotation['image_id'])} in {annotation_where}"
+            why = f"{shown(row['image_id'])} here but {shown(annotation['image_id'])} in {annotation_where}"
             raise RowError("image_id", why)
         question = required_text(row, "question")
         try:
@@ -125,7 +126,7 @@ class VQAv2Source(Source):
         try:
             return self.image_pattern.format(image_id=number, data_subtype=data_subtype)
         except ValueError:
-            why = f"{show(image_id)} is no number, as image_pattern {self.image_pattern!r} wants it"
+            why = f"{shown(image_id)} is no number, as image_pattern {self.image_pattern!r} wants it"
             raise RowError("image_id", f"{why}; for ids of any kind set image_pattern: '{{image_id}}.jpg'") from None
 
     def _annotations(self, path: Path, collector: Collector) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -135,12 +136,12 @@ class VQAv2Source(Source):
             where = f"{self.annotations}:row {index}"
             try:
                 if not isinstance(row, dict):
-                    raise RowError("", f"expected an object with {_ANNOTATION}, found {show(row)}")
+                    raise RowError("", f"expected an object with {_ANNOTATION}, found {shown(row)}")
                 question_id = required_id(row, "question_id")
             except RowError as error:
                 collector.bad(where, error.key, error.why)
                 continue
-            where = f"{where} (question_id {show(row['question_id'])})"
+            where = f"{where} (question_id {shown(row['question_id'])})"
             if question_id in by_question:
                 other = by_question[question_id][0]
                 collector.bad(where, "question_id", f"two annotations have this id; the other one is in {other}")

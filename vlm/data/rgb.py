@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 STRIP_PIXELS = 2**18
 MIN_FLOAT_WHITE = 16
@@ -13,15 +14,15 @@ MIN_FLOAT_WHITE = 16
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """`image` in RGB: alpha composited on white, 16-bit, 32-bit and float grey scaled by their full range.
+    """`image` in RGB: alpha composited on white, grey of more than 8 bits scaled as `_scale` says.
 
     Raises ValueError, in words, for pixels out of range and for a mode that has no way to RGB.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if _is_wide(image):
-        scale = _scale(image)
-        return _in_strips(image, lambda strip: _wide_to_rgb(strip, scale))
+        scale, white = _scale(image), 0 if _is_negative(image) else 255
+        return _in_strips(image, lambda strip: _wide_to_rgb(strip, scale, white))
     try:
         return _in_strips(image, _on_white if image.has_transparency_data else lambda strip: strip.convert("RGB"))
     except ValueError as error:
@@ -52,7 +53,11 @@ def _on_white(strip: Image.Image) -> Image.Image:
 
 
 def _scale(image: Image.Image) -> float:
-    """What brings the values of a wide mode to 0 to 255. Pillow's own `convert` clips them at 255: all white."""
+    """What brings the values of a wide mode to 0 to 255. Pillow's own `convert` clips them at 255: all white.
+
+    32-bit integers have no common white. Up to 255 they are taken as 8 bits that were stored as integers, as Pillow
+    takes them, above as 16 bits. A PPM says what white is, and Pillow has scaled that to 65535.
+    """
     strips = (np.asarray(strip) for _, strip in _strips(image))
     ranges = [(float(values.min()), float(values.max())) for values in strips]
     low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
@@ -68,12 +73,21 @@ def _scale(image: Image.Image) -> float:
         return 255.0 if high <= 1 else 1.0
     if not (low >= 0 and high <= 65535):
         raise ValueError(f"integer pixels from {low:g} to {high:g}; 0 to 65535 is understood")
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(BITSPERSAMPLE) == (12,):
+        return 255 / 4095
+    if image.mode == "I" and image.format != "PPM" and high <= 255:
+        return 1.0
     return 1 / 257  # 65535 = 255 * 257
 
 
-def _wide_to_rgb(strip: Image.Image, scale: float) -> Image.Image:
+def _is_negative(image: Image.Image) -> bool:
+    """Whether 0 is white, which Pillow heeds in 8 bits only."""
+    return isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
+
+
+def _wide_to_rgb(strip: Image.Image, scale: float, white: int) -> Image.Image:
     values = np.asarray(strip)
     scaled = np.rint(values.astype(np.float64) * scale).astype(np.uint8)
     if strip.mode != "F" and isinstance(transparent := strip.info.get("transparency"), int):
-        scaled[values == transparent] = 255
-    return Image.fromarray(scaled).convert("RGB")
+        scaled[values == transparent] = white
+    return Image.fromarray(scaled if white else 255 - scaled).convert("RGB")

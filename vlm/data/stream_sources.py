@@ -10,16 +10,18 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from vlm.data import readers_webdataset as webdataset
-from vlm.data.example import Example
+from vlm.data.example import Example, Problem
 from vlm.data.readers import parse_source
 from vlm.data.readers_common import Collector, ReadResult, SourceError
 from vlm.data.readers_dataset import DatasetSource, require_whole_tar
-from vlm.data.readers_local import images_of
+from vlm.data.readers_files import FIRST_ROWS, RowFile, RowFiles, columns_of, images_of, row_files
 from vlm.data.readers_tables import class_labels
+from vlm.data.text_files import DAMAGED, FoundRow
 
 ROWS_AT_ONCE = 256
 ROWS_IN_A_PIECE = 1000
@@ -89,24 +91,33 @@ class _Dataset:
         """File and row, for messages."""
         raise NotImplementedError
 
-    def _rows(self, piece: int, start: int) -> Iterator[dict[str, Any]]:
+    def _rows(self, piece: int, start: int) -> Iterator[Any]:
         raise NotImplementedError
 
-    def rows(self, piece: int, start: int = 0) -> Iterator[dict[str, Any]]:
+    def found(self, place: Place, row: Any) -> FoundRow:
+        """A row as it was read, with where it stands."""
+        return FoundRow(self.where(place), row)
+
+    def rows(self, piece: int, start: int = 0) -> Iterator[Any]:
         """As they are stored. Raises SourceError for a file that is damaged."""
         row = start
         try:
             for content in self._rows(piece, start):
                 yield content
                 row += 1
-        except (OSError, ValueError, tarfile.TarError) as error:
+        except SourceError:
+            raise
+        except (OSError, ValueError, tarfile.TarError, *DAMAGED) as error:
             raise SourceError(f"{self.where(Place(piece, row))}: cannot be read ({error})") from error
 
-    def examples(self, rows: Sequence[tuple[Place, dict[str, Any]]]) -> ReadResult:
+    def examples(self, rows: Sequence[tuple[Place, Any]]) -> ReadResult:
         columns, collector = self.source.columns, Collector(inside=self.inside)
-        for place, row in rows:
-            where = self.where(place)
-            images = images_of(row[columns.of_images], self.folder, columns.of_images) if columns.of_images else ()
+        for place, content in rows:
+            where, row, _ = self.found(place, content)
+            if isinstance(row, Problem):
+                collector.problems.append(row)
+                continue
+            images = images_of(row.get(columns.of_images), self.folder, columns.of_images) if columns.of_images else ()
             image_id = self.source.image_id(row, where, collector)
             if image_id is not None:
                 self.source.collect(collector, row, images, image_id=image_id, where=where, labels=self.labels)
@@ -151,7 +162,7 @@ class ParquetRowGroups(_Dataset):
 
 
 class Files(_Dataset):
-    """Files that `datasets` streams: WebDataset, JSON Lines and others; one file is a piece."""
+    """Files that `datasets` streams, such as WebDataset shards; one file is a piece."""
 
     def __init__(
         self, source: DatasetSource, base_dir: Path, dataset: Any, files: Sequence[str], num_rows: int | None
@@ -178,6 +189,34 @@ class Files(_Dataset):
         yield from self.dataset.shard(len(self), piece).skip(start)
         if self.files:
             require_whole_tar(self.files[piece])
+
+
+class FilesOfRows(_Dataset):
+    """JSON and CSV files; one file is a piece."""
+
+    def __init__(self, source: DatasetSource, base_dir: Path, files: RowFiles) -> None:
+        super().__init__(source, base_dir)
+        if source.split not in files.by_split:
+            known = ", ".join(files.by_split) or "none"
+            raise SourceError(f"there is no split {source.split!r} to stream; there is {known}")
+        self.files: list[RowFile] = files.by_split[source.split]
+        source.check_columns(columns_of(self.files, source.columns.all, FIRST_ROWS))
+        self.labels = files.labels
+        self.num_rows: int | None = files.num_rows.get(source.split)
+        names = [row_file.file.name for row_file in self.files]
+        self.outline = [[os.path.basename(name), os.path.isfile(name) and os.path.getsize(name)] for name in names]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def where(self, place: Place) -> str:
+        return f"{self.files[place.piece].file}:row {place.row}"
+
+    def found(self, place: Place, row: FoundRow) -> FoundRow:
+        return row
+
+    def _rows(self, piece: int, start: int) -> Iterator[FoundRow]:
+        return islice(self.files[piece].rows(), start, None)
 
 
 class Saved(_Dataset):
@@ -230,10 +269,12 @@ def _pieces(source: DatasetSource, base_dir: Path) -> Pieces:
     if (saved := source.saved(base_dir)) is not None:
         return Saved(source, base_dir, saved)
     files = source.place(base_dir)[1]
-    builder, _ = source.builder(base_dir)
+    builder = source.builder(base_dir)
     found = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
     if files is not None and not any(found.values()):
         raise FileNotFoundError(f"no file matches {', '.join(files)}")
+    if (of_rows := row_files(builder, streamed=True)) is not None:
+        return FilesOfRows(source, base_dir, of_rows)
     if isinstance(builder, Parquet) and source.split in found:
         return ParquetRowGroups(source, base_dir, found[source.split], builder.info.features)
     said = (builder.info.splits or {}).get(source.split)
