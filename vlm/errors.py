@@ -33,14 +33,22 @@ def some(values: Iterable[object], most: int = 8) -> str:
     return f"{first} and {len(values) - most:,} more" if len(values) > most else first
 
 
+def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the one of the `known` names that a word nearly is, if there is one. No long text is nearly a name."""
+    names = [name for name in known if len(name) <= _LONGEST_NAME]
+    found = difflib.get_close_matches(word, names, n=1, cutoff=cutoff) if len(word) <= _LONGEST_NAME else []
+    return found[0] if found else None
+
+
 def nearest(word: object, known: Iterable[str]) -> str:
     """Return a clause to end a message with: the closest of the `known` names, or all of them when none is close."""
     names = sorted(known)
-    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean '{cut(close[0])}'?"
+    if close := closest(str(word), names):
+        return f"did you mean '{close}'?"
     more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
     return f"known: {', '.join(cut(name) for name in names[:_MOST_NAMES])}{more}"
 
 
 _MOST_NAMES = 40
+_LONGEST_NAME = 100
+"""Characters. Comparing takes the square of their number."""

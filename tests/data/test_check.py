@@ -130,6 +130,40 @@ def test_control_characters_in_data_do_not_reach_the_terminal(tmp_path):
     assert "[[x\\x1b[2Jy [red]z[/red]]]" in text
 
 
+def test_what_is_long_is_shown_in_part(tmp_path):
+    """Whatever is long: a caption, a name, a key, a list, the answers about an image."""
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    long = "x" * 20_000
+    rows = [
+        {"file_name": "a.png", "captions": [f"{long}{n}" for n in range(25)], "image_id": long},
+        {"file_name": f"{long}.png", "caption": "y"},
+        {"file_name": "a.png", "caption": [long] * 1000},
+        {"file_name": "a.png", "image_id": {long: long}, "caption": "y"},
+        {"file_name": "a.png", **{f"{long}{n}": n for n in range(50)}},
+        {"file_name": "a.png", "messages": [{"role": long, "content": long}]},
+        {"file_name": f"data:image/png,{long}", "caption": "y"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + f'"{long}"\n')
+    report = check(SOURCE, base_dir=tmp_path)
+    assert (report.branches, len(report.problems)) == (25, 7)
+    text = shown(report)
+    assert text.count("xx") > 0
+    assert max(map(len, text.replace("\n", "").split("metadata.jsonl:"))) < 1300
+    assert len(text) < 20_000
+    assert "x ... (20,001 characters)" in text.replace("\n", "")
+    assert "and 15 more answers about the same images" in text
+
+
+def test_what_is_longer_than_learned_positions_is_named(folder):
+    report = check(SOURCE, base_dir=folder, tokenize=letters, decode=spell, max_length=40, max_positions=26)
+    assert [(problem.where, problem.why) for problem in report.truncated] == [
+        ("metadata.jsonl:1 captions[0]", "36 tokens, and the model has 26 positions"),
+        ("metadata.jsonl:1 captions[1]", "27 tokens, and the model has 26 positions"),
+        ("metadata.jsonl:2", "36 tokens, and the model has 26 positions"),
+    ]
+    assert "over 40 tokens, or the 26 positions of the model" in shown(report)
+
+
 def test_arguments_that_do_not_go_together(folder):
     with pytest.raises(ValueError, match="max_length counts tokens"):
         check(SOURCE, base_dir=folder, max_length=3)

@@ -85,6 +85,54 @@ def test_big_endian_sixteen_bits():
     assert np.asarray(open_image(image))[0, :, 0].tolist() == [1, 255]
 
 
+def grey(data: bytes) -> list[int]:
+    return np.asarray(open_image(data))[0, :, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 1, 128, 255], [0, 1, 128, 255]),  # 8 bits that are stored as integers
+        ([0, 0, 0, 200], [0, 0, 0, 200]),
+        ([0, 257, 32896, 65535], [0, 1, 128, 255]),  # 16 bits: 65535 = 255 * 257
+        ([0, 128, 255, 256], [0, 0, 1, 1]),
+    ],
+)
+def test_integers_of_32_bits_are_8_bits_or_16(values, expected):
+    image = Image.fromarray(np.array([values], dtype=np.int32))
+    assert image.mode == "I"
+    assert grey(encode(image, "TIFF")) == expected
+    assert np.asarray(open_image(image))[0, :, 0].tolist() == expected
+
+
+def test_what_says_that_it_has_16_bits_is_dark_where_its_values_are_small():
+    values = np.array([[0, 128, 255]], dtype=np.uint16)
+    assert grey(encode(Image.fromarray(values), "PNG")) == [0, 0, 1]
+    assert grey(b"P5 3 1 65535\n" + values.astype(">u2").tobytes()) == [0, 0, 1]
+    assert grey(b"P5 3 1 1023\n" + np.array([0, 512, 1023], dtype=">u2").tobytes()) == [0, 128, 255]
+
+
+def tiff(bits: int, photometric: int, width: int, pixels: bytes) -> bytes:
+    """A TIFF of one row of grey."""
+    tags = [(256, width), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 1)]
+    entries = [struct.pack("<HHII", tag, 4 if tag == 273 else 3, 1, value) for tag, value in tags]
+    entries.append(struct.pack("<HHII", 279, 4, 1, len(pixels)))
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + directory
+
+
+def test_white_of_twelve_bits_is_4095():
+    # 0, 2048 and 4095 in 12 bits each, and four more to fill the last byte.
+    assert grey(tiff(12, 1, 3, bytes.fromhex("000800fff0"))) == [0, 128, 255]
+
+
+def test_black_and_white_of_a_tiff_are_what_it_says_they_are():
+    pixels = struct.pack("<HHH", 0, 257, 65535)
+    assert grey(tiff(16, 1, 3, pixels)) == [0, 1, 255]
+    assert grey(tiff(16, 0, 3, pixels)) == [255, 254, 0]
+    assert grey(tiff(8, 0, 3, bytes([0, 1, 255]))) == [255, 254, 0]
+
+
 def test_transparent_level_of_sixteen_bits_is_white():
     image = Image.fromarray(np.array([[514, 0]], dtype=np.uint16))
     data = encode(image)

@@ -12,7 +12,8 @@ from tests.fuzz.cases import changed, changed_text, parts, run, told
 from tests.tiny import tiny
 from vlm.data.check import check
 from vlm.data.dataset import TreeCollator, make_items
-from vlm.data.readers import read
+from vlm.data.readers import ReadResult, read
+from vlm.data.stream_sources import Place, in_pieces
 from vlm.errors import UserError
 
 NAMES = ("0.png", "1.png", "2.png")
@@ -154,3 +155,49 @@ def test_rows(numbers: range, source: tuple[str, dict[str, Any], dict[str, Any]]
 
     sound = run(f"rows {name}", numbers, case)
     assert any(sound)
+
+
+JSON_ROWS = [{"image": name, "id": 2**60 + n, "a": f"a cat {n}, 007"} for n, name in enumerate(NAMES * 3)]
+TABLES = {
+    "rows.jsonl": "".join(json.dumps(row) + "\n" for row in JSON_ROWS),
+    "rows.csv": "image,id,a\n" + "".join(f'{name},{n},"a ""cat"" {n},\n007"\n' for n, name in enumerate(NAMES * 3)),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@parts(fast=5, slow=300)
+def test_files_say_the_same_whole_and_streamed(numbers: range, name: str, tmp_path: Path) -> None:
+    images(tmp_path, *NAMES)
+    columns = {"image": "image", "question_id": "id", "caption": "a"}
+    builder = name.rpartition(".")[2].removesuffix("l")
+    source = {"format": "dataset", "path": builder, "data_files": name, "columns": columns}
+
+    def found(result: ReadResult) -> list[tuple[str, str]]:
+        good = [(branch.where, branch.answer) for example in result.examples for branch in example.branches]
+        return sorted([*good, *((problem.where, f"{problem.key} {problem.why}") for problem in result.problems)])
+
+    def streamed() -> list[tuple[str, str]]:
+        pieces = in_pieces(source | {"streaming": True}, tmp_path, lambda source: [])
+        rows = [(Place(0, number), row) for number, row in enumerate(pieces.rows(0))]
+        return found(pieces.examples(rows))
+
+    def case(draw: random.Random) -> int:
+        content = changed_text(TABLES[name], draw).encode("utf-8", "surrogatepass")
+        if not draw.randrange(3):
+            at = draw.randrange(len(content) + 1)
+            content = content[:at] + bytes([draw.randrange(256)]) + content[at + draw.randrange(3) :]
+        (tmp_path / name).write_bytes(content)
+        with told(content):
+            results = []
+            for reading in (lambda: found(read(source, base_dir=tmp_path)), streamed):
+                try:
+                    results.append(reading())
+                except UserError as error:
+                    results.append(str(error))
+            whole, in_parts = results
+            if isinstance(whole, str) and "in another encoding" in whole:  # of a stream, each row is bad
+                return 0
+            assert whole == in_parts
+        return len(whole)
+
+    assert max(run(f"files {name}", numbers, case)) >= len(NAMES * 3)

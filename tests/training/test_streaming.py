@@ -187,6 +187,21 @@ def test_broken_images_are_left_out_named_and_bounded(streamed, tmp_path):
     assert len({problem["where"] for problem in problems}) == len(problems) > 1
 
 
+@pytest.mark.slow
+def test_bad_rows_of_streamed_json_are_left_out_named_and_bounded(streamed, images, tmp_path):
+    rows = [{"img": f"{n % 4}.png", "text": f"{ANSWERS[n % 6]} {n}"} for n in range(20)]
+    rows[5]["text"] = "half of a character \ud83d"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{no json\n")
+    source = {"format": "dataset", "path": "json", "data_files": str(tmp_path / "rows.jsonl"), "streaming": True}
+    source |= {"images": str(images), "columns": {"image": "img", "caption": "text"}}
+    streamed["train"] = ARGUMENTS | {"max_steps": 4}
+    with pytest.raises(TooManyProblems, match=r"rows\.jsonl:6: caption: half of a character"):
+        train(streamed | {"data": streamed["data"] | {"train": source}})
+    train(streamed | {"data": streamed["data"] | {"train": source, "max_bad": 0.5}}, overwrite=True)
+    problems = json.loads((tmp_path / "run/data_problems.json").read_text())
+    assert [problem["where"].rpartition("rows.jsonl:")[2] for problem in problems] == ["6", "21"]
+
+
 def test_sources_read_whole_may_be_several_too(values, images, tmp_path):
     whole = {"format": "image_folder", "path": str(images), "metadata": "train.jsonl"}
     held_out = whole | {"metadata": "test.jsonl"}

@@ -244,6 +244,21 @@ def test_data_check_counts_tokens_as_the_model_does(checkpoint: str, photos: Pat
     assert "[[a black square<|im_end|>]]" in out
 
 
+def test_data_check_knows_where_learned_positions_end(photos: Path, tmp_path: Path) -> None:
+    """GPT-2's end after 256 tokens here; Llama's do not end."""
+    from tests.tiny import tiny
+
+    source = json.dumps({"file_name": "red.png", "caption": "red " * 100})
+    (tmp_path / "long.jsonl").write_text(source)
+    for decoder in ("gpt2", "llama"):
+        for part in tiny(decoder):
+            part.save_pretrained(tmp_path / decoder)
+        words = [f"path={photos}", f"metadata={tmp_path / 'long.jsonl'}", "--model", str(tmp_path / decoder)]
+        code, out, _ = vlm("data", "check", "format=image_folder", *words)
+        assert code == 0
+        assert ("tokens, and the model has 256 positions" in out) == (decoder == "gpt2")
+
+
 @pytest.mark.parametrize(
     ("rank", "local_rank", "said"),
     [("0", "0", "vlm: there is no file"), ("8", "0", "vlm (process 8): there is no file"), ("1", "1", "")],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -11,7 +10,7 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
 
-from vlm.errors import shown
+from vlm.errors import closest, shown
 
 IMAGE_PLACEHOLDER = "<image>"
 NO_IMAGE_IN_ANSWER = "an answer contains an image; images are only allowed in questions"
@@ -167,8 +166,8 @@ def file_names(value: Any, key: str, expected: str) -> list[str]:
 
 def near_miss(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return `, did you mean 'x'?` for the known word that this one nearly is; empty where there is none."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f", did you mean {matches[0]!r}?" if matches else ""
+    close = closest(word, known, cutoff)
+    return f", did you mean {close!r}?" if close else ""
 
 
 def unknown_near_miss(row: Mapping[str, Any], known: Sequence[str]) -> tuple[str, str] | None:
@@ -183,7 +182,7 @@ def unknown_near_miss(row: Mapping[str, Any], known: Sequence[str]) -> tuple[str
     for key in unknown:
         if answered and _ID.search(key):
             continue
-        for meant in difflib.get_close_matches(key, missing, n=1, cutoff=0.85):
-            if not (answered and (key.startswith(meant) or meant.startswith(key))):
-                return key, f"unknown key, did you mean {meant!r}?"
+        meant = closest(key, missing, 0.85)
+        if meant and not (answered and (key.startswith(meant) or meant.startswith(key))):
+            return key, f"unknown key, did you mean {meant!r}?"
     return None
