@@ -94,6 +94,7 @@ _RULES = [
 ]
 
 _BEFORE_AT = re.compile(r"[\w.+-]*")
+_HOST = re.compile(rf"@{_A}")
 
 _NUMBERED = re.compile(rf"(?:{_BEFORE_NUMBER})\.", re.IGNORECASE)
 
@@ -113,7 +114,7 @@ def _chunk(chunk: str) -> tuple[str, ...]:
         if at >= before_at:  # once for all places up to there: else long chunks take the square of their length
             before_at = max(at + 1, _BEFORE_AT.match(chunk, at).end())  # type: ignore[union-attr]  # it always matches
         for rule in _RULES:
-            if rule.pattern == _EMAIL and chunk[before_at : before_at + 1] != "@":
+            if rule.pattern == _EMAIL and not _HOST.match(chunk, before_at):
                 continue
             match = rule.match(chunk, at)
             if match and match.end() > at:

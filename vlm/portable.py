@@ -18,7 +18,7 @@ CREDENTIALS = {"token", "hub_token", "access_token", "auth_token", "api_key", "p
 
 HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,31}://[^\s\"'<>]+")
 SIGNED = re.compile(r"token|key|secret|sig(nature)?$|credential|password|auth", re.IGNORECASE)
 """Names of a URL's parameters that give access."""
 

@@ -22,13 +22,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, _PassArg, pass_context
 
 from vlm.template_budget import Budget, TemplateBoundsError
-from vlm.template_metering import COUNTING, Metering, finalize
+from vlm.template_metering import CONTROL_TOKEN_START, COUNTING, Metering, finalize
 
 MAX_SOURCE = 200_000
 """Characters of a template. The longest of published models have about 30,000."""
 MAX_BITS, MAX_DIGITS, MAX_WIDTH = 4096, 100, 999
 """Bits of a whole number, digits that one is rounded to, and characters that a formatted value is padded to."""
 _CHARACTERS_PER_STEP_OF_JOIN = 4096
+_WIDE = re.compile(r"%[^%\w]*\*|\{[^{}]*\{|\d{4}")
+"""In a format: a width that is given elsewhere, or has more digits than `MAX_WIDTH`."""
 
 _SHALLOW = {
     *("attr", "batch", "count", "d", "default", "first", "float", "int", "items", "last", "length", "list", "map"),
@@ -85,6 +87,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.tests = {name: _watched(name, test, _test) for name, test in self.tests.items()}
         if len(source) > MAX_SOURCE:
             raise TemplateSyntaxError(f"it has {len(source):,} characters, more than {MAX_SOURCE:,}", 1)
+        if CONTROL_TOKEN_START in source:
+            raise TemplateSyntaxError("it has the character U+F0000, which marks what users write", 1)
         try:
             return super().from_string(source, *args, **kwargs)
         except (RecursionError, MemoryError, SyntaxError) as error:
@@ -174,7 +178,7 @@ def _require_string_method(budget: Budget, text: str, name: str, given: list[Any
 
 def _require_format(budget: Budget, text: str, given: Any) -> None:
     """Raise TemplateBoundsError if `text % given` or `text.format(*given)` may be too long."""
-    if re.search(rf"%[^%\w]*\*|\{{[^{{}}]*\{{|\d{{{len(str(MAX_WIDTH)) + 1}}}", text):
+    if _WIDE.search(text):
         raise TemplateBoundsError(f"it formats a text with a width of more than {MAX_WIDTH} characters")
     values = text.count("%") + text.count("{")
     budget.require(budget.take(text) + values * (budget.measure(given).characters + MAX_WIDTH))

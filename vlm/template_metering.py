@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jinja2 import nodes
 from jinja2.utils import pass_context
 from jinja2.visitor import NodeTransformer
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END as CONTROL_TOKEN_END
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START as CONTROL_TOKEN_START
 
 _NODES_PER_STEP = 16
+_STEPS_OF_MARK = 1000
+_MARKED = re.compile(f"{CONTROL_TOKEN_START}[^{CONTROL_TOKEN_START}{CONTROL_TOKEN_END}\n]*{CONTROL_TOKEN_END}")
 _METERED, _COUNTED, _WRITTEN = "_metered", "_counted", "_written"
 
 
@@ -26,6 +31,9 @@ def _metered(context: Any, value: Any) -> Any:
 def finalize(context: Any, value: Any) -> Any:
     """Return `value`, which is about to be written."""
     context.budget.write(len(value) if isinstance(value, str) else context.budget.measure(value).characters)
+    if isinstance(value, str) and CONTROL_TOKEN_START in value:
+        # transformers looks for the end of each of these marks, and so reads all that follows for one without an end.
+        context.budget.charge(_STEPS_OF_MARK * (value.count(CONTROL_TOKEN_START) - len(_MARKED.findall(value))))
     return value
 
 

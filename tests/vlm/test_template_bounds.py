@@ -101,6 +101,7 @@ GROWTH = {
     "a date": "{{ strftime_now('%1000000000d') }}",
     "a power": "{{ 10 ** 10000000 }}",
     "squares": "{% set n = namespace(s=9) %}{% for i in range(60) %}{% set n.s = n.s * n.s %}{% endfor %}",
+    "marks without an end": "{{ '%c' % 983040 * 99999 }}",
     "bytes of a number": "{{ (1).to_bytes(10**9, 'big') }}",
     "bytes": "{{ 'x'.encode().ljust(10**9) }}",
     "a table of letters": "{{ ('x' * 99999).translate({120: 'x' * 99999}) }}",
@@ -117,6 +118,7 @@ SYNTAX = {
     "brackets": "{{ " + "(" * 9000 + ")" * 9000 + " }}",
     "loops": "{% for a in b %}" * 60 + "{% endfor %}" * 60,
     "filters for pages": "{{ 'x'|urlize }}",
+    "a mark": "\U000f0000",
     "nonsense": "{{ lipsum(9999) }}",
 }
 MESSAGES = [{"role": "user", "content": "what is it?"}]

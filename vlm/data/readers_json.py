@@ -19,7 +19,8 @@ MAX_DEPTH = 200
 """Where a text is nested deeper than Python can read, what is nested deeper than this is cut out."""
 _TOO_DEEP = json.dumps({f"nested more than {MAX_DEPTH} levels deep": None})
 _MAX_DIGITS = 4000  # Python refuses to read longer numbers, which takes the square of their length
-_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+# A string without an end is one up to the end of the text; else each quotation mark in it would be tried as a start.
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
 
 
 class RepeatedKey:
@@ -58,8 +59,12 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
     made = dict(pairs)
     if len(made) == len(pairs):
         return made
-    keys = [key for key, _ in pairs]
-    return RepeatedKey(next(key for index, key in enumerate(keys) if key in keys[:index]))
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            return RepeatedKey(key)
+        seen.add(key)
+    return made
 
 
 def _number(digits: str) -> int | str:
