@@ -375,6 +375,11 @@ def parse_data(words: Sequence[str]) -> Data:
     places: Places = {}
     if len(words) == 1 and existing_folder(words[0]):
         source = {"format": "image_folder", "path": words[0]}
+    elif len(words) == 1 and (file := existing_file(words[0])) and file.suffix.lower() not in (".yaml", ".yml"):
+        raise RecipeError(
+            f"{cut(words[0])} is no recipe and no folder. Write path={cut(words[0])} with its format, such as "
+            "format=dataset and 'columns={image: image, caption: caption}'"
+        )
     elif len(words) == 1 and "=" not in words[0]:
         return load(words[0]).data
     else:

@@ -1,12 +1,18 @@
 """Folders as captioning data sets and their tools lay them out: read, or named with what to write."""
 
 import json
+import re
+from pathlib import Path
 
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from tests.data.reader_files import images, lines, write
 from vlm.data.readers import SourceError, read
+from vlm.errors import UserError
 from vlm.recipe import parse_data
 
 
@@ -106,3 +112,56 @@ def test_coco_captions_are_told(tmp_path):
         SourceError, match=r"there is captions\.json: if it holds COCO captions, read it with format: coco"
     ):
         read_folder(tmp_path)
+
+
+def test_what_is_no_data_says_what_to_do(tmp_path):
+    images(tmp_path, "a.png")
+    (tmp_path / "link.png").symlink_to("gone.png")
+    write(tmp_path / "metadata.jsonl", [{"file_name": "link.png", "caption": "x"}])
+    (tmp_path / "excel.csv").write_text("sep=;\nfile_name;caption\na.png;x\n")
+    (tmp_path / "book.xlsx").write_bytes(b"PK")
+    (tmp_path / "rows.zip").write_bytes(b"PK")
+    pq.write_table(pa.table({"image": [{"bytes": b"", "path": None}], "caption": ["x"]}), tmp_path / "stored.parquet")
+    assert lines(read_folder(tmp_path).problems) == [
+        f"metadata.jsonl:1: image: no such image: {tmp_path}/link.png; it is a link to gone.png, which is not there"
+    ]
+    [problem] = read_folder(tmp_path, metadata="stored.parquet").problems
+    assert problem.why == "an image, not the name of one; read its file with format: dataset and its columns"
+    columns = {"image": "file_name", "caption": "caption"}
+    for source, message in (
+        ({"metadata": "excel.csv"}, "excel.csv: line 1 is 'sep=', which only Excel understands; remove it"),
+        ({"metadata": "book.xlsx"}, "book.xlsx is a spreadsheet; save it as CSV"),
+        ({"path": "excel.csv"}, "excel.csv is a file, and a folder is wanted"),
+        ({"metadata": "."}, "is a folder, and a file is wanted"),
+        ({"format": "dataset", "path": "rows.zip", "columns": columns}, "rows.zip is no file of rows; known: .jsonl,"),
+    ):
+        with pytest.raises(SourceError, match=re.escape(message)):
+            read({"format": "image_folder", "path": ".", **source}, base_dir=tmp_path)
+    with pytest.raises(UserError, match=r"metadata\.jsonl is no recipe and no folder\. Write path="):
+        parse_data([str(tmp_path / "metadata.jsonl")])
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.csv.gz", "rows.parquet"])
+def test_a_data_set_may_be_the_path_of_a_file(tmp_path, monkeypatch, name):
+    images(tmp_path, "a.png")
+    table = pd.DataFrame({"image": ["a.png"], "caption": ["a cat"]})
+    if name.endswith(".jsonl"):
+        table.to_json(tmp_path / name, orient="records", lines=True)
+    elif name.endswith(".parquet"):
+        table.to_parquet(tmp_path / name)
+    else:
+        table.to_csv(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    columns = {"image": "image", "caption": "caption"}
+    for folder in (tmp_path, Path()):
+        source = {"format": "dataset", "path": name, "columns": columns}
+        assert answers(read(source, base_dir=folder).examples) == ["a cat"]
+        files = {"path": ".", "data_files": name}
+        assert answers(read(source | files, base_dir=folder).examples) == ["a cat"]
+
+
+def test_names_with_the_number_of_a_caption_are_those_of_images(tmp_path):
+    images(tmp_path, "a.jpg")
+    (tmp_path / "Flickr8k.token.txt").write_text("image\tcaption\na.jpg#0\tA child .\na.jpg#1\tA girl .\n")
+    examples, problems = read_folder(tmp_path, metadata="Flickr8k.token.txt")
+    assert (answers(examples), problems) == (["A child .", "A girl ."], [])

@@ -22,7 +22,8 @@ class Inside:
     def holds(self, path: str | Path) -> bool:
         """Whether the file `path` is in one of the folders."""
         folder, name = os.path.split(path)
-        real = os.path.join(_real_folder(folder), name)  # a folder has many images: its links are followed once
+        # A folder has many images: its links are followed once.
+        real = os.path.join(_real_folder(os.path.abspath(folder)), name)
         if name in ("", ".", "..") or os.path.islink(real):
             real = os.path.realpath(path)
         return any(real.startswith(root) for root in self._roots)

@@ -76,8 +76,8 @@ def _told(file: Path) -> str:
             columns = list(first.content) if first is not None and isinstance(first.content, dict) else []
         else:
             columns, _ = csv_columns(file)
-    except (SourceError, ValueError, OSError):
-        return ""
+    except (SourceError, ValueError, OSError) as error:
+        return str(error) if "is a row already" in str(error) else ""
     image = next((key for key in ("file_name", *IMAGE_KEYS) if key in columns), None)
     caption = next((key for key in _CAPTION_KEYS if key in columns), None)
     if "conversations" in columns:

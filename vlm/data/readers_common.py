@@ -21,6 +21,9 @@ from vlm.data.inline_images import inline_image
 from vlm.data.inside import Inside
 from vlm.errors import UserError, cut, nearest
 
+_ARCHIVES = ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")
+"""How fsspec calls what files are inside of."""
+_NUMBERED = re.compile("#[0-9]+$")
 _ADDRESS = re.compile(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")
 
 
@@ -93,6 +96,9 @@ def resolve(path: str, base_dir: Path, option: str, *, folder: bool = False) -> 
         SourceError: it is not there; the message says which path was tried.
     """
     tried = base_dir / os.path.expanduser(path)
+    if os.path.isdir(tried) if not folder else os.path.isfile(tried):
+        is_there, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
+        raise SourceError(f"option {option!r}: {tried} is {is_there}, and {wanted} is wanted")
     if folder and not os.path.isdir(tried):
         raise SourceError(f"option {option!r}: no such folder: {tried}")
     if not folder and not os.path.isfile(tried):
@@ -215,11 +221,16 @@ def image_sources(names: Sequence[str], folder: Path, key: str) -> list[ImageSou
 
 def _file(folder: Path, name: str) -> Path:
     """A file in a folder whose name may be as another system writes it: with backslashes, accents as characters of
-    their own, or as in web addresses (`%20`)."""
+    their own, as in web addresses (`%20`), or with the number of a caption, as in Flickr8k (`a.jpg#0`)."""
     path = folder / name
-    if "\\" in name or "%" in name or not name.isascii():
+    if "\\" in name or "%" in name or "#" in name or not name.isascii():
         slashed = name.replace("\\", "/")
-        ways = [slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD")), unquote(slashed)]
+        ways = [
+            slashed,
+            _NUMBERED.sub("", name),
+            *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD")),
+            unquote(slashed),
+        ]
         return next((folder / way for way in (name, *ways) if os.path.isfile(folder / way)), path)
     return path
 
@@ -227,12 +238,16 @@ def _file(folder: Path, name: str) -> Path:
 def _why_missing(path: Path) -> str:
     if address := _ADDRESS.search(str(path)):  # `Path` made one slash of two
         web = cut(f"{address[1]}://{address[2]}", 300)
+        if address[1] in _ARCHIVES:
+            return f"{web} is in an archive; unpack it first"
         return f"{web} is an address, and data is never fetched while training; download it first"
     return f"no such image: {cut(str(path), 300)}{_called_otherwise(path)}"
 
 
 def _called_otherwise(path: Path) -> str:
     """The file that is there, if it is called so but for capitals."""
+    if os.path.islink(path):
+        return f"; it is a link to {cut(os.readlink(path), 300)}, which is not there"
     found = _small_letters(path.parent).get(path.name.lower())
     return f"; there is {found}, and capitals matter: write the name so" if found else ""
 

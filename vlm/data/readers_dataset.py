@@ -25,6 +25,15 @@ from vlm.data.readers_text import RowError, id_text
 from vlm.errors import nearest
 
 _BATCH = 1000
+_BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+}
+"""What reads a file, by the end of its name."""
 
 
 class Columns(BaseModel):
@@ -153,7 +162,8 @@ class DatasetSource(Source):
         for key, column in self.columns.model_dump(exclude_none=True).items():
             if column not in known:
                 hint = nearest(column, known)
-                raise SourceError(f"option 'columns.{key}': no column {column!r} in {self.path}; {hint}")
+                name = self.data_files if isinstance(self.data_files, str) else self.path
+                raise SourceError(f"option 'columns.{key}': no column {column!r} in {name}; {hint}")
 
     def image_id(self, row: Mapping[str, Any], where: str, collector: Collector) -> str | None:
         """What the row says, or where there is no id, `where` it is; None for one that is bad."""
@@ -186,11 +196,17 @@ class DatasetSource(Source):
             collector.add(images, branches, image_id=image_id, where=where)
 
     def place(self, base_dir: Path) -> tuple[str, list[str] | None]:
-        """`path` and `data_files` as `datasets` wants them, relative ones made whole."""
-        local = base_dir / Path(self.path).expanduser()
+        """`path` and `data_files` as `datasets` wants them, relative ones made whole. A `path` that is a file is read
+        by how its name ends."""
+        local = Path(os.path.abspath(base_dir / os.path.expanduser(self.path)))
+        if local.is_file() and self.data_files is None:
+            builder = _BUILDERS.get(Path(local.name.lower().removesuffix(".gz")).suffix)
+            if builder is None:
+                raise SourceError(f"option 'path': {local} is no file of rows; known: {', '.join(_BUILDERS)}")
+            return builder, [str(local)]
         files = [self.data_files] if isinstance(self.data_files, str) else self.data_files
         if files is not None:
-            files = [f if "://" in f else str(base_dir / Path(f).expanduser()) for f in files]
+            files = [f if "://" in f else str(base_dir / os.path.expanduser(f)) for f in files]
         return (str(local) if local.exists() else self.path), files
 
     def is_saved(self, base_dir: Path) -> bool:
@@ -222,7 +238,7 @@ class DatasetSource(Source):
         except SourceError:
             raise
         except Exception as error:
-            local = base_dir / Path(self.path).expanduser()
+            local = base_dir / os.path.expanduser(self.path)
             tried = f"tried the folder {local}, then the name {self.path!r}" if not local.exists() else f"tried {local}"
             cause: BaseException = error
             while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__:

@@ -6,6 +6,7 @@ well formed, and give up a whole file for one bad row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -180,7 +181,7 @@ class _Reader:
         index = as_text(content.get("index"))
         if index is not None and isinstance(cell, str) and len(cell) > LONGEST_INDEX:
             self.by_index[index] = where, images
-        elif index is not None and isinstance(cell, str) and not (self.folder / cell).is_file():
+        elif index is not None and isinstance(cell, str) and not os.path.isfile(self.folder / cell):
             self.later.append((where, cell, content))
             return
         self._collect(where, content, images, where)

@@ -75,12 +75,16 @@ def _file_names(row: Mapping[str, Any]) -> list[str]:
     key = next((key for key in ("file_names", "file_name", *IMAGE_KEYS) if key in row), None)
     if key is None:
         raise RowError("file_name", f"{_EXPECTED}, found only {some(row)}")
+    if isinstance(row[key], bytes | dict):
+        raise RowError(key, "an image, not the name of one; read its file with format: dataset and its columns")
     return file_names(row[key], key if key in IMAGE_KEYS else "file_name", _EXPECTED)
 
 
 def metadata_rows(metadata: Path, label: str, problems: list[Problem]) -> Rows:
     """Return the rows of a metadata file, by what it is called, and where each stands; bad ones go to `problems`."""
     suffix = metadata.suffix.lower()
+    if suffix in (".xlsx", ".xls", ".ods"):
+        raise SourceError(f"{metadata} is a spreadsheet; save it as CSV")
     if suffix in (".csv", ".tsv") or (suffix in (".txt", "") and not _is_json(metadata)):
         return list(read_csv(metadata, label, problems))
     return read_parquet(metadata, label) if suffix == ".parquet" else list(read_rows(metadata, label, problems))

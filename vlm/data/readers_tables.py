@@ -95,10 +95,12 @@ def csv_columns(file: Readable) -> tuple[list[str], str]:
     else:
         delimiter = usual
     names = [name.strip() for name in names]
+    if names and names[0].lower().startswith("sep="):
+        raise SourceError(f"{file}: line 1 is {shown(names[0])}, which only Excel understands; remove it")
     if row := next((name for name in names if has_image_suffix(name.partition("#")[0])), None):
         raise SourceError(
             f"{file}: line 1 is a row already ({shown(row)}); write a line above it that names the columns, such as "
-            f"{delimiter.join(('image', 'caption'))}"
+            f"{shown(delimiter.join(('image', 'caption')))}"
         )
     twice = [name for index, name in enumerate(names) if name and name in names[:index]]
     if twice:
