@@ -372,6 +372,71 @@ def test_bomb_is_refused_before_decoding(width, height):
         open_image(png_header(width, height))
 
 
+def test_an_icon_is_as_large_as_what_is_in_it():
+    """Its list of images says 16 x 16, the PNG in it another size; and the same with a bitmap."""
+    bitmap = struct.pack("<IiiHHIIiiII", 40, 9459, -20000, 1, 32, 0, 0, 0, 0, 0, 0)
+    for inside in (png_header(9459, 9460), bitmap):
+        icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22) + inside
+        for read in (open_image, image_size):
+            with pytest.raises(ImageError, match=r"an icon of .* pixels, more than the 89,478,485 allowed"):
+                read(icon)
+
+
+def test_scans_of_a_jpeg_are_bounded():
+    """Each scan of a few bytes passes over all of the image."""
+    whole = encode(Image.new("L", (64, 64)), "JPEG", progressive=True)
+    assert open_image(whole).size == (64, 64)
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    assert open_image(whole[:-2] + 50 * last + whole[-2:]).size == (64, 64)
+    with pytest.raises(ImageError, match=r"a JPEG file of .* scans, more than the 100 allowed"):
+        open_image(whole[:-2] + 100 * last + whole[-2:])
+
+
+def compressed(kind: bytes, start: bytes) -> bytes:
+    """A PNG with a chunk of 300 MB of zeros, compressed to 0.3 MB."""
+    squeeze = zlib.compressobj(9)
+    content = kind + start + b"".join(squeeze.compress(bytes(2**20)) for _ in range(300)) + squeeze.flush()
+    chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+    return encode(gradient())[:33] + chunk + encode(gradient())[33:]
+
+
+BOMBS = {
+    "profile": lambda: compressed(b"iCCP", b"x\0\0"),
+    "text": lambda: compressed(b"zTXt", b"x\0\0"),
+    "unicode": lambda: compressed(b"iTXt", b"x\0\1\0\0\0"),
+    "frames": lambda: encode(
+        Image.new("P", (900, 900)),
+        "GIF",
+        save_all=True,
+        append_images=[Image.new("P", (900, 900), n) for n in range(99)],
+    ),
+    "pages": lambda: encode(
+        Image.new("L", (900, 900)),
+        "TIFF",
+        save_all=True,
+        append_images=[Image.new("L", (900, 900), n) for n in range(99)],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_comes_with_the_pixels_takes_little_memory(name, tmp_path):
+    """Chunks of text and colour profiles, and all frames but the first."""
+    (tmp_path / "bomb").write_bytes(BOMBS[name]())
+    script = (
+        "import sys, contextlib; from vlm.data.images import *; from vlm.training.memory import _of_process\n"
+        "data = open(sys.argv[1], 'rb').read(); before = _of_process('VmRSS')\n"
+        "for read in (image_size, open_image):\n"
+        "    with contextlib.suppress(ImageError): read(data)\n"
+        "print(_of_process('VmHWM') - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "bomb")], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 50e6, "as large as the file, and a few small buffers"
+
+
 def test_limits_can_be_set():
     data = encode(gradient())
     with pytest.raises(ImageError, match=r"7 x 5 is 35 pixels, more than the 34 allowed; resize"):

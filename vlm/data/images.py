@@ -10,6 +10,7 @@ from io import BytesIO
 from typing import TypeVar
 
 from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
@@ -24,6 +25,9 @@ MAX_ASPECT_RATIO = 200
 """The longest side over the shortest. An image processor that brings the shortest side to the encoder's size makes the
 longest that many times as long; those of Qwen refuse more. With `MAX_PIXELS` it bounds a side to 133,776 pixels."""
 
+MAX_SCANS = 100
+"""Passes over the pixels of a JPEG file. One of a few bytes takes as long as any. Encoders write about ten."""
+
 # Only raster formats decoded by Pillow itself: opening an EPS file would start Ghostscript on the user's data.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
@@ -37,6 +41,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ON_ITS_SIDE = (5, 6, 7, 8)
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_ICON = b"\0\0\1\0"
+_SCAN = b"\xff\xda"
 _PNG_TEXT = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
 
 _LONGEST_NAME = 300  # in messages: what is given as a name may be anything
@@ -128,6 +135,8 @@ def _undecoded(source: ImageSource, name: str, max_pixels: int, max_bytes: int) 
         _require_bounds(payload, name, max_pixels)
         return payload
     data = _read(payload, name, max_bytes)
+    if data.startswith(_ICON) and (pixels := _icon_pixels(data)) > max_pixels:  # Pillow decodes it when it opens it
+        raise ImageError(name, f"an icon of {pixels:,} pixels, more than the {max_pixels:,} allowed", "save it again")
     try:
         Image.init()
         image = Image.open(BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
@@ -137,7 +146,21 @@ def _undecoded(source: ImageSource, name: str, max_pixels: int, max_bytes: int) 
         why = f"not an image that can be read ({len(data)} bytes, starts with {data[:8]!r})"
         raise ImageError(name, why, f"re-save it as PNG or JPEG; formats read: {', '.join(FORMATS)}") from error
     _require_bounds(image, name, max_pixels)
+    if isinstance(image, JpegImageFile) and (scans := data.count(_SCAN)) > MAX_SCANS:
+        raise ImageError(name, f"a JPEG file of {scans:,} scans, more than the {MAX_SCANS} allowed", "save it again")
     return image
+
+
+def _icon_pixels(data: bytes) -> int:
+    """The pixels of the largest image in an icon file. Each says its size itself, whatever the list of them says."""
+    largest = 0
+    for entry in range(6, 6 + 16 * int.from_bytes(data[4:6], "little"), 16):
+        start = int.from_bytes(data[entry + 12 : entry + 16], "little")
+        is_png = data[start : start + 8] == _PNG_START
+        at, order = (start + 16, "big") if is_png else (start + 4, "little")
+        sides = [int.from_bytes(data[at + side : at + side + 4], order, signed=not is_png) for side in (0, 4)]  # type: ignore[arg-type]
+        largest = max(largest, abs(math.prod(sides)))
+    return largest
 
 
 def _require_bounds(image: Image.Image, name: str, max_pixels: int) -> None:
