@@ -148,10 +148,10 @@ def new_file(path: Path | None) -> Iterator[None]:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder next to `path`, which is removed at the end: at the latest, if this process is killed, by
-    the next call with this `path`."""
+    """Give an empty folder next to `path` that nobody else can read. It is removed at the end, or, if this process is
+    killed, by the next call with this `path`."""
     with _temporary(path) as temporary:
-        temporary.mkdir()
+        temporary.mkdir(mode=0o700)
         yield temporary
 
 
@@ -381,7 +381,8 @@ def _take(lock: Path) -> int | None:
             except (FileExistsError, PermissionError):
                 return None
         else:
-            number = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            # A link could lead to a file of ours, if others may write into the folder: what is locked is written to.
+            number = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -391,7 +392,7 @@ def _take(lock: Path) -> int | None:
                 lock.unlink(missing_ok=True)
                 raise
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(number), os.stat(lock)):
+            if os.path.samestat(os.fstat(number), os.lstat(lock)):
                 _held_files.add(number)
                 return number
         os.close(number)  # its holder removed it between our two calls

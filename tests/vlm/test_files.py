@@ -19,6 +19,7 @@ from vlm.files import (
     new_file,
     remove_leftovers,
     replacing_files,
+    scratch_folder,
     write_text,
 )
 
@@ -77,6 +78,24 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "a/sub/x").read_text() == "whole"
     with pytest.raises(UserError, match="a exists already; choose another name"), atomic_folder(tmp_path / "a"):
         pytest.fail("what is there would be lost")
+
+
+def test_a_link_in_place_of_a_lock_is_not_followed(tmp_path):
+    """In a folder that others may write to, such a link would have a file of ours overwritten."""
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "shared").mkdir()
+    for name in (".scratch.00000000.writing.lock", ".out.json.lock"):
+        (tmp_path / "shared" / name).symlink_to(tmp_path / "precious")
+    with scratch_folder(tmp_path / "shared" / "scratch"):
+        pass
+    with pytest.raises(UserError, match="cannot write in"), locked(tmp_path / "shared" / "out.json"):
+        pass
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_nobody_else_reads_a_scratch_folder(tmp_path):
+    with scratch_folder(tmp_path / "scratch") as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_links_devices_and_long_names(tmp_path):
