@@ -16,6 +16,7 @@ from tests.retrieval.conftest import picture
 from tests.tiny import clip_config, image_processor
 from vlm import index as indexing
 from vlm import search as searching
+from vlm.data.images import image_sha256
 from vlm.errors import UserError
 from vlm.retrieval.index import Hit
 from vlm.retrieval.page import write_hits
@@ -123,6 +124,20 @@ def test_an_encoder_alone_finds_by_photo_and_not_by_words(photos, said, tmp_path
         search(said, "a cat", tmp_path / "index")
 
 
+def test_a_page_shows_no_file_but_those_that_were_indexed(index, photos, said, tmp_path):
+    """Somebody who hands over an index may name a file in it that they cannot read."""
+    private = tmp_path / "private.png"
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(private)
+    [files] = index.glob("content-*/files.jsonl")
+    lines = files.read_text().splitlines(keepends=True)
+    files.write_text("".join(line.replace(str(photos / "00.png"), str(private)) for line in lines))
+    _, hits, _ = search(said, "a cat", index, k=20, html=tmp_path / "hits.html")
+    assert str(private) in dict(hits)
+    page = (tmp_path / "hits.html").read_text()
+    assert page.count("<img ") == 19
+    assert page.count("<span>changed since it was indexed</span>") == 1
+
+
 def test_what_does_not_open_is_named(photos, clip, said, tmp_path):
     (photos / "broken.png").write_bytes(b"not an image")
     text = said(indexing.run, [str(photos)], encoder=str(clip), output=tmp_path / "index")
@@ -163,7 +178,9 @@ def test_the_page_escapes_names_and_loads_nothing(tmp_path, photo):
     names = [folder / f"{EVIL}.png", folder / "日本語.png", folder / os.fsdecode(b"\xff.png")]
     for n, name in enumerate(names):
         picture(n).save(name)
-    hits = [Hit(str(name), 0.9 - n / 10) for n, name in enumerate(names)]
+    hits = [
+        Hit(str(name), 0.9 - n / 10, image_sha256(str(name)) if name.exists() else "") for n, name in enumerate(names)
+    ]
     query = str(names[0]) if photo else EVIL
     write_hits(tmp_path / "hits.html", hits, query=query, photo=query if photo else None, searched=1234)
     reader = Reader((tmp_path / "hits.html").read_text(encoding="utf-8"))

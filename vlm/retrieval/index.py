@@ -40,9 +40,17 @@ class IndexedFile:
 
 @dataclass(frozen=True)
 class Hit:
+    """An image that was found.
+
+    Attributes:
+        path: its file, absolute.
+        score: the cosine of the angle to the query's vector.
+        sha256: that of the file when it was indexed.
+    """
+
     path: str
     score: float
-    """The cosine of the angle to the query's vector."""
+    sha256: str
 
 
 class ImageIndex:
@@ -141,7 +149,8 @@ class ImageIndex:
                 f"{self.encoder} {len(vector)}; make the index anew"
             )
         scores, numbers = self._vectors.search(vector, k)
-        return [Hit(self._file(number).path, float(score)) for number, score in zip(numbers, scores, strict=True)]
+        found = [(self._file(number), float(score)) for number, score in zip(numbers, scores, strict=True)]
+        return [Hit(file.path, score, file.sha256) for file, score in found]
 
     def save(self) -> None:
         """Replace what is on disk, in one step, if there is a change, and it was not interrupted half way.

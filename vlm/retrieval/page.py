@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm.data.images import ImageError, open_image
+from vlm.data.images import ImageError, image_sha256, open_image
 from vlm.eval.samples import STYLE, data_uri
 from vlm.files import atomic_write
 from vlm.printing import html_text
@@ -61,6 +61,9 @@ def _card(hit: Hit, common: str) -> str:
     below = os.path.relpath(os.path.dirname(hit.path), common)
     name, folder = html_text(shown.name), "" if below == "." else html_text(below)
     try:
+        # Somebody else's index may name any file, but not what is in it.
+        if image_sha256(hit.path) != hit.sha256:
+            raise ImageError(hit.path, "changed since it was indexed", "run vlm index again")
         picture = f'<img src="{data_uri(open_image(hit.path))}" alt="{name}" loading="lazy">'
     except ImageError as error:
         picture = f"<span>{html_text(error.why)}</span>"
