@@ -17,7 +17,7 @@ from vlm.errors import UserError
 CAPTION_SUFFIXES = (".txt", ".caption")
 _OTHER_TEXTS = ("readme", "license", "classes", "requirements")
 """How text files begin that are about a folder, not about an image."""
-_BOXES = re.compile(r"(\s*[0-9]+(\s+[0-9.]+){4,}\s*)+")
+_BOXES = re.compile(r"\s*[0-9]+(?:\s+[0-9.]+){4,}\s*")
 
 
 def has_captions(folder: Path) -> bool:
