@@ -25,6 +25,12 @@ def _on_cuda(self):
 transformers.TrainingArguments.__post_init__ = _on_cuda
 
 
+def pytest_collection_modifyitems(config, items):
+    of_cpu = [item for item in items if item.get_closest_marker("cpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("cpu")]
+    config.hook.pytest_deselected(items=of_cpu)
+
+
 def pytest_terminal_summary(terminalreporter):
     if "EMULATED_GPU_LOG" not in os.environ:
         terminalreporter.section("waits of the host (copies, launches and attention: EMULATED_GPU_LOG=FILE)")

@@ -36,7 +36,7 @@ def refusal(**train: Any) -> str:
 @pytest.mark.parametrize(
     ("train", "said"),
     [
-        ({"fp16": True}, "train.fp16: True cannot be used: float16 is for GPUs"),
+        pytest.param({"fp16": True}, "train.fp16: True cannot be used: float16 is for GPUs", marks=pytest.mark.cpu),
         ({"bf16": True, "fp16": True}, "cannot be used: At most one of fp16 and bf16"),
         ({"lr_scheduler_kwargs": {"cycles": 1}}, "train.lr_scheduler_kwargs: {'cycles': 1} cannot be used"),
         (
@@ -77,6 +77,7 @@ def test_schedules_that_need_nothing_more_are_taken(kind: str) -> None:
     require_arguments(made(lr_scheduler_type=kind, **warmup))
 
 
+@pytest.mark.cpu
 def test_a_stage_is_named_by_its_number() -> None:
     two = made().resolved()
     two["stages"] = [two["stages"][0], {**two["stages"][0], "name": "b", "train": {"use_cpu": True, "fp16": True}}]

@@ -78,6 +78,7 @@ def run_and_keep(folder):
         torch.save((losses, held_out, found), folder / "kept")
 
 
+@pytest.mark.cpu
 def test_two_processes_have_the_losses_of_one(tmp_path):
     together(run_and_keep, tmp_path)
     losses, held_out, found = torch.load(tmp_path / "kept")
@@ -245,6 +246,7 @@ def steps(model, processor, process, processes):
     return losses
 
 
+@pytest.mark.cpu
 def test_a_sharded_model_trains_as_a_whole_one(tmp_path):
     together(train_sharded, tmp_path)
     losses, state = torch.load(tmp_path / "kept")

@@ -352,7 +352,7 @@ def test_visual_tokens_start_as_large_as_words(values, monkeypatch):
 
     def look(model, *args, **kwargs):
         initialize(model, *args, **kwargs)
-        tokens = model.get_image_features(torch.randn(9, 3, 32, 32))
+        tokens = model.get_image_features(torch.randn(9, 3, 32, 32, device=model.device))
         seen.extend(float(t.square().mean().sqrt().detach()) for t in (tokens, model.get_input_embeddings().weight))
 
     initialize = running.initialize_projector

@@ -145,16 +145,18 @@ class VLMTrainer(PartTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """With the loss of each supervised token counted once. Trainer takes the mean over batches, and on several
-        processes counts the rows twice that fill the last batch."""
-        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        output: Any = super().evaluation_loop(*args, **kwargs)
-        total, count = self._evaluated.tolist()
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics[f"{prefix}_loss"] = loss = total / max(count, 1)
-        if prefix == "eval":
-            # Some measure only as long as they need to, and a run that was resumed begins anew with them: what they
-            # draw, if only as a data loader does, must not change the dropout of the next step.
-            with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+        processes counts the rows twice that fill the last batch.
+
+        Random numbers that are drawn here, if only by a data loader, do not change the dropout of the next step: an
+        evaluation may be stopped halfway, and some measures take only as long as they need.
+        """
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+            output: Any = super().evaluation_loop(*args, **kwargs)
+            total, count = self._evaluated.tolist()
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics[f"{prefix}_loss"] = loss = total / max(count, 1)
+            if prefix == "eval":
                 for measure in self.measures:
                     output.metrics.update(measure(loss))
         return output
