@@ -4,6 +4,7 @@ rest; what is said of one that is damaged."""
 from __future__ import annotations
 
 import json
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -145,7 +146,17 @@ def _cannot_load(name: str, part: str, kind: str, error: Exception) -> str:
     folder = existing_folder(checkpoint_of(name))
     found = damage(folder, whole=True) if folder else None
     where = f"{part}: " if folder else ""
-    return f"cannot load {name!r}{here} as {kind}: {found or where + cut(why, 1000)}"
+    return f"cannot load {name!r}{here} as {kind}: {found or _in_words(why) or where + cut(why, 1000)}"
+
+
+def _in_words(why: str) -> str | None:
+    """Return what transformers says of a model of another kind, without its list of all the models that there are."""
+    if match := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+?)(Config)?'>", why):
+        return f"its config.json is that of another kind of model ({match[1]})"
+    if match := re.match(r"Can't load (image processor|feature extractor|processor|tokenizer) for", why):
+        article = "an" if match[1].startswith("image") else "a"
+        return f"it has no files of {article} {match[1]}; is it a model of another kind?"
+    return None
 
 
 def _is_ours(error: Exception) -> bool:

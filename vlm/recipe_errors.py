@@ -1,6 +1,8 @@
 """What pydantic found, said in words: file and line, key, what is wrong, and the nearest key that exists."""
 
 import math
+import re
+import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -21,7 +23,20 @@ class FoundError(ValueError):
 
 def findings(error: ValidationError, model: type[BaseModel]) -> list[tuple[KeyPath, str]]:
     """Return (key, what is wrong) for every problem that pydantic found in a section of type `model`."""
-    return [(tuple(problem["loc"]), _say(problem, model)) for problem in error.errors(include_url=False)]
+    found: list[tuple[KeyPath, str]] = []
+    for problem in error.errors(include_url=False):
+        path = tuple(problem["loc"])
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, FoundError):
+            found += [((*path, *inside), what) for inside, what in cause.found]
+        elif several := _several_forms(model, path):
+            # pydantic says of each form why it is not that, which only one of them may be about.
+            field, forms = several
+            if field not in [earlier for earlier, _ in found]:
+                found.append((field, f"must be {' or '.join(forms)}, not {shown(_at(error, field))}"))
+        else:
+            found.append((path, _say(problem, model)))
+    return found
 
 
 MOST = 20
@@ -36,12 +51,20 @@ _WORDS = {
     "bool_type": "must be true or false",
     "string_type": "must be text",
     "list_type": "must be a list",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a smaller whole number",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
     "dict_type": "must be a section of `key: value` lines",
     "model_type": "must be a section of `key: value` lines",
     "model_attributes_type": "must be a section of `key: value` lines",
     "too_short": "must not be empty",
     "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must be letters, digits, `.`, `-` and `_`, and begin with a letter or a digit",
 }
+_SECTIONS = ("dict_type", "model_type", "model_attributes_type")
+_FORMS = {str: "text", int: "a whole number", float: "a number", dict: "a section of `key: value` lines"}
+_PLURALS = {str: "texts", int: "whole numbers", float: "numbers", dict: "sections"}
 _LIMITS = {
     "greater_than": ("more than", "gt"),
     "greater_than_equal": ("at least", "ge"),
@@ -57,11 +80,7 @@ def to_recipe_error(
 
     `hidden` is a start of keys that the user did not write: with one stage at the top level, `stages.0.lora` is `lora`.
     """
-    found: list[tuple[KeyPath, str]] = []
-    for problem in error.errors(include_url=False):
-        cause = problem.get("ctx", {}).get("error")
-        inner = cause.found if isinstance(cause, FoundError) else [((), _say(problem, root))]
-        found += [(_written((*problem["loc"], *inside), hidden), what) for inside, what in inner]
+    found = [(_written(path, hidden), what) for path, what in findings(error, root)]
     return listed(found, places, name)
 
 
@@ -127,7 +146,44 @@ def _say(problem: Any, root: type[BaseModel]) -> str:
     if kind in _LIMITS:
         words, limit = _LIMITS[kind]
         return f"must be {words} {context[limit]:.10g}, not {shown(given)}"
-    return f"{_WORDS.get(kind, problem['msg'])}, not {shown(given)}"
+    if kind in ("too_short", "string_too_short") and context["min_length"] > 1:
+        return f"must have at least {context['min_length']} items, not {len(given)}"
+    if kind in ("too_long", "string_too_long"):
+        return f"must have at most {context['max_length']} items, not {len(given)}"
+    hint = "; put a space after each colon" if kind in _SECTIONS and re.match(r"\w+:\S", str(given)) else ""
+    said = f"{_WORDS[kind]}, not {shown(given)}" if kind in _WORDS else f"{shown(given)} cannot be used"
+    return said + hint
+
+
+def _several_forms(root: type[BaseModel], path: KeyPath) -> tuple[KeyPath, list[str]] | None:
+    """Return the first field of several forms that `path` goes into, with the forms in words; None if there is none."""
+    model: type[BaseModel] | None = root
+    for place, key in enumerate(path[:-1], start=1):
+        if model is None or key not in model.model_fields:  # the number of an item, or a name of the user's
+            continue
+        annotation = model.model_fields[str(key)].annotation
+        forms = [form for form in typing.get_args(annotation) if form is not type(None)]
+        if typing.get_origin(annotation) in (types.UnionType, typing.Union) and len(forms) > 1:
+            return path[:place], [_form(form) for form in forms]
+        model = _model_in(annotation)
+    return None
+
+
+def _form(annotation: Any) -> str:
+    """Return a type in words."""
+    kind = typing.get_origin(annotation) or annotation
+    if kind is typing.Literal:
+        return " or ".join(map(str, typing.get_args(annotation)))
+    if kind is list:
+        (item,) = typing.get_args(annotation)
+        return f"a list of {_PLURALS[typing.get_origin(item) or item]}"
+    return _FORMS[kind]
+
+
+def _at(error: ValidationError, field: KeyPath) -> Any:
+    """Return the value of a field of several forms."""
+    of_field = [each for each in error.errors(include_url=False) if tuple(each["loc"][: len(field)]) == field]
+    return min(of_field, key=lambda each: len(each["loc"]))["input"]
 
 
 def _suggest(path: KeyPath, root: type[BaseModel]) -> str:

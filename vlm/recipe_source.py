@@ -182,6 +182,8 @@ def _explain(error: yaml.YAMLError, text: str, name: str) -> str:
         line, column = mark.line + 1, mark.column + 1
     if "\\t" in what:
         what = "a tab where spaces are wanted; indent with spaces"
+    elif "found another document" in what:
+        what = "a second document begins here (---); a recipe is one"
     elif "cannot start any token" in what or "mapping values are not allowed" in what:
         what += "; put text with special characters in quotes"
     where = f"{name}:{line}" if line and name != COMMAND_LINE else name

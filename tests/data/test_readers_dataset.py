@@ -10,6 +10,7 @@ from PIL import Image
 from tests.data.reader_files import images, lines, png, qa, write
 from vlm.data.images import open_image
 from vlm.data.readers import SourceError, read
+from vlm.data.stream_sources import in_pieces
 
 IMAGE_ROWS = {
     "img": [{"bytes": png(n), "path": None} for n in range(3)] + [None],
@@ -55,6 +56,23 @@ def test_dataset_from_anywhere(stored, where):
     assert len(problems) == 1
     assert str(problems[0]).endswith("[train]:row 3: image: no image in column 'img'")
     assert len(read({**source, "limit": 2}, base_dir=stored).examples) == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ("p/*.nope", "option 'data_files': no file matches .*p/.*nope"),
+        ("p/none.parquet", "option 'data_files': no such file: .*p/none.parquet"),
+        (["p/train.parquet", "q/*"], "option 'data_files': no file matches .*q/"),
+        ([], "'data_files' is empty"),
+    ],
+)
+def test_files_that_are_not_there_are_named(stored, files, said, streaming):
+    columns = {"image": "img", "caption": "text"}
+    source = {"format": "dataset", "path": "parquet", "data_files": files, "columns": columns, "streaming": streaming}
+    with pytest.raises(SourceError, match=said):
+        in_pieces(source, stored, lambda source: []) if streaming else read(source, base_dir=stored)
 
 
 def test_dataset_split(stored):

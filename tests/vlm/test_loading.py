@@ -73,6 +73,24 @@ def test_a_file_that_is_no_object(name: str, content: str, folder: Path) -> None
     assert len(said) < 1000
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "said"),
+    [
+        ("language", "vision", "its config.json is that of another kind of model (CLIPVision)"),
+        ("language", "model", "its config.json is that of another kind of model (VLM)"),
+        ("vision", "language", "it has no files of an image processor; is it a model of another kind?"),
+    ],
+)
+def test_a_model_of_another_kind_is_named_in_a_line(name: str, other: str, said: str, folder: Path) -> None:
+    """Where transformers lists all the models that it has."""
+    part, load = LOADS[name]
+    shutil.rmtree(folder / part)
+    shutil.copytree(folder / other, folder / part)
+    found = refusal(lambda: load(folder))
+    assert said in found
+    assert len(found) < 300
+
+
 @pytest.mark.parametrize("name", LOADS)
 def test_weights_that_are_cut(name: str, folder: Path) -> None:
     part, load = LOADS[name]

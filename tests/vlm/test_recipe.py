@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from vlm import recipe, recipe_model, recipe_paths, recipe_train
+from vlm import recipe, recipe_data, recipe_model, recipe_paths, recipe_train
+from vlm.data.readers_dataset import DatasetSource
 from vlm.recipe import RecipeError
+from vlm.recipe_contrastive import Contrastive
+from vlm.recipe_evaluation import Evaluation
 from vlm.recipe_source import parse_scalar, read_yaml, write_yaml
 
 GOOD = """\
@@ -516,3 +519,72 @@ def test_options_of_a_projector_are_checked(tmp_path: Path, option: str, value: 
     if value == "9":
         projector = projector.replace("9", "'9'")
     assert f"model.adapter.projector.{option}: must be " in refusal(tmp_path, GOOD, projector)
+
+
+def _garbage() -> list[str]:
+    return ["3", "-1", "1.5", "'x y'", "[]", "[[3]]", "[x, 3]", "{a: 1}", "true", "null", "'1'", "1e9"]
+
+
+def test_no_message_is_in_the_words_of_a_library(tmp_path: Path) -> None:
+    """Any value under any key of a section or a data source."""
+    keys = [
+        *(f"model.{key}" for key in recipe_model.Model.model_fields),
+        *(f"model.adapter.{key}" for key in recipe_model.Adapter.model_fields),
+        *(f"model.tiling.{key}" for key in recipe_model.Tiling.model_fields),
+        *(f"data.{key}" for key in recipe_data.Data.model_fields),
+        *(f"data.train.{key}" for key in DatasetSource.model_fields),
+        *(f"evaluation.{key}" for key in Evaluation.model_fields),
+        *(f"lora.{key}" for key in recipe.Lora.model_fields),
+        *(f"contrastive.{key}" for key in Contrastive.model_fields),
+        *("name", "seed", "output_dir", "trainable", "lora", "data.train.columns.image", "evaluation.classification.a"),
+    ]
+    text = GOOD.replace("{format: image_folder, path: images}", "{format: dataset, path: a, columns: {caption: b}}")
+    found = []
+    for key in keys:
+        for value in _garbage():
+            try:
+                load(tmp_path, text, f"{key}={value}")
+            except RecipeError as error:
+                found.append(str(error))
+    assert len(found) > len(keys)
+    for said in found:
+        assert not re.search(
+            "Input should|validation error|Value error|[Pp]ydantic|at most .* after|pattern|str\\b", said
+        ), said
+        assert not re.search(r"\.(str|int|float|list\[.*?\]|dict\[.*?\]|literal\[.*?\]|constrained-.*)[.:]", said), said
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "message"),
+    [
+        (("path: images", "path: images, limit: x"), 6, "data.train.limit: must be a whole number, not 'x'"),
+        (("path: images", "path: images, limit: '3'"), 6, "data.train.limit: must be a whole number, not '3'"),
+        (("path: images", "path: images, allow_outside: yes"), 6, "allow_outside: must be true or false, not 'yes'"),
+        (("train:\n  max", "name: a b\ntrain:\n  max"), 9, "name: must be letters, digits, `.`, `-` and `_`"),
+        (("data:\n", "  image_markers: [a]\ndata:\n"), 5, "image_markers: must have at least 2 items, not 1"),
+        (("data:\n", "  image_markers: [a, b, c]\ndata:\n"), 5, "image_markers: must have at most 2 items, not 3"),
+        (
+            ("data:\n", "  adapter: {fusion: cross_attention, cross_attention_layers: [x]}\ndata:\n"),
+            5,
+            "cross_attention_layers: must be a list of whole numbers or mllama, not ['x']",
+        ),
+        (("max_steps: 5", "max_steps: 5\n---\na: 1"), 11, "a second document begins here (---)"),
+        (
+            ("  max_steps: 5", "  max_steps:5"),
+            9,
+            "must be a section of `key: value` lines, not 'max_steps:5'; put a space",
+        ),
+        (
+            ("{format: image_folder, path: images}", "null"),
+            6,
+            "data.train: must be a section of `key: value` lines or a",
+        ),
+    ],
+)
+def test_a_value_of_another_form_is_named_once(
+    tmp_path: Path, change: tuple[str, str], line: int, message: str
+) -> None:
+    said = refusal(tmp_path, GOOD.replace(*change))
+    assert f"mine.yaml:{line}" in said
+    assert message in said
+    assert "problems" not in said

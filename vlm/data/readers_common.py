@@ -47,7 +47,7 @@ class Source(BaseModel):
     """The options of one format, checked before anything is read. `limit` keeps the first so many images. With
     `allow_outside` images may lie outside the folders of the data, at absolute paths, past `..` or behind links."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     format_name: ClassVar[str]
 
     limit: PositiveInt | None = None

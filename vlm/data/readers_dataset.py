@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,7 +40,7 @@ _BUILDERS = {
 class Columns(BaseModel):
     """Which column holds what. Rows with an equal `image_id` are branches of one example: their image is kept once."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     image: str | None = None
     images: str | None = None
     image_id: str | None = None
@@ -109,7 +110,9 @@ class DatasetSource(Source):
     streaming: bool = False
 
     @model_validator(mode="after")
-    def _whole_stream(self) -> DatasetSource:
+    def _complete(self) -> DatasetSource:
+        if self.data_files == []:
+            raise ValueError("'data_files' is empty; name a file, or remove it")
         if self.streaming and self.limit:
             raise ValueError("'limit' does not go with 'streaming': how long a stream is trained on is train.max_steps")
         return self
@@ -251,6 +254,10 @@ class DatasetSource(Source):
         import datasets
 
         path, files = self.place(base_dir)
+        for file in files or ():
+            if not ("://" in file or os.path.exists(file) or glob(file, recursive=True)):
+                what = "no file matches" if has_magic(file) else "no such file:"
+                raise SourceError(f"option 'data_files': {what} {file}")
         return datasets.load_dataset_builder(path, self.name, data_files=files, revision=self.revision)
 
     def row_files(self, base_dir: Path) -> RowFiles | None:

@@ -268,11 +268,8 @@ def _pieces(source: DatasetSource, base_dir: Path) -> Pieces:
 
     if (saved := source.saved(base_dir)) is not None:
         return Saved(source, base_dir, saved)
-    files = source.place(base_dir)[1]
     builder = source.builder(base_dir)
     found = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
-    if files is not None and not any(found.values()):
-        raise FileNotFoundError(f"no file matches {', '.join(files)}")
     if (of_rows := row_files(builder, streamed=True)) is not None:
         return FilesOfRows(source, base_dir, of_rows)
     if isinstance(builder, Parquet) and source.split in found:
