@@ -14,6 +14,8 @@ from vlm.adapters import unknown_name
 REMOVED = ("cache_position",)
 """Arguments that older programs pass, and that transformers' models ignore: they follow from the cache."""
 
+OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+"""Arguments of `generate` that it hands on to `forward`, with `stop_strings` and with an assistant."""
 
 OF_ATTENTION = ("tree_layout",)
 """What our attention reads of a decoder's keyword arguments (`vlm.tree_attention`)."""
@@ -23,7 +25,7 @@ def known_arguments(language_model: PreTrainedModel) -> frozenset[str]:
     """The names that a decoder's `forward` gives to its arguments, and those that every model of transformers takes."""
     modules: Iterable[Any] = (language_model, language_model.base_model)
     named = (name for module in modules for name in inspect.signature(module.forward).parameters)
-    return frozenset(named) | TransformersKwargs.__optional_keys__ | {*REMOVED, *OF_ATTENTION}
+    return frozenset(named) | TransformersKwargs.__optional_keys__ | {*REMOVED, *OF_GENERATE, *OF_ATTENTION}
 
 
 def refuse_unknown(given: Iterable[str], known: Collection[str]) -> None:

@@ -1,5 +1,6 @@
 """Generation configs as models come with them: answers of batches and conversations are those of plain `generate`."""
 
+import copy
 from importlib.util import find_spec
 
 import pytest
@@ -34,7 +35,7 @@ HONOURED = {
     "stop_strings": ["a", "e"],
     "suppress_tokens": [*range(40, 120)],
     "sequence_bias": [[[33], 5.0]],
-    "bad_words_ids": [[7], [12, 13]],
+    "bad_words_ids": [[263], [142, 186]],
     "exponential_decay_length_penalty": (2, 1.5),
     "forced_eos_token_id": 5,
     "do_sample": True,
@@ -46,6 +47,13 @@ HONOURED = {
     "early_stopping": True,
     "max_cache_len": 512,
 }
+
+
+CHANGES_ANSWERS = {
+    "num_beams", "repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "stop_strings",
+    "suppress_tokens", "sequence_bias", "bad_words_ids", "exponential_decay_length_penalty", "forced_eos_token_id",
+}  # fmt: skip
+"""The others say how an answer is computed, or are overruled by the arguments of a call."""
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +98,38 @@ def test_a_batch_has_the_answers_of_single_requests(made, model, key):
     wanted = [plain(model, processor, request) for request in REQUESTS]
     assert found == wanted
     assert streamed in (None, wanted)
+    setattr(model.generation_config, key, getattr(GenerationConfig(), key, None))
+    without = [plain(model, processor, request) for request in REQUESTS]
+    assert (wanted != without) == (key in CHANGES_ANSWERS), "else nothing would be seen of a setting that is dropped"
+
+
+LOOKS_BACK = {
+    "repetition_penalty": 5.0,
+    "encoder_repetition_penalty": 0.2,
+    "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 1,
+    "min_length": None,  # three tokens after the shortest prompt
+}
+
+
+@pytest.mark.parametrize("key", LOOKS_BACK)
+def test_padding_is_no_part_of_a_prompt_that_a_setting_looks_back_at(model, key, monkeypatch):
+    """The prompts differ in length, and padding would count: it is the token that the shortest one's answer begins
+    with. With it `min_length` would be reached before the answer begins."""
+    processor = copy.deepcopy(tiny()[1])
+    inputs = encode_requests(model, processor, REQUESTS[:1])
+    (first,) = model.generate(**inputs, do_sample=False, max_new_tokens=1)[:, -1].tolist()
+    value = LOOKS_BACK[key] or inputs["input_ids"].shape[1] + 3
+    if key == "min_length":
+        model.generation_config.eos_token_id = [first]
+    else:
+        processor.tokenizer.pad_token = processor.tokenizer.convert_ids_to_tokens(first)
+        model.generation_config.pad_token_id = first
+    setattr(model.generation_config, key, value)
+    wanted = [plain(model, processor, request) for request in REQUESTS]
+    assert generate(model, processor, REQUESTS, max_new_tokens=8) == wanted
+    monkeypatch.setattr("vlm.generation.reads_the_prompt", lambda *given: False)
+    assert generate(model, processor, REQUESTS, max_new_tokens=8)[0] != wanted[0], "padding would have one too"
 
 
 def test_the_static_cache_is_honoured_as_an_option(made, model):
@@ -113,6 +153,15 @@ def test_what_cannot_be_honoured_is_named(made, model, key):
     if key != "streamer":
         with pytest.raises(UserError, match=f"{key}: .* not supported here"):
             [*Session(model, processor).stream(REQUESTS[0])]
+
+
+def test_an_answer_ends_at_a_stop_string(made, model):
+    """For which `generate` gives the tokenizer to `forward`."""
+    _, processor = made
+    whole = generate(model, processor, REQUESTS[:1], max_new_tokens=8)[0]
+    model.generation_config.stop_strings = [whole[1:3]]
+    assert generate(model, processor, REQUESTS[:1], max_new_tokens=8) == [whole[:3]]
+    assert "".join(Session(model, processor).stream(REQUESTS[0], max_new_tokens=8)).strip() == whole[:3]
 
 
 def test_beams_are_refused_where_answers_are_streamed(made, model):
