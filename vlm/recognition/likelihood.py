@@ -163,7 +163,7 @@ class LabelLikelihood:
             warn_beyond(self.model, longest - 1)
         if self.max_positions is None or longest <= self.max_positions:
             return
-        refused: list[tuple[Image.Image, str]] = []
+        refused: dict[int, tuple[Image.Image, str]] = {}
         lengths = ((max(path.position_ids) + 1, item) for item in items for path in paths(item.tree))
         for number, (length, item) in enumerate(lengths):
             if length > self.max_positions:
@@ -172,8 +172,9 @@ class LabelLikelihood:
                 why = f"image, prompt and label have {length:,} tokens, and the model has {places}"
                 if not self._fits_blank:
                     raise UserError(f"label {answer!r}: {why}; shorten the prompt or the label")
-                refused.append((images[int(item.example.image_id)], f"label {answer!r}: {why}"))
-        raise RefusedImages(refused)
+                image = int(item.example.image_id)
+                refused.setdefault(image, (images[image], f"label {answer!r}: {why}"))
+        raise RefusedImages([*refused.values()])
 
     def _encode(self, images: Sequence[Image.Image]) -> _Features:
         keys = [tile_keys(self.processor, str(number), size_of(image)) for number, image in enumerate(images)]
