@@ -1,5 +1,6 @@
 """Folders as captioning data sets and their tools lay them out: read, or named with what to write."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import yaml
 
 from tests.data.reader_files import images, lines, write
+from vlm.data.images import ImageError, open_image
 from vlm.data.readers import SourceError, read
+from vlm.data.stream_sources import in_pieces
 from vlm.errors import UserError
 from vlm.recipe import parse_data
 
@@ -143,21 +146,50 @@ def test_what_is_no_data_says_what_to_do(tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.csv.gz", "rows.parquet"])
 def test_a_data_set_may_be_the_path_of_a_file(tmp_path, monkeypatch, name):
-    images(tmp_path, "a.png")
+    images(tmp_path / "rows", "a.png")
     table = pd.DataFrame({"image": ["a.png"], "caption": ["a cat"]})
     if name.endswith(".jsonl"):
-        table.to_json(tmp_path / name, orient="records", lines=True)
+        table.to_json(tmp_path / "rows" / name, orient="records", lines=True)
     elif name.endswith(".parquet"):
-        table.to_parquet(tmp_path / name)
+        table.to_parquet(tmp_path / "rows" / name)
     else:
-        table.to_csv(tmp_path / name)
+        table.to_csv(tmp_path / "rows" / name)
     monkeypatch.chdir(tmp_path)
     columns = {"image": "image", "caption": "caption"}
     for folder in (tmp_path, Path()):
-        source = {"format": "dataset", "path": name, "columns": columns}
+        source = {"format": "dataset", "path": f"rows/{name}", "columns": columns}
         assert answers(read(source, base_dir=folder).examples) == ["a cat"]
-        files = {"path": ".", "data_files": name}
+        files = {"path": ".", "data_files": f"rows/{name}", "images": "rows"}
         assert answers(read(source | files, base_dir=folder).examples) == ["a cat"]
+
+
+def test_a_file_of_something_else_is_told(tmp_path):
+    images(tmp_path, "a.png")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "lfs.jsonl").write_text(pointer)
+    (tmp_path / "lfs.png").write_text(pointer)
+    (tmp_path / "page.jsonl").write_text("<!DOCTYPE html>\n<html>404</html>\n")
+    (tmp_path / "packed.csv").write_bytes(gzip.compress(b"image,caption\n"))
+    (tmp_path / "latin.csv").write_bytes("größe,image,caption\n1,a.png,x\n".encode("latin-1"))
+    columns = {"image": "image", "caption": "caption"}
+    for source, message in (
+        (
+            {"path": "lfs.jsonl"},
+            "lfs.jsonl: a pointer of Git LFS in place of the file; get the file with `git lfs pull`",
+        ),
+        ({"path": "page.jsonl"}, "page.jsonl:1: not valid JSON: Expecting value at column 1; no other"),
+        ({"path": "packed.csv"}, "packed.csv: not a CSV file (it begins with b'\\x1f\\x8b"),
+        ({"path": "latin.csv"}, "latin.csv: not UTF-8 text; save it as UTF-8"),
+        ({"path": "csv", "data_files": "*.tsv"}, "no file matches *.tsv"),
+    ):
+        options = {"format": "dataset", **source, "columns": columns}
+        pattern = re.escape(message).replace(r"matches\ ", ".*")
+        with pytest.raises(SourceError, match=pattern):
+            read(options, base_dir=tmp_path)
+        with pytest.raises(SourceError, match=pattern):
+            in_pieces({**options, "streaming": True}, tmp_path, lambda _: [])
+    with pytest.raises(ImageError, match="a pointer of Git LFS in place of the file; get the file with `git lfs pull`"):
+        open_image(str(tmp_path / "lfs.png"))
 
 
 def test_names_with_the_number_of_a_caption_are_those_of_images(tmp_path):

@@ -48,6 +48,9 @@ _PNG_TEXT = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
 
 _LONGEST_NAME = 300  # in messages: what is given as a name may be anything
 
+LFS_POINTER = b"version https://git-lfs"
+WHY_LFS = "a pointer of Git LFS in place of the file; get the file with `git lfs pull`"
+
 CHUNK = 64
 CHUNK_PIXELS = 2**26  # 192 MB of RGB
 
@@ -143,6 +146,8 @@ def _undecoded(source: ImageSource, name: str, max_pixels: int, max_bytes: int) 
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(name, f"too many pixels ({error})", "resize it before training") from error
     except Exception as error:  # Pillow's plugins raise a dozen different types on broken headers
+        if data.startswith(LFS_POINTER):
+            raise ImageError(name, *WHY_LFS.split("; ")) from error
         why = f"not an image that can be read ({len(data)} bytes, starts with {data[:8]!r})"
         raise ImageError(name, why, f"re-save it as PNG or JPEG; formats read: {', '.join(FORMATS)}") from error
     _require_bounds(image, name, max_pixels)

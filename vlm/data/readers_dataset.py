@@ -146,7 +146,10 @@ class DatasetSource(Source):
 
     def image_folder(self, base_dir: Path) -> Path:
         """Where a column of paths starts."""
-        return base_dir if self.images is None else resolve(self.images, base_dir, "images", folder=True)
+        if self.images is not None:
+            return resolve(self.images, base_dir, "images", folder=True)
+        file = base_dir / os.path.expanduser(self.path)
+        return file.parent if self.data_files is None and file.is_file() else base_dir
 
     def folders(self, base_dir: Path) -> list[Path]:
         """The folders of the data: where a column of paths starts, and those of its files."""

@@ -93,7 +93,7 @@ def columns_of(files: Sequence[RowFile], wanted: Sequence[str], most: int | None
     JSON have, by default all, until each of the `wanted` has been seen.
 
     Raises:
-        SourceError: a CSV file has not the columns of the first one.
+        SourceError: a CSV file has not the columns of the first one, or no row can be read.
     """
     found: dict[str, None] = {}
     rows = chain.from_iterable(file.rows() for file in files if not file.is_csv)
@@ -103,11 +103,16 @@ def columns_of(files: Sequence[RowFile], wanted: Sequence[str], most: int | None
             if missing := [name for name in wanted if found and name in found and name not in names]:
                 raise SourceError(f"{file.file}: no column {shown(missing[0])}, which {files[0].file} has")
             found |= dict.fromkeys(names)
+    bad: Problem | None = None
     for row in islice(rows, most):
-        if not isinstance(row.content, Problem):
-            found |= dict.fromkeys(row.content)
-            if found.keys() >= set(wanted):
-                break
+        if isinstance(row.content, Problem):
+            bad = bad or row.content
+            continue
+        found |= dict.fromkeys(row.content)
+        if found.keys() >= set(wanted):
+            break
+    if bad and not found:
+        raise SourceError(f"{bad}; no other row can be read either")
     return list(found)
 
 
@@ -119,6 +124,8 @@ def read_files(source: DatasetSource, base_dir: Path, files: RowFiles) -> ReadRe
     """
     parts = _parts(source.split, files)
     of_all = [file for part, _, _ in parts for file in part]
+    if not of_all:
+        raise SourceError(f"no file matches {source.data_files or source.path}")
     source.check_columns(columns_of(of_all, source.columns.all))
     collector = Collector(source.limit, source.inside(*source.folders(base_dir)))
     reader = _Reader(source, base_dir, collector, files.labels)

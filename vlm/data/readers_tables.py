@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from vlm.data.example import Problem
 from vlm.data.image_files import has_image_suffix
 from vlm.data.readers_common import SourceError
-from vlm.data.text_files import FoundRow, Readable, require_some_utf8, text_lines
+from vlm.data.text_files import FoundRow, Readable, read_bytes, require_some_utf8, text_lines
 from vlm.errors import shown
 
 Rows = list[tuple[str, dict[str, Any]]]
@@ -21,6 +22,7 @@ Line = tuple[int | None, str]
 """A line of a file with its end, and the byte that it starts at."""
 _LONGEST_CELL = 2**29
 """Characters: an image of 256 MiB in base64 has fewer. Python's own limit is 131,072."""
+_NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\ud800-\udfff]")
 _DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "vertical bar"}
 
 
@@ -95,6 +97,9 @@ def csv_columns(file: Readable) -> tuple[list[str], str]:
     else:
         delimiter = usual
     names = [name.strip() for name in names]
+    if found := sorted(_NO_TEXT.findall("".join(names))):
+        what = "not a CSV file" if found[0] < " " else "not UTF-8 text; save it as UTF-8"
+        raise SourceError(f"{file}: {what} (it begins with {read_bytes(file, 12)!r})")
     if names and names[0].lower().startswith("sep="):
         raise SourceError(f"{file}: line 1 is {shown(names[0])}, which only Excel understands; remove it")
     if row := next((name for name in names if has_image_suffix(name.partition("#")[0])), None):

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from vlm.data.example import Problem
+from vlm.data.images import LFS_POINTER, WHY_LFS
 from vlm.data.readers_common import SourceError
 
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile)
@@ -90,9 +91,12 @@ def encoding_of(file: Readable) -> str:
     """Return the encoding of a file, by its first bytes: UTF-8, UTF-16 or UTF-32, as Python calls them.
 
     Raises:
-        SourceError: it cannot be read.
+        SourceError: it cannot be read, or is a pointer of Git LFS.
     """
-    encoding = json.detect_encoding(read_bytes(file, 4))
+    start = read_bytes(file, len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise SourceError(f"{file}: {WHY_LFS}")
+    encoding = json.detect_encoding(start[:4])
     return "utf-8-sig" if encoding.startswith("utf-8") else encoding
 
 
