@@ -59,13 +59,13 @@ def stock() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     )
     llava = LlavaForConditionalGeneration(config)
     pairs = (
-        (llava.model.vision_tower, model.vision_tower),
-        (llava.model.language_model, model.language_model.model),
+        (llava.model.vision_tower, model.model.vision_tower),
+        (llava.model.language_model, model.model.language_model),
     )
     for theirs, mine in pairs:
         theirs.load_state_dict(mine.state_dict())
     for name in ("linear_1", "linear_2"):
-        layer = getattr(model.multi_modal_projector, name)
+        layer = getattr(model.model.multi_modal_projector, name)
         getattr(llava.model.multi_modal_projector, name).load_state_dict(layer.state_dict())
     llava.tie_weights()
     llava.generation_config = model.generation_config

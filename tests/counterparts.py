@@ -164,7 +164,7 @@ PHOTO = image(5, (90, 40))
 def fit(model, seed=1):
     """Give a model's projector statistics that matter."""
     generator = torch.Generator().manual_seed(seed)
-    standardize = model.multi_modal_projector.standardize
+    standardize = model.model.multi_modal_projector.standardize
     standardize.mean.normal_(generator=generator)
     standardize.std.uniform_(0.5, 2, generator=generator)
 

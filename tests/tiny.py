@@ -24,6 +24,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -201,6 +202,39 @@ def open_gates(model: torch.nn.Module) -> None:
             parameter.fill_(1.0)
         elif "multi_modal_projector" in name or "cross_attention" in name:
             parameter.normal_(std=0.3)  # visual tokens as large as words
+
+
+def language_weights(model: VLMForConditionalGeneration) -> dict[str, Tensor]:
+    """The weights of decoder and head, as the causal language model that they were taken from calls them, without
+    cross-attention."""
+    bridge = ("model.vision_tower.", "model.multi_modal_projector.", "model.tile_positions.", "model.anyres_merger.")
+    return {
+        model.language_head.name_in_causal_lm(name).replace(".layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(bridge) and ".cross_attention." not in name
+    }
+
+
+def causal_lm(model: VLMForConditionalGeneration) -> PreTrainedModel:
+    """The causal language model with the weights of a model's decoder and head."""
+    made = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    made.load_state_dict(language_weights(model))
+    return made
+
+
+def with_older_names(model: VLMForConditionalGeneration, state: dict[str, Any]) -> dict[str, Any]:
+    """Weights as earlier versions named them: no `model.` before the bridge, the language model whole."""
+    decoder = model.language_head.base_model_prefix
+    older = {}
+    for name, tensor in state.items():
+        if name.startswith("model.language_model."):
+            name = f"language_model.{decoder}.{name.removeprefix('model.language_model.')}"
+        elif name.startswith("model."):
+            name = name.removeprefix("model.")
+        else:
+            name = f"language_model.{name}"
+        older[name] = tensor
+    return older
 
 
 def image(seed: int = 0, size: tuple[int, int] = (40, 36)) -> Image.Image:

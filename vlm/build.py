@@ -171,7 +171,7 @@ def assemble(
 
 def qformer_tokenizer_for(model: VLMForConditionalGeneration, tokenizer: Any) -> Any:
     """The language model's `tokenizer` for a Q-Former that reads texts, cut to the places that it has."""
-    projector: Any = model.multi_modal_projector
+    projector: Any = model.model.multi_modal_projector
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = None
     tokenizer.model_max_length = projector.position_embeddings.num_embeddings

@@ -86,7 +86,7 @@ class _Probe(FusedDecoderLayer):
 @torch.no_grad()
 def passes_kwargs_to_layers(language_model: PreTrainedModel) -> bool:
     """Whether a decoder hands the keyword arguments of its `forward` to its layers. Tried: signatures do not tell."""
-    if not all(_takes_kwargs(forward) for forward in (language_model.forward, language_model.base_model.forward)):
+    if not _takes_kwargs(language_model.forward):
         return False
     if language_model.device.type == "meta":  # being loaded: it passed when it was built
         return True
@@ -121,7 +121,7 @@ def insert_cross_attention(
     `cross_attention_layers` are positions as in `MllamaTextConfig`: in the list of all layers, those that attend to
     images among them. `states_size` is the width of the visual tokens, which only Idefics' take if it is not the
     decoder's. Raises ValueError for places that there are not, and for a decoder whose layers do not get the
-    keyword arguments of its `forward` (Bloom, Falcon).
+    keyword arguments of its `forward` (Bloom, Falcon), or that has no attention (Mamba 2).
     """
     layers = decoder_layers(language_model)
     if not passes_kwargs_to_layers(language_model):
@@ -130,6 +130,11 @@ def insert_cross_attention(
             "needs. Use fusion: prefix, or another language model."
         )
     config = language_model.config
+    if not hasattr(config, "num_attention_heads"):
+        raise ValueError(
+            f"{type(language_model).__name__} has no attention, whose number of heads cross-attention takes. Use "
+            "fusion: prefix, or another language model."
+        )
     hidden_size, eps = config.hidden_size, getattr(config, "rms_norm_eps", 1e-6)
     # Where heads and width are independent (Qwen3, Gemma 3) the one need not divide the other.
     heads = math.gcd(hidden_size, config.num_attention_heads)
@@ -144,6 +149,19 @@ def insert_cross_attention(
         else:
             made = FlamingoBlock(hidden_size, heads, index, eps)
         layers[index] = FusedDecoderLayer(layers[index], made)
+    _plan_fused_layers(language_model, layers)
+
+
+def _plan_fused_layers(language_model: PreTrainedModel, layers: nn.ModuleList) -> None:
+    """Let a decoder's plans of tensor and expert parallelism find the layers that blocks were put before."""
+    name = next(name for name, module in language_model.named_modules() if module is layers)
+    fused = [isinstance(layer, FusedDecoderLayer) for layer in layers]
+    for plan in (language_model._tp_plan, language_model._ep_plan):
+        for rule, style in list((plan or {}).items()):
+            if plan is not None and rule.startswith(f"{name}.*."):
+                plan[rule.replace(f"{name}.*.", f"{name}.*.layer.", 1)] = style
+                if all(fused):
+                    del plan[rule]
 
 
 def _places(

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
+
+from vlm.cache_state import has_read
 
 
 def image_attention_masks(
@@ -51,3 +54,38 @@ def image_attention_masks(
     if slides and config.image_attention == "bidirectional":
         return create_masks_for_vision_model(**arguments, block_sequence_ids=blocks)
     return create_masks_for_generate(**arguments, block_sequence_ids=blocks)
+
+
+def token_types(
+    config: Any,
+    image_mask: Tensor | None,
+    has_images: bool,
+    cache: Cache | None,
+    attention_mask: Any,
+    token_type_ids: Tensor | None,
+) -> Tensor | None:
+    """Return `[B, L]` as [`image_attention_masks`] takes them; None if the decoder's own masks will do.
+
+    Args:
+        image_mask: `[B, L]`, where the image tokens are.
+        token_type_ids: those that `forward` was given.
+
+    Raises ValueError if nothing says where a prompt ends.
+    """
+    if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4):
+        return None
+    if config.image_attention == "bidirectional":
+        return image_mask.long() if has_images and config.uses_prefix and image_mask is not None else None
+    if config.image_attention == "causal" or has_read(cache):
+        return None
+    return require_types(token_type_ids)
+
+
+def require_types(token_type_ids: Tensor | None) -> Tensor:
+    """Return the types of a prefix LM's tokens. Raises ValueError if there are none."""
+    if token_type_ids is None:
+        raise ValueError(
+            "image_attention: prefix_lm needs token_type_ids, 0 in the prompt and 1 after it: let the processor "
+            "prepare the text, by its chat template or by itself"
+        )
+    return token_type_ids

@@ -12,11 +12,12 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import _MARKED_RE
+from transformers.processing_utils import _MARKED_RE, MultiModalData
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END
 
 from vlm.adapters import LARGEST, unknown_name
 from vlm.configuration import IMAGE_ATTENTIONS
+from vlm.placeholders import count_tokens, types_of
 from vlm.tiling import Size, size_of, tiler_of
 
 IMAGE_TOKEN = "<image>"
@@ -154,6 +155,14 @@ class VLMProcessor(ProcessorMixin):
         if self.tiler is not None and image_sizes:
             inputs["image_sizes"] = torch.tensor(image_sizes)
         return self._with_qformer_text(self._with_types(inputs), qformer_text)
+
+    def create_mm_token_type_ids(self, input_ids: Any, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """1 for each token of an image, also between its tiles; servers put visual tokens there."""
+        return types_of(self, input_ids)
+
+    def _get_num_multimodal_tokens(self, image_sizes: Sequence[Size] | None = None, **kwargs: Any) -> MultiModalData:
+        """How many tokens and rows of `pixel_values` images of these `(height, width)` take, as vLLM asks."""
+        return MultiModalData() if image_sizes is None else count_tokens(self, image_sizes)
 
     def prepare_images(self, images: Sequence[Image.Image], **options: Any) -> BatchFeature:
         """`pixel_values [images, 3, H, W]`; with tiling, of all tiles of all images, and `image_sizes [images, 2]`.

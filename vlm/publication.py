@@ -169,19 +169,21 @@ def _without_lora(model_dir: Path, adapter_dir: Path, target: Path, repo_id: str
     from vlm.embedding import load_dual_encoder
     from vlm.generation_config import make_savable
     from vlm.loading import reading
+    from vlm.older_adapters import present_adapter
 
     dual = is_dual_encoder(generation.load_config(str(model_dir)))
     model, processor = load_dual_encoder(str(model_dir)) if dual else generation.load(str(model_dir), device="cpu")
     make_savable(model)  # should the file have been edited
-    with reading(str(adapter_dir), "LoRA", kind="an adapter"):
-        wrapped: Any = PeftModel.from_pretrained(model, str(adapter_dir))
-    for layer in wrapped.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.merged_adapters.extend(layer.active_adapters)  # what the checkpoint is, and peft cannot know
-    wrapped.unmerge_adapter()
-    wrapped.unload().save_pretrained(target)
-    processor.save_pretrained(target)
-    shutil.copytree(adapter_dir, target / "adapter")
-    config = read_json(adapter_dir / "adapter_config.json") | {"base_model_name_or_path": repo_id}
+    with present_adapter(adapter_dir, model) as adapter:
+        with reading(str(adapter_dir), "LoRA", kind="an adapter"):
+            wrapped: Any = PeftModel.from_pretrained(model, str(adapter))
+        for layer in wrapped.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.merged_adapters.extend(layer.active_adapters)  # what the checkpoint is, and peft cannot know
+        wrapped.unmerge_adapter()
+        wrapped.unload().save_pretrained(target)
+        processor.save_pretrained(target)
+        shutil.copytree(adapter, target / "adapter")
+    config = read_json(target / "adapter" / "adapter_config.json") | {"base_model_name_or_path": repo_id}
     (target / "adapter" / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return target

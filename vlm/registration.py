@@ -17,11 +17,18 @@ AUTO_MODULE = "transformers.models.auto"
 
 
 def register() -> None:
-    """Register configuration, model and processor with AutoConfig, AutoModelForImageTextToText and AutoProcessor, dual
-    encoders with AutoModel, and encoders side by side with AutoModel and AutoImageProcessor. From then on chat
-    templates are rendered within bounds."""
-    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+    """Register configuration, models and processor with AutoConfig, AutoModel, AutoModelForImageTextToText,
+    AutoModelForMultimodalLM and AutoProcessor, dual encoders with AutoModel, and encoders side by side with AutoModel
+    and AutoImageProcessor. From then on chat templates are rendered within bounds."""
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
 
+    from vlm.base_model import VLMModel
     from vlm.configuration import VLMConfig
     from vlm.dual_encoder import DualEncoderConfig, DualEncoderModel
     from vlm.modeling import VLMForConditionalGeneration
@@ -30,7 +37,9 @@ def register() -> None:
     from vlm.vision_towers import register as register_vision_towers
 
     AutoConfig.register(VLMConfig.model_type, VLMConfig, exist_ok=True)
+    AutoModel.register(VLMConfig, VLMModel, exist_ok=True)
     AutoModelForImageTextToText.register(VLMConfig, VLMForConditionalGeneration, exist_ok=True)
+    AutoModelForMultimodalLM.register(VLMConfig, VLMForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
     AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig, exist_ok=True)
     AutoModel.register(DualEncoderConfig, DualEncoderModel, exist_ok=True)

@@ -18,7 +18,9 @@ AUTO_MAPS: dict[str, dict[str, dict[str, str]]] = {
     "vlm": {
         "config.json": {
             "AutoConfig": "configuration.VLMConfig",
+            "AutoModel": "base_model.VLMModel",
             "AutoModelForImageTextToText": "modeling.VLMForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling.VLMForConditionalGeneration",
         },
         "processor_config.json": {"AutoProcessor": "processing.VLMProcessor"},
     },
@@ -61,7 +63,7 @@ def code(config: Mapping[str, Any]) -> dict[str, str]:
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vlm.")
             ]
     if several:
-        for name in entries - {"modeling"}:  # the model comes after its configuration
+        for name in entries - {"base_model", "modeling"}:  # models come after their configuration
             texts[f"{name}.py"] += SEVERAL_ENCODERS
     return texts
 

@@ -144,7 +144,7 @@ def test_paths_of_one_length_have_the_masks_of_their_own_images():
 )
 def test_windows_shorter_than_a_conversation(name, attention, fusion):
     model, processor = tiny(fusion=fusion, text=text_config(name, 2, sliding_window=8))
-    model.language_model.set_attn_implementation(attention)
+    model.model.language_model.set_attn_implementation(attention)
     assert_close(in_trees(model, processor, examples())[0], one_conversation_at_a_time(model, processor, examples()))
 
 
@@ -180,7 +180,7 @@ def test_the_window_of_a_branch_by_hand():
 
 def test_a_window_as_wide_as_the_conversations_changes_nothing():
     model, processor = tiny("gemma3")
-    model.language_model.config.sliding_window = 256
+    model.model.language_model.config.sliding_window = 256
     _, batch = in_trees(model, processor, examples())
     assert "tree_layout" in batch
     assert torch.is_tensor(batch["attention_mask"])

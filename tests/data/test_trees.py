@@ -196,8 +196,8 @@ def assert_close(found, wanted):
 def test_trees_equal_one_row_an_answer(decoder, fusion, attention, monkeypatch):
     model, processor = tiny(decoder, fusion)
     if decoder == "gemma3":  # a window as wide as its rows; `run_stage` refuses rows that are longer
-        model.language_model.config.sliding_window = 256
-    model.vision_tower.requires_grad_(False)
+        model.model.language_model.config.sliding_window = 256
+    model.model.vision_tower.requires_grad_(False)
     tokens = conversations(processor.image_token_id, processor.image_seq_length)
     pictures = [processor.image_processor(image(i), return_tensors="pt")["pixel_values"] for i in range(6)]
 

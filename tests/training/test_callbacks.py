@@ -34,7 +34,7 @@ def test_healthy_training_passes(tmp_path, fusion):
 
 def test_a_detached_projector_is_found(tmp_path):
     made = tiny()
-    detach(made[0].multi_modal_projector)
+    detach(made[0].model.multi_modal_projector)
     with pytest.raises(PartNotTraining, match=r"^projector should learn, but got no gradient"):
         checked(tmp_path, {"projector": 1e-3, "language": 1e-4}, made, max_steps=8)
 
@@ -51,7 +51,7 @@ def test_detached_cross_attention_is_found(tmp_path):
 
 def test_a_short_run_is_checked_at_its_end(tmp_path):
     made = tiny()
-    detach(made[0].multi_modal_projector)
+    detach(made[0].model.multi_modal_projector)
     with pytest.raises(PartNotTraining):
         checked(tmp_path, {"projector": 1e-3, "language": 1e-4}, made, max_steps=2)
 
@@ -73,7 +73,7 @@ class Meddle(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        next(model.vision_tower.parameters()).add_(1e-3)
+        next(model.model.vision_tower.parameters()).add_(1e-3)
 
 
 def test_a_frozen_part_that_moves_is_found(tmp_path):
@@ -91,7 +91,7 @@ def test_gates_that_start_at_zero_are_waited_for(tmp_path):
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            gradients.append(max(float(p.grad.abs().max()) for p in model.multi_modal_projector.parameters()))
+            gradients.append(max(float(p.grad.abs().max()) for p in model.model.multi_modal_projector.parameters()))
 
     check = checked(tmp_path, {"projector": 1e-3, "fusion": 1e-3}, made, callbacks=[Watch()], max_steps=4)
     assert gradients[0] == 0

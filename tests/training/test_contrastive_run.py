@@ -161,10 +161,10 @@ def test_its_eye_is_that_of_a_caption_recipe_and_of_vlm_encode(pair_values, part
     train(captions)
     eye = load_file(tmp_path / "run" / "model" / "model.safetensors")
     written = load_file(tmp_path / "captions" / "model" / "model.safetensors")
-    tower = {name: tensor for name, tensor in written.items() if name.startswith("vision_tower.")}
+    tower = {name: tensor for name, tensor in written.items() if name.startswith("model.vision_tower.")}
     assert tower
     for name, tensor in tower.items():
-        assert torch.equal(tensor, eye[name.replace("vision_tower.", "vision_model.", 1)])
+        assert torch.equal(tensor, eye[name.replace("model.vision_tower.", "vision_model.", 1)])
     words = [
         "encode",
         str(images / "0.png"),

@@ -93,7 +93,7 @@ def test_gradient_checkpointing(tmp_path, decoder, fusion):
     rates = RATES | ({"fusion": 1e-2} if "cross" in fusion else {})
     expected = one_at_a_time(model, processor)
     runs = []
-    mlp = next(module for module in model.language_model.modules() if type(module).__name__.endswith("MLP"))
+    mlp = next(module for module in model.model.language_model.modules() if type(module).__name__.endswith("MLP"))
     mlp.register_forward_pre_hook(lambda module, args: runs.append(1))
     model.activation_checkpointing_enable({"use_reentrant": False})
     found = trained_loss(tmp_path, model, processor, rates)
@@ -158,6 +158,6 @@ def test_cross_attention_reads_each_image_once_a_tree(tmp_path, fusion):
 def test_the_encoder_sees_each_image_once_a_tree(tmp_path, fusion):
     model, processor = tiny(fusion=fusion)
     seen = []
-    model.vision_tower.embeddings.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    model.model.vision_tower.embeddings.register_forward_hook(lambda module, args, out: seen.append(len(out)))
     trained_loss(tmp_path, model, processor, {"projector": 1e-2})
     assert seen == [sum(len(example.images) for example in examples())]

@@ -301,7 +301,7 @@ def test_other_features_are_never_found(tmp_path, monkeypatch, other):
     if "size" in other:
         processor.image_processor.size = {"shortest_edge": other.pop("size")}
     with torch.no_grad():
-        next(model.vision_tower.parameters()).flatten()[0] += other.pop("weight", 0)
+        next(model.model.vision_tower.parameters()).flatten()[0] += other.pop("weight", 0)
     assert "0 of 2 images found" in kept((model, processor), (examples(2),), tmp_path, **other)[2]
 
 

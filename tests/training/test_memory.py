@@ -72,7 +72,7 @@ class Held(torch.autograd.Function):
 def test_activations_are_tried_out(tmp_path, checkpointing):
     """Those of a layer that is computed again in the backward pass are there once, not for each layer."""
     made = tiny()
-    layers = made[0].language_model.model.layers[:2]
+    layers = made[0].model.language_model.layers[:2]
     for layer in layers:
         layer.mlp.register_forward_hook(lambda module, inputs, output: Held.apply(output))
     trainer = trainer_of(tmp_path, made=made, activation_checkpointing=checkpointing)
@@ -91,7 +91,7 @@ def test_a_frozen_encoder_is_not_gone_back_through(tmp_path, name, reentrant):
     model, processor = tiny() if name == "ours" else stock("llava")
     made = add_lora(model, LORA, RATES), processor
     seen = []
-    encoder = model.vision_tower if name == "ours" else model.model.vision_tower
+    encoder = model.model.vision_tower
     encoder.register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state.requires_grad))
     options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
     trainer = trainer_of(tmp_path, RATES, made=made, **options)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from tests.tiny import FUSIONS, encode, image, text_config, tiny, user
+from tests.tiny import FUSIONS, causal_lm, encode, image, text_config, tiny, user
 from tests.training.helpers import LORA, Killed, kill_in, save_parts, staged, train, weights
 from vlm import generation, recipe
 from vlm.errors import UserError
@@ -82,7 +82,7 @@ def test_dequantized_it_holds_what_it_computed_with(kind):
         wanted = model(**inputs).logits
     whole = merged(model)
     assert not is_quantized(whole)
-    name = "language_model.model.layers.2.mlp.up_proj"
+    name = "model.language_model.layers.2.mlp.up_proj"
     original = wide()[0].get_submodule(name).weight.detach()
     rounded = whole.get_submodule(name).weight.detach()
     if kind == "nf4":
@@ -106,7 +106,7 @@ def test_lora_merges_into_the_dequantized_weights(kind):
                 parameter.normal_(std=0.1)
             elif "modules_to_save" in name:
                 parameter += 0.1
-    layer = trained.base_model.model.language_model.model.layers[1].mlp.down_proj
+    layer = trained.base_model.model.model.language_model.layers[1].mlp.down_proj
     delta = 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight  # alpha / r = 2
     trained.eval()
     inputs = inputs_of(processor)
@@ -114,7 +114,7 @@ def test_lora_merges_into_the_dequantized_weights(kind):
         wanted = trained(**inputs).logits
     plain = merged(quantized(kind)[0])
     whole = merged(trained)
-    name = "language_model.model.layers.1.mlp.down_proj"
+    name = "model.language_model.layers.1.mlp.down_proj"
     assert torch.allclose(whole.get_submodule(name).weight, plain.get_submodule(name).weight + delta, atol=1e-6)
     assert not any("lora" in name or "modules_to_save" in name for name, _ in whole.named_parameters())
     with torch.no_grad():
@@ -171,8 +171,8 @@ def test_a_run_leaves_a_model_like_any_other(values, tmp_path, monkeypatch, kind
         for name in ("language", "projector")
     )
     whole, _ = generation.load(str(tmp_path / "run"), device="cpu")
-    assert language == f"{sum(p.numel() for _, p in whole.language_model.named_parameters()):,}"
-    assert projector == f"{sum(p.numel() for p in whole.multi_modal_projector.parameters()):,}"
+    assert language == f"{sum(p.numel() for p in causal_lm(whole).parameters()):,}"
+    assert projector == f"{sum(p.numel() for p in whole.model.multi_modal_projector.parameters()):,}"
     assert "no trees" not in said
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run/model").eval()
     assert "quantization_config" not in json.loads((tmp_path / "run/model/config.json").read_text())

@@ -93,7 +93,7 @@ def test_weights_that_do_not_come_back(short, monkeypatch, whole):
 
     def extended(*args):
         model, processor = start(*args)
-        model.multi_modal_projector.extra = torch.nn.Linear(2, 2)
+        model.model.multi_modal_projector.extra = torch.nn.Linear(2, 2)
         return model, processor
 
     monkeypatch.setattr(running, "_start_model", extended)
@@ -119,7 +119,7 @@ def test_a_checkpoint_that_does_not_load_in_4_bits(short, monkeypatch):
 def test_a_decoder_that_sees_padding():
     model, processor = tiny()
     rehearsal.answer(model, processor)
-    model.language_model.register_forward_pre_hook(
+    model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: (args, kwargs | {"attention_mask": None, "position_ids": None}), with_kwargs=True
     )
     with pytest.raises(ValueError, match="an answer depends on what is in the batch"):

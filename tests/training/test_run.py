@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from typer.testing import CliRunner
 
 from tests.counterparts import own_paligemma
-from tests.tiny import image, small_projector
+from tests.tiny import causal_lm, image, small_projector
 from tests.training.helpers import STAGES, TRAIN, recipe_values, save_images, staged, train
 from vlm import generation, recipe
 from vlm.cli import app
@@ -162,7 +162,7 @@ def test_exported_as_a_model_of_transformers_it_answers_as_it_was_evaluated(fini
 def test_a_run_of_the_preset_of_paligemma_becomes_one(tmp_path):
     """Trained in trees, two captions to one image and prompt; and asked as the stock processor asks."""
     model, processor = own_paligemma()
-    for name, part in {"vision": model.vision_tower, "language": model.language_model}.items():
+    for name, part in {"vision": model.model.vision_tower, "language": causal_lm(model)}.items():
         part.save_pretrained(tmp_path / name)
     processor.image_processor.save_pretrained(tmp_path / "vision")
     processor.tokenizer.save_pretrained(tmp_path / "language")
@@ -203,7 +203,7 @@ def test_a_run_is_the_start_of_another_recipe(finished, values, tmp_path):
     before, _ = generation.load(str(folder), device="cpu")
     after, _ = generation.load(str(tmp_path / "run"), device="cpu")
     moved = {
-        name.split(".")[0]
+        name.split(".")[1]
         for (name, p), (_, q) in zip(before.named_parameters(), after.named_parameters(), strict=True)
         if not torch.equal(p, q)
     }
@@ -342,7 +342,7 @@ def test_the_projector_starts_from_the_training_images(values, images, tmp_path,
     pixels = [Image.open(images / f"{n}.png") for n in range(10)]
     with torch.no_grad():
         features, _ = model.get_vision_features(processor.image_processor(pixels, return_tensors="pt")["pixel_values"])
-    fitted = model.multi_modal_projector.standardize
+    fitted = model.model.multi_modal_projector.standardize
     assert torch.allclose(fitted.mean[1], features.mean(dim=(0, 1)), atol=1e-5)
     assert torch.allclose(fitted.std[1], features.flatten(0, 1).std(dim=0), atol=1e-5)
 
@@ -352,7 +352,8 @@ def test_visual_tokens_start_as_large_as_words(values, monkeypatch):
 
     def look(model, *args, **kwargs):
         initialize(model, *args, **kwargs)
-        tokens = model.get_image_features(torch.randn(9, 3, 32, 32, device=model.device))
+        pixels = torch.randn(9, 3, 32, 32, device=model.device)
+        tokens = torch.stack(model.get_image_features(pixels).pooler_output)
         seen.extend(float(t.square().mean().sqrt().detach()) for t in (tokens, model.get_input_embeddings().weight))
 
     initialize = running.initialize_projector
@@ -365,7 +366,7 @@ def test_the_projector_can_start_at_random(values, tmp_path):
     values["model"]["adapter"] = {"data_dependent_init": False}
     train(values | {"evaluation": {}})
     model, _ = generation.load(str(tmp_path / "run"), device="cpu")
-    assert not model.multi_modal_projector.standardize.mean.any()
+    assert not model.model.multi_modal_projector.standardize.mean.any()
 
 
 @pytest.mark.few(2)

@@ -187,7 +187,7 @@ def test_it_stops_when_the_loss_no_longer_falls_and_keeps_the_best(shown):
     model = AutoModelForImageTextToText.from_pretrained(folder / "model")
     ours = {name: value for name, value in kept.items() if "multi_modal_projector" in name}
     assert ours
-    for name, parameter in model.multi_modal_projector.named_parameters():
+    for name, parameter in model.model.multi_modal_projector.named_parameters():
         assert any(key.endswith(name) and torch.equal(value, parameter) for key, value in ours.items()), name
     assert "done: " in said
 

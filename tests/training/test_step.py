@@ -87,7 +87,7 @@ def test_trying_a_step_changes_nothing(tmp_path):
     """Neither weights nor batch statistics nor random numbers, of which dropout takes some."""
     resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     made = tiny(vision_config=resnet)
-    made[0].multi_modal_projector.register_forward_hook(lambda module, args, output: F.dropout(output, 0.1))
+    made[0].model.multi_modal_projector.register_forward_hook(lambda module, args, output: F.dropout(output, 0.1))
     trainer = trainer_of(tmp_path, {"vision": 1e-3, "projector": 1e-3, "language": 1e-3}, made=made)
     before, state = weights(made[0]), torch.get_rng_state()
     assert any("running_mean" in name for name in before)

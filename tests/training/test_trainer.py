@@ -40,9 +40,9 @@ def test_each_part_has_its_rate_and_decay_spares_norms_and_biases(tmp_path):
 @pytest.mark.parametrize("projector", PROJECTORS)
 def test_all_weights_of_a_projector_are_the_projector(projector):
     model, _ = tiny(fusion="cross_attention", projector=small_projector(projector))
-    model.multi_modal_projector.cross_attention = torch.nn.Linear(2, 2)  # as a projector's own may be called
+    model.model.multi_modal_projector.cross_attention = torch.nn.Linear(2, 2)  # as a projector's own may be called
     for part, name, _ in named_parts(model):
-        assert (part == "projector") == name.startswith("multi_modal_projector"), name
+        assert (part == "projector") == name.startswith("model.multi_modal_projector"), name
         assert (part == "fusion") == (".cross_attention." in name and part != "projector"), name
 
 
@@ -53,7 +53,7 @@ def test_frozen_parts_are_in_no_group_and_do_not_move(tmp_path):
     trainer.train()
     moved = {name for name, value in weights(made[0]).items() if not torch.equal(value, before[name])}
     parameters = [name for name, _ in made[0].named_parameters()]
-    assert moved == {name for name in parameters if name.startswith("multi_modal_projector")}
+    assert moved == {name for name in parameters if name.startswith("model.multi_modal_projector")}
 
 
 def uneven_examples():
@@ -174,7 +174,7 @@ def test_a_step_of_nan_gradients_changes_nothing_and_is_counted(tmp_path):
     Spoil({1}).hook(trainer)
     trainer.train()
     assert trainer.skipped.count == 1
-    names = [name for name in seen[0] if name.startswith("multi_modal_projector")]
+    names = [name for name in seen[0] if name.startswith("model.multi_modal_projector")]
     same = [all(torch.equal(seen[i][n], seen[i + 1][n]) for n in names) for i in range(3)]
     assert same == [True, False, False]
     assert all(torch.isfinite(value).all() for value in seen[-1].values())
@@ -239,21 +239,21 @@ def test_a_frozen_encoder_stays_in_evaluation_mode(tmp_path):
     """Its batch statistics must not follow the training data, whatever Trainer does to the model's mode."""
     resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     made = tiny(vision_config=resnet)
-    before = weights(made[0].vision_tower)
+    before = weights(made[0].model.vision_tower)
     trainer_of(tmp_path, made=made).train()
-    after = weights(made[0].vision_tower)
+    after = weights(made[0].model.vision_tower)
     assert any("running_mean" in name for name in before)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert made[0].training
-    assert not made[0].vision_tower.training
+    assert not made[0].model.vision_tower.training
 
 
 def test_a_trained_encoder_is_in_training_mode(tmp_path):
     resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     made = tiny(vision_config=resnet)
-    before = weights(made[0].vision_tower)
+    before = weights(made[0].model.vision_tower)
     trainer_of(tmp_path, {"vision": 1e-3}, made=made).train()
-    after = weights(made[0].vision_tower)
+    after = weights(made[0].model.vision_tower)
     assert all(not torch.equal(before[name], after[name]) for name in before if "running_mean" in name)
 
 

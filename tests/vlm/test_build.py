@@ -30,6 +30,7 @@ from tests.tiny import (
     encode,
     image,
     image_processor,
+    language_weights,
     logits,
     metaspace_tokenizer,
     text_config,
@@ -104,7 +105,7 @@ def test_the_vision_half_of_a_dual_encoder_says_what_the_whole_does(folders, par
     model, processor = build(str(folders / "clip"), str(folders / "metaspace"))
     pixels = processor.image_processor(image(), return_tensors="pt")["pixel_values"]
     expected = clip.vision_model(pixels)
-    features = encoder.encode(model.vision_tower.eval(), pixels)
+    features = encoder.encode(model.model.vision_tower.eval(), pixels)
     difference = (features.patches - expected.last_hidden_state[:, 1:]).abs().max()
     parity("CLIP", "patch embeddings of its vision half", difference)
     assert difference < 1e-6
@@ -117,7 +118,7 @@ def test_the_encoder_of_blip_2_is_found_in_the_whole_and_kept(folders, tmp_path)
     its_processor.save_pretrained(tmp_path / "whole")
     model, processor = build(str(tmp_path / "whole"), str(folders / "metaspace"))
     for name, value in whole.vision_model.state_dict().items():
-        assert torch.equal(model.vision_tower.state_dict()[name], value), name
+        assert torch.equal(model.model.vision_tower.state_dict()[name], value), name
     model.save_pretrained(tmp_path / "ours")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours")
     inputs = encode(processor, [[user(image(), "what")]])
@@ -127,12 +128,12 @@ def test_the_encoder_of_blip_2_is_found_in_the_whole_and_kept(folders, tmp_path)
 def test_weights_are_those_of_the_checkpoints(folders):
     model, processor = build(str(folders / "clip"), str(folders / "metaspace"), fusion="cross_attention")
     clip = CLIPModel.from_pretrained(folders / "clip").vision_model
-    tower = model.vision_tower.state_dict()
+    tower = model.model.vision_tower.state_dict()
     for name, value in clip.state_dict().items():
         assert torch.equal(tower[name if name in tower else f"vision_model.{name}"], value), name
     language = AutoModelForCausalLM.from_pretrained(folders / "metaspace")
     tokens = language.config.vocab_size
-    ours = {name.replace(".layer.", "."): value for name, value in model.language_model.state_dict().items()}
+    ours = language_weights(model)
     for name, value in language.state_dict().items():
         assert torch.equal(ours[name][: len(value)], value), name
     embeddings = model.get_input_embeddings().weight
@@ -148,9 +149,9 @@ def test_assembling_changes_no_weight():
     tower.train()
     weights = [copy.deepcopy(part.state_dict()) for part in (tower, language)]
     model, _ = assemble(tower, language, image_processor(), byte_level_tokenizer())
-    for part, before in zip((model.vision_tower, model.language_model), weights, strict=True):
-        assert part.state_dict().keys() == before.keys()
-        assert all(torch.equal(value, before[name]) for name, value in part.state_dict().items())
+    for found, before in zip((model.model.vision_tower.state_dict(), language_weights(model)), weights, strict=True):
+        assert found.keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in found.items())
     assert tower.training, "running the encoder once must not change its mode"
 
 

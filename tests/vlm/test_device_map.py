@@ -63,10 +63,9 @@ def test_parts_on_disk_answer_as_the_whole_model(name, tmp_path):
     model, processor = MODELS[name]()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    parts = [part for part, _ in (model if hasattr(model, "language_model") else model.model).named_children()]
-    prefix = "" if hasattr(model, "language_model") else "model."
-    device_map = {prefix + part: "disk" if number % 2 == 0 else "cpu" for number, part in enumerate(parts)}
-    split, _ = load(str(tmp_path), device_map=device_map | ({"lm_head": "cpu"} if prefix else {}))
+    parts = [f"model.{part}" for part, _ in model.model.named_children()]
+    device_map = {part: "disk" if number % 2 == 0 else "cpu" for number, part in enumerate(parts)}
+    split, _ = load(str(tmp_path), device_map=device_map | {"lm_head": "cpu"})
     assert any(parameter.is_meta for parameter in split.parameters())
     written, talked, likely = answers(*load(str(tmp_path), device="cpu"))
     again = answers(split, processor)
@@ -83,7 +82,7 @@ def test_no_projector_is_split(name):
 
 def test_an_encoder_that_does_not_say_where_is_not_split():
     model, _ = tiny(vision_config=ENCODERS["timm_vit"].config)
-    at_one_device(model, type(model.vision_tower))
+    at_one_device(model, type(model.model.vision_tower))
 
 
 def at_one_device(model, kind):

@@ -44,7 +44,7 @@ def test_a_batch_equals_one_by_one(fusion):
 def test_a_shared_image_equals_separate_ones_and_is_encoded_once(made):
     model, processor = made
     shared, seen = image(0), []
-    hook = model.vision_tower.register_forward_hook(
+    hook = model.model.vision_tower.register_forward_hook(
         lambda m, a, kw, out: seen.append(len(kw["pixel_values"])), with_kwargs=True
     )
     questions = ["what", "is it a cat ?", "where"]
@@ -67,11 +67,11 @@ def test_questions_about_shared_images_equal_one_by_one(decoder, fusion):
     requests = questions_about_three_images()
     longest = max(generation.prompt_lengths(model, processor, requests))
     if decoder == "gemma3 with a wide window":  # just wide enough
-        model.config.text_config.sliding_window = model.language_model.config.sliding_window = longest + 6
-        for layer in model.language_model.model.layers:
+        model.config.text_config.sliding_window = model.model.language_model.config.sliding_window = longest + 6
+        for layer in model.model.language_model.layers:
             layer.self_attn.sliding_window = layer.self_attn.sliding_window and longest + 6
     rows = []
-    hook = model.language_model.register_forward_hook(
+    hook = model.model.language_model.register_forward_hook(
         lambda m, a, kw, out: rows.append(tuple(kw["inputs_embeds"].shape[:2])), with_kwargs=True
     )
     together = generation.generate(model, processor, requests, max_new_tokens=6)
@@ -130,7 +130,7 @@ def test_questions_about_an_image_share_a_batch_whatever_their_order(made):
     requests = questions_about_three_images()
     mixed = [requests[n] for n in (0, 3, 6, 1, 4, 7, 2, 5, 8)]
     seen = []
-    hook = made[0].vision_tower.register_forward_hook(
+    hook = made[0].model.vision_tower.register_forward_hook(
         lambda m, a, kw, out: seen.append(len(kw["pixel_values"])), with_kwargs=True
     )
     longest = max(generation.prompt_lengths(*made, requests)) + 4

@@ -43,10 +43,10 @@ def written(request, tmp_path_factory):
 def test_every_tensor_of_the_language_model_is_there(written):
     model, _, (fields, tensors), _ = written
     left = dict(tensors)
-    decoder = model.language_model.model
+    decoder = model.model.language_model
     for name, parameter in [("token_embd", decoder.embed_tokens), ("output_norm", decoder.norm)]:
         assert torch.allclose(left.pop(f"{name}.weight").float(), parameter.weight, rtol=1e-3, atol=1e-6)
-    assert torch.allclose(left.pop("output.weight").float(), model.language_model.lm_head.weight, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(left.pop("output.weight").float(), model.lm_head.weight, rtol=1e-3, atol=1e-6)
     for number, layer in enumerate(decoder.layers):
         attention, mlp = layer.self_attn, layer.mlp
         parts = {"attn_norm": layer.input_layernorm, "ffn_norm": layer.post_attention_layernorm}
@@ -67,7 +67,7 @@ def test_every_tensor_of_the_language_model_is_there(written):
 
 def test_every_tensor_of_the_encoder_that_is_used_is_there(written):
     model, _, _, (fields, tensors) = written
-    tower = model.vision_tower
+    tower = model.model.vision_tower
     layers = 2
     assert fields["clip.vision.block_count"] == layers
     if fields["clip.projector_type"] == "mlp":
@@ -106,13 +106,13 @@ def test_statistics_are_folded_in(written):
     """What the first layer behind them does to standardised features, it does to features as they are."""
     model, _, _, (_, tensors) = written
     features = torch.randn(1, 16, 24, generator=torch.Generator().manual_seed(0))
-    standardized = model.multi_modal_projector.standardize(features, (4, 4))
+    standardized = model.model.multi_modal_projector.standardize(features, (4, 4))
     if model.config.projector["type"] == "mlp":
-        wanted = model.multi_modal_projector.linear_1(standardized)
+        wanted = model.model.multi_modal_projector.linear_1(standardized)
         found = torch.nn.functional.linear(features, tensors["mm.0.weight"].float(), tensors["mm.0.bias"])
     else:
-        norm = model.vision_tower.post_layernorm
-        wanted = model.multi_modal_projector.standardize(norm(features), (4, 4))
+        norm = model.model.vision_tower.post_layernorm
+        wanted = model.model.multi_modal_projector.standardize(norm(features), (4, 4))
         found = torch.nn.functional.layer_norm(
             features, (24,), tensors["v.post_ln.weight"], tensors["v.post_ln.bias"], norm.eps
         )

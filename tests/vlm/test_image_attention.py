@@ -150,6 +150,6 @@ def test_it_is_saved_and_mistakes_are_told(tmp_path, way):
     assert loaded.config.image_attention == again.image_attention == way
     with pytest.raises(ValueError, match="Did you mean 'bidirectional'"):
         VLMConfig(image_attention="bidirektional")
-    model.language_model.config._attn_implementation = "flash_attention_2"
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="flash attention does not take"):
         model(**encode(processor, [[user(image(0), "what")]]))

@@ -18,7 +18,7 @@ from tests.counterparts import (
     own_blip2,
 )
 from tests.stock import stock
-from tests.tiny import image, logits, text_config, tiny
+from tests.tiny import causal_lm, image, logits, text_config, tiny
 from vlm.data.prompts import ONE_IMAGE
 from vlm.fusion import FlamingoBlock
 from vlm.interop import FAMILIES, family_of, from_stock, to_stock
@@ -204,9 +204,9 @@ def test_a_decoder_that_was_paligemmas_is_causal_by_itself():
     ids = torch.arange(8)[None]
     other = ids.clone()
     other[0, -1] = 99
-    found, changed = (ours.language_model(each).logits[0, :-1] for each in (ids, other))
+    found, changed = (causal_lm(ours)(each).logits[0, :-1] for each in (ids, other))
     assert torch.equal(found, changed)
-    assert all(layer.self_attn.is_causal for layer in ours.language_model.model.layers)
+    assert all(layer.self_attn.is_causal for layer in ours.model.language_model.layers)
 
 
 # --- what is written out
@@ -219,7 +219,7 @@ def test_a_model_with_flamingos_blocks_is_idefics_where_those_are_alike(parity):
     features. The blocks stand where Idefics has them, each at the beginning of so many layers and not near the end."""
     theirs, processor = counterpart("idefics")
     ours = from_stock(theirs)
-    for layer in ours.language_model.model.layers:
+    for layer in ours.model.language_model.layers:
         if hasattr(layer, "cross_attention"):
             idefics, size = layer.cross_attention, ours.config.text_config.hidden_size
             block = FlamingoBlock(size, theirs.config.num_attention_heads, idefics.index, theirs.config.rms_norm_eps)

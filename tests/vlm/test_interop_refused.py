@@ -39,8 +39,8 @@ GEMMA = {"projector": "linear", "image_attention": "prefix_lm", "decoder": "gemm
 def test_a_model_that_llava_cannot_be_is_refused(changes, message):
     model, processor = tiny(**changes)
     if changes.get("decoder") == "granite":
-        model.language_model.config.logits_scaling = 3.0
-        model.language_model.logits_scaling = 3.0
+        model.model.language_model.config.logits_scaling = 3.0
+        model.language_head.causal_lm.logits_scaling = 3.0
     with pytest.raises(UserError, match=message):
         to_stock(model, processor, "llava")
 

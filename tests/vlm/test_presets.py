@@ -98,7 +98,7 @@ def test_a_preset_does_not_go_with_a_whole_model():
 @pytest.mark.parametrize("depth", [4, 9, 32])
 def test_mllamas_layers_stand_where_mllamas_do(depth):
     model, _ = tiny(fusion="cross_attention", text=text_config(layers=depth), cross_attention_layers="mllama")
-    found = [i for i, layer in enumerate(model.language_model.model.layers) if isinstance(layer, FusedDecoderLayer)]
+    found = [i for i, layer in enumerate(model.model.language_model.layers) if isinstance(layer, FusedDecoderLayer)]
     positions = [layer + earlier for earlier, layer in enumerate(found)]
     assert positions == [p for p in MllamaTextConfig().cross_attention_layers if p < depth + len(found)]
     assert found

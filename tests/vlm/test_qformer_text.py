@@ -20,7 +20,7 @@ SHORT, LONG = "a cat", "what is in the image on the street ?"
 def reading(fusion="prefix", **options):
     """Its visual tokens are as much of the question as of the image."""
     model, processor = tiny(fusion=fusion, projector=READS, **options)
-    for name, parameter in model.multi_modal_projector.named_parameters():
+    for name, parameter in model.model.multi_modal_projector.named_parameters():
         torch.nn.init.normal_(parameter, std=0.5, mean="norm.weight" in name)
     return model, processor
 
@@ -98,7 +98,7 @@ def test_there_is_a_word_for_each_token():
     """With a tokenizer that puts a token before each text, and with markers of tiles."""
     for options in ({"tokenizer": metaspace_tokenizer()}, {"tiling": TILES}):
         model, processor = reading(**options)
-        assert model.multi_modal_projector.word_embeddings.num_embeddings == len(processor.qformer_tokenizer)
+        assert model.model.multi_modal_projector.word_embeddings.num_embeddings == len(processor.qformer_tokenizer)
         assert len(processor.qformer_tokenizer) == len(processor.tokenizer)
 
 

@@ -88,7 +88,7 @@ def test_the_image_matters(made):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cross_attention_where_it_has_a_place(name):
     if name in ("mamba", "mamba2"):
-        with pytest.raises(ValueError, match="does not pass keyword arguments to its layers"):
+        with pytest.raises(ValueError, match=r"does not pass .* to its layers|has no attention"):
             tiny(text=CONFIGS[name], fusion="cross_attention")
         return
     model, processor = tiny(text=CONFIGS[name], fusion="cross_attention")

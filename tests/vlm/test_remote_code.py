@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, Dinov2Config, SiglipImageProcessor, SiglipVisionConfig
 
 from tests.counterparts import PHOTO, export, fit
@@ -19,6 +19,7 @@ from tests.tiny import (
     text_config,
     tiny,
     user,
+    with_older_names,
 )
 from vlm import generation
 from vlm.build import assemble
@@ -52,6 +53,7 @@ CASES = {
     "tiles": {"projector": "pixel_shuffle", "tiling": {"type": "tiles", "max_tiles": 4}},
     "gemma3": {"decoder": "gemma3", "projector": "linear", "image_attention": "bidirectional"},
     "paligemma": {"decoder": "gemma2", "image_attention": "prefix_lm", "chat_template": "paligemma"},
+    "older names": {"fusion": "cross_attention"},
     "two encoders": None,
 }
 
@@ -60,18 +62,21 @@ import sys
 sys.modules["vlm"] = None  # any import of it fails
 import json, torch
 from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
 for folder in sys.argv[1:]:
-    model = AutoModelForImageTextToText.from_pretrained(folder + "/out", trust_remote_code=True).eval()
+    model = AutoModelForMultimodalLM.from_pretrained(folder + "/out", trust_remote_code=True).eval()
+    base = AutoModel.from_pretrained(folder + "/out", trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(folder + "/out", trust_remote_code=True)
     inputs = processor.apply_chat_template(json.load(open(folder + "/messages.json")), tokenize=True, return_dict=True,
         add_generation_prompt=True, processor_kwargs={"return_tensors": "pt"})
     with torch.no_grad():
         logits = model(**inputs).logits
+        states = base(**inputs).last_hidden_state
     said = model.generate(**inputs, do_sample=False, min_new_tokens=5, max_new_tokens=5)
     said = said[:, inputs["input_ids"].shape[1] :].contiguous()
-    save_file({"input_ids": inputs["input_ids"], "logits": logits, "said": said}, folder + "/found.safetensors")
+    found = {"input_ids": inputs["input_ids"], "logits": logits, "states": states, "said": said}
+    save_file(found, folder + "/found.safetensors")
 """
 
 
@@ -83,6 +88,9 @@ def exported(tmp_path_factory):
         model, processor = two_encoders() if options is None else tiny(**options)
         fit(model)
         export(model, processor, "remote_code", folder)
+        if name == "older names":
+            weights = folder / "out/model.safetensors"
+            save_file(with_older_names(model, load_file(weights)), weights, metadata={"format": "pt"})
         made[name] = model, processor, folder
     cache = {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
     folders = [str(folder) for *_, folder in made.values()]
@@ -98,6 +106,8 @@ def test_it_answers_as_here(exported, name):
     assert torch.equal(found["input_ids"], inputs["input_ids"])
     assert (found["logits"] - logits(model, **inputs)).abs().max() < 1e-5
     assert found["said"].tolist() == continuation(model, inputs, 5)
+    with torch.no_grad():
+        assert (found["states"] - model.model(**inputs).last_hidden_state).abs().max() < 1e-5
 
 
 def test_here_it_loads_as_the_model_of_this_package(exported):

@@ -85,7 +85,7 @@ def test_a_configuration_without_a_width_asks_the_encoder():
     config = tiny(vision_feature_layer=[-2, -3])[0].config
     assert config.vision_hidden_size == 48
     config.vision_hidden_size = None
-    assert VLMForConditionalGeneration(config).multi_modal_projector.standardize.mean.shape[-1] == 48
+    assert VLMForConditionalGeneration(config).model.multi_modal_projector.standardize.mean.shape[-1] == 48
 
 
 @pytest.mark.parametrize("decoder", ["gemma3", "gpt2", "llama"])

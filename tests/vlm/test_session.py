@@ -41,11 +41,10 @@ class Reads:
 
     def __init__(self, model):
         self.tokens, self.images = [], []
-        inner = model if hasattr(model, "language_model") else model.model
-        inner.language_model.register_forward_hook(
+        model.model.language_model.register_forward_hook(
             lambda m, a, kw, out: self.tokens.append(kw["inputs_embeds"].shape[1]), with_kwargs=True
         )
-        inner.vision_tower.register_forward_hook(
+        model.model.vision_tower.register_forward_hook(
             lambda m, a, kw, out: self.images.append(len(a[0] if a else kw["pixel_values"])), with_kwargs=True
         )
 
@@ -190,7 +189,7 @@ def test_an_error_in_the_middle_leaves_nothing_behind():
         if len(steps) == 3:
             raise RuntimeError("out of memory")
 
-    hook = model.language_model.model.layers[2].register_forward_hook(fail)
+    hook = model.model.language_model.layers[2].register_forward_hook(fail)
     second = first[0], [*first[1], assistant(said), user("where is it ?")]
     with pytest.raises(RuntimeError, match="out of memory"):
         answer(session, second)

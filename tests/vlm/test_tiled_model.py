@@ -106,8 +106,8 @@ def test_cross_attention_tells_tiles_apart():
     swapped = inputs["pixel_values"][[1, 0, 2, 3, 4]]
     apart = logits(model, **{**inputs, "pixel_values": swapped}) - logits(model, **inputs)
     assert apart.abs().max() > 1e-3
-    torch.nn.init.zeros_(model.tile_positions.row)
-    torch.nn.init.zeros_(model.tile_positions.column)
+    torch.nn.init.zeros_(model.model.tile_positions.row)
+    torch.nn.init.zeros_(model.model.tile_positions.column)
     apart = logits(model, **{**inputs, "pixel_values": swapped}) - logits(model, **inputs)
     assert apart.abs().max() < 1e-4
 
@@ -116,13 +116,14 @@ def test_the_tokens_of_tiles_are_those_of_images():
     """With tiles, the visual tokens are those that a model without tiling makes of each tile."""
     model, processor = tiled()
     plain, _ = tiny()
-    plain.multi_modal_projector.load_state_dict(model.multi_modal_projector.state_dict())
-    plain.vision_tower.load_state_dict(model.vision_tower.state_dict())
+    plain.model.multi_modal_projector.load_state_dict(model.model.multi_modal_projector.state_dict())
+    plain.model.vision_tower.load_state_dict(model.model.vision_tower.state_dict())
     tiles = processor.tiler.split(LARGE)
     with torch.no_grad():
-        expected = plain.get_image_features(processor.image_processor(tiles, return_tensors="pt")["pixel_values"])
-        [found] = model.get_image_features(**processor.prepare_images([LARGE]))
-    assert torch.allclose(found, expected.flatten(0, 1), atol=1e-5)
+        pixels = processor.image_processor(tiles, return_tensors="pt")["pixel_values"]
+        expected = plain.get_image_features(pixels).pooler_output
+        [found] = model.get_image_features(**processor.prepare_images([LARGE])).pooler_output
+    assert torch.allclose(found, torch.cat(expected), atol=1e-5)
 
 
 def test_features_in_place_of_pixels(made):
@@ -220,7 +221,7 @@ def test_questions_about_images_of_one_size_share_them(made, monkeypatch):
     pictures = [image(n, (80, 64)) for n in range(3)]
     requests = [request(text, picture) for picture in pictures for text in ("what is it", "what", "what a cat")]
     rows = []
-    hook = model.language_model.register_forward_hook(
+    hook = model.model.language_model.register_forward_hook(
         lambda m, a, kw, out: rows.append(kw["inputs_embeds"].shape[0]), with_kwargs=True
     )
     together = generation.generate(model, processor, requests, max_new_tokens=5)
@@ -279,7 +280,7 @@ def test_a_row_that_cuts_an_image_is_refused():
     row, column = places[0].tolist()
     ids[row, column] = 5
     ids[1, -1] = processor.image_token_id
-    with pytest.raises(ValueError, match="row 0 of input_ids holds 15 image tokens, and an image takes 16"):
+    with pytest.raises(ValueError, match="row 0 of the inputs holds 15 image tokens, and an image takes 16"):
         model(**{**inputs, "input_ids": ids})
 
 

@@ -83,7 +83,7 @@ def test_they_are_the_same_when_loaded(parts, which, aspect, tmp_path):
     model, processor = build(names(parts, *which), str(parts / "language"), image_size=sizes, image_aspect_ratio=aspect)
     assert model.config.image_seq_length == 16
     again, _ = same_after_saving(model.eval(), processor, tmp_path)
-    assert isinstance(again.vision_tower, VisionTowers)
+    assert isinstance(again.model.vision_tower, VisionTowers)
     inputs = encode(processor, [[user(image(0), "what is it")]])
     assert continuation(again, inputs) == continuation(model, inputs)
 
@@ -141,7 +141,7 @@ def test_a_run(parts, tmp_path, monkeypatch, rates):
     kept = list((tmp_path / "home").rglob("*.safetensors"))
     assert bool(kept) == ("vision" not in rates)
     model, processor = generation.load(str(tmp_path / "run"))
-    for tower, name in zip(model.vision_tower.vision_towers, ("dinov2", "siglip"), strict=True):
+    for tower, name in zip(model.model.vision_tower.vision_towers, ("dinov2", "siglip"), strict=True):
         before = AutoModel.from_pretrained(parts / name).state_dict()
         same = all(torch.equal(value, before[key]) for key, value in tower.state_dict().items())
         assert same == ("vision" not in rates)

@@ -111,7 +111,7 @@ def from_stock(stock: PreTrainedModel, processor: Any = None) -> Any:
     for name, stock_name, renamed in family.names(model):
         state[name] = renamed.from_stock(weights[stock_name]) if renamed else weights[stock_name]
     model.load_state_dict(state, assign=True)
-    model.multi_modal_projector.to(model.language_model.dtype)  # BLIP-2 keeps the most of its own in float32
+    model.model.multi_modal_projector.to(model.model.language_model.dtype)  # BLIP-2 has most of it in float32
     _finish(model, stock)
     if processor is None:
         return model

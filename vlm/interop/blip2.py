@@ -115,11 +115,11 @@ class Blip2(Family):
 
     def names(self, ours: VLMForConditionalGeneration) -> Iterator[tuple[str, str, Renamed | None]]:
         for name in ours.state_dict():
-            part, _, inner = name.partition(".")
+            part, _, inner = name.removeprefix("model.").partition(".")
             if part == "vision_tower":
                 yield name, f"vision_model.{inner}", None
-            elif part == "language_model":
-                yield name, name, None
+            elif part != "multi_modal_projector":
+                yield name, f"language_model.{ours.language_head.name_in_causal_lm(name)}", None
             elif inner == "query_tokens":
                 yield name, QUERIES.name, QUERIES
             elif not inner.startswith("standardize."):

@@ -44,8 +44,8 @@ def check_equal(ours: Any, processor: Any, stock: Any, stock_processor: Any) -> 
     difference, size = (found - wanted).abs().max().item(), wanted.abs().max().item()
     if not difference <= TOLERANCE.get(ours.dtype, ROUNDED) * size:
         raise UserError(
-            f"{type(stock).__name__} computes something else with {type(ours.vision_tower).__name__} and "
-            f"{type(ours.language_model).__name__}: logits of up to {size:.3g} differ by {difference:.3g}"
+            f"{type(stock).__name__} computes something else with {type(ours.model.vision_tower).__name__} and "
+            f"{type(ours.model.language_model).__name__}: logits of up to {size:.3g} differ by {difference:.3g}"
         )
 
 

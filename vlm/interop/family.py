@@ -1,10 +1,10 @@
 """What transformers' own architectures call the parts that we call otherwise: one description each, read both ways.
 
 LLaVA's                      ours
-model.vision_tower           vision_tower
-model.multi_modal_projector  multi_modal_projector
-model.language_model         language_model.model        (what the language model calls its decoder)
-lm_head                      language_model.lm_head
+model.vision_tower           model.vision_tower
+model.multi_modal_projector  model.multi_modal_projector
+model.language_model         model.language_model
+lm_head                      lm_head                      (what the language model calls its output layer)
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Image:
 def image_of(model: VLMForConditionalGeneration, processor: Any) -> Image:
     """Found by running the encoder on a blank image."""
     size = image_size_of(processor.image_processor)
-    tower = model.vision_tower
+    tower = model.model.vision_tower
     blank = torch.zeros(1, 3, *size, device=tower.device, dtype=tower.dtype)
     features = encode(tower, blank, model.config.vision_feature_layer)
     return Image(size, features.grid, features.prefix.shape[1])
@@ -258,10 +258,10 @@ class Family:
 
     def check_language_model(self, model: VLMForConditionalGeneration) -> None:
         """Raises UserError for a language model whose output layer the architecture has in no such form."""
-        if model.config.tie_word_embeddings and not hasattr(model.language_model.base_model, "embed_tokens"):
+        if model.config.tie_word_embeddings and not hasattr(model.model.language_model, "embed_tokens"):
             raise UserError(
                 f"{self.architecture} can tie its output layer to embed_tokens alone, and "
-                f"{type(model.language_model).__name__}, whose output layer is tied, has none"
+                f"{type(model.model.language_model).__name__}, whose output layer is tied, has none"
             )
         head: Any = model.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
@@ -271,18 +271,18 @@ class Family:
 
     def names(self, ours: VLMForConditionalGeneration) -> Iterator[tuple[str, str, Renamed | None]]:
         """Each tensor of ours: its name, its name in the stock model, and how its form changes if it does."""
-        base = f"language_model.{ours.language_model.base_model_prefix}."
+        base, projector, tower = "model.language_model.", "model.multi_modal_projector.", "model.vision_tower."
         head = ours.get_output_embeddings()
         [head_name] = [name for name, module in ours.named_modules() if module is head]
         for name in ours.state_dict():
-            if name.startswith("multi_modal_projector."):
-                inner = name.removeprefix("multi_modal_projector.")
+            if name.startswith(projector):
+                inner = name.removeprefix(projector)
                 if not inner.startswith("standardize."):
                     found = self.connector_name(inner)
                     renamed = found if isinstance(found, Renamed) else None
                     yield name, f"{self.connector}.{renamed.name if renamed else found}", renamed
-            elif name.startswith("vision_tower."):
-                yield name, f"{self.vision}.{name.removeprefix('vision_tower.')}", None
+            elif name.startswith(tower):
+                yield name, f"{self.vision}.{name.removeprefix(tower)}", None
             elif name.startswith(base):
                 yield name, f"{self.language}.{self.decoder_name(name.removeprefix(base), ours.config)}", None
             elif name.startswith(f"{head_name}."):

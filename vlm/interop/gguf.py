@@ -146,9 +146,9 @@ def language_tensors(model: Any, weights: Mapping[str, Tensor]) -> Iterator[tupl
     config = model.config.text_config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[DECODERS[config.model_type]], config.num_hidden_layers)
     for name, tensor in weights.items():
-        if not name.startswith("language_model."):
+        if name.startswith(("model.vision_tower.", "model.multi_modal_projector.")):
             continue
-        name = name.removeprefix("language_model.")
+        name = model.language_head.name_in_causal_lm(name)
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -213,11 +213,11 @@ def vision_tensors(model: Any, weights: Mapping[str, Tensor]) -> Iterator[tuple[
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, config.vision_config.num_hidden_layers)
     has_final_norm = config.vision_feature_layer is None and config.vision_config.model_type != "clip_vision_model"
     for name, tensor in weights.items():
-        if name.startswith("multi_modal_projector."):
-            layer, kind = name.removeprefix("multi_modal_projector.").rsplit(".", 1)
+        if name.startswith("model.multi_modal_projector."):
+            layer, kind = name.removeprefix("model.multi_modal_projector.").rsplit(".", 1)
             yield f"{PROJECTORS[config.projector['type']][layer]}.{kind}", tensor
-        elif name.startswith("vision_tower."):
-            name = name.removeprefix("vision_tower.").removeprefix("vision_model.")
+        elif name.startswith("model.vision_tower."):
+            name = name.removeprefix("model.vision_tower.").removeprefix("vision_model.")
             part, *rest = name.split(".")
             unused = part == "head" or (part == "post_layernorm" and not has_final_norm)
             if unused or (part == "encoder" and int(rest[1]) >= layers):

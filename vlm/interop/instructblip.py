@@ -29,7 +29,7 @@ class InstructBlip(Blip2):
 
     def idle(self, model: VLMForConditionalGeneration) -> dict[str, Tensor]:
         """The last layer's feed-forward of the text, which nobody reads behind it."""
-        layers: Any = model.multi_modal_projector.layers
+        layers: Any = model.model.multi_modal_projector.layers
         return {
             self._of_projector(f"layers.{len(layers) - 1}.text_{name}"): torch.zeros_like(tensor)
             for name, tensor in layers[-1].state_dict().items()

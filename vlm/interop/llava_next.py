@@ -16,7 +16,7 @@ class LlavaNext(Llava):
     architecture = "LlavaNextForConditionalGeneration"
     fields = {"image_token_id": "image_token_index"}  # noqa: RUF012
     tilings = ("anyres",)
-    others = {"anyres_merger.image_newline": "model.image_newline"}  # noqa: RUF012
+    others = {"model.anyres_merger.image_newline": "model.image_newline"}  # noqa: RUF012
     older = {**Llava.older, "model.image_newline": "image_newline"}  # noqa: RUF012
 
     def bridge(self, config: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def folded(model: VLMForConditionalGeneration) -> dict[str, Tensor]:
     Raises UserError where no layer can take the statistics exactly.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if ".standardize." not in name}
-    standardize = model.multi_modal_projector.standardize
+    standardize = model.model.multi_modal_projector.standardize
     (_, mean), (_, std) = standardize.mean.double(), standardize.std.double()
     if not standardize.mean.any() and bool((standardize.std == 1).all()):
         return state
@@ -36,7 +36,7 @@ def folded(model: VLMForConditionalGeneration) -> dict[str, Tensor]:
             "a model trained with data_dependent_init: false, or with vision_feature_select_strategy: default, can"
         )
     if linear := FIRST_LINEAR.get(config.projector["type"]):
-        weight, bias = (f"multi_modal_projector.{linear}.{kind}" for kind in ("weight", "bias"))
+        weight, bias = (f"model.multi_modal_projector.{linear}.{kind}" for kind in ("weight", "bias"))
         scaled = state[weight].double() / std
         state[bias] = (state[bias].double() - scaled @ mean).to(state[bias])
         state[weight] = scaled.to(state[weight])
@@ -47,7 +47,7 @@ def folded(model: VLMForConditionalGeneration) -> dict[str, Tensor]:
             f"the statistics that the {config.projector['type']} projector standardises features with fit into none of "
             "its layers, nor into a final norm of the encoder; only a model trained with data_dependent_init: false can"
         )
-    weight, bias = (f"vision_tower.{norm}.{kind}" for kind in ("weight", "bias"))
+    weight, bias = (f"model.vision_tower.{norm}.{kind}" for kind in ("weight", "bias"))
     state[bias] = ((state[bias].double() - mean) / std).to(state[bias])
     state[weight] = (state[weight].double() / std).to(state[weight])
     return state

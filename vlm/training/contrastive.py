@@ -199,10 +199,12 @@ class _Pooling:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.vision_tower = model.vision_model
         self.config = SimpleNamespace(
             vision_feature_layer="pooled", vision_feature_select_strategy="default", tiling=None
         )
+
+    def get_encoder(self, modality: str) -> Any:
+        return self.model.vision_model
 
     def get_vision_features(self, pixel_values: Tensor) -> tuple[Tensor | None, tuple[int, int]]:
         return pooled_features(self.model, pixel_values), (1, 1)

@@ -230,7 +230,7 @@ def encoder_of(model: Any, args: TrainingArguments) -> Encode:
 
     @torch.no_grad()
     def encode(pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        model.vision_tower.to(device).eval()
+        model.get_encoder("image").to(device).eval()
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             features, grid = model.get_vision_features(pixel_values.to(device))
         return (features.half() if args.bf16 or args.fp16 else features), grid
@@ -242,7 +242,7 @@ def cache_for(model: Any, processor: Any, args: TrainingArguments, folder: Path)
     """The cache of this encoder's features, in this precision, below `folder`."""
     config = model.config
     key = cache_key(
-        model.vision_tower,
+        model.get_encoder("image"),
         processor.image_processor,
         config.vision_feature_layer,
         config.vision_feature_select_strategy,

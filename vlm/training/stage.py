@@ -116,8 +116,10 @@ def run_stage(
         device = torch.device("cpu") if in_parts else args.device
         why = why_not_trees(trained, batches.collator, batches.train, device)
     if why:
+        head = getattr(model, "language_head", None)
+        language_model = head.causal_lm if head else getattr(model, "language_model", model)
         console.print(
-            f"no trees for {type(getattr(model, 'language_model', model)).__name__}, a row for each answer: {why}",
+            f"no trees for {type(language_model).__name__}, a row for each answer: {why}",
             markup=False,
             highlight=False,
         )
@@ -336,7 +338,7 @@ def initialize_projector(model: Any, batches: Batches, device: torch.device, see
             grid = images["vision_grid"]
             features.append(images["vision_features"].to(device))
     if features:
-        projector = model.multi_modal_projector
+        projector = model.model.multi_modal_projector
         projector.initialize(torch.cat(features).float(), grid, word_size(model) if model.config.uses_prefix else 1.0)
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from vlm.errors import UserError
+from vlm.older_adapters import present_adapter
 from vlm.training.finite import some
 from vlm.training.parts import loose_parameters
 
@@ -38,16 +39,18 @@ def load_checkpoint(model: Any, checkpoint: Path) -> None:
     if not isinstance(model, PeftModel):
         _load_model(model, checkpoint)
         return
-    adapter = checkpoint / ADAPTER_SAFE_WEIGHTS_NAME
-    name = model.active_adapters[0]
-    _compare(get_peft_model_state_dict(model, adapter_name=name), _shapes([adapter]), adapter)
-    model.load_adapter(str(checkpoint), name, is_trainable=True)
-    loose = loose_parameters(model)
-    path = checkpoint / LOOSE
-    saved = _shapes([path] if path.is_file() else [])
-    _compare(loose, saved, path)
-    if saved:
-        model.load_state_dict(load_file(path), strict=False)
+    with present_adapter(checkpoint, model) as folder:
+        adapter = folder / ADAPTER_SAFE_WEIGHTS_NAME
+        name = model.active_adapters[0]
+        own = get_peft_model_state_dict(model, adapter_name=name)
+        _compare(own, _shapes([adapter]), checkpoint / ADAPTER_SAFE_WEIGHTS_NAME)
+        model.load_adapter(str(folder), name, is_trainable=True)
+        loose = loose_parameters(model)
+        path = folder / LOOSE
+        saved = _shapes([path] if path.is_file() else [])
+        _compare(loose, saved, checkpoint / LOOSE)
+        if saved:
+            model.load_state_dict(load_file(path), strict=False)
 
 
 def _load_model(model: nn.Module, checkpoint: Path) -> None:
