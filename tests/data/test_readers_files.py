@@ -11,7 +11,7 @@ import pytest
 
 from tests.data.reader_files import images, lines, png, write
 from vlm.data.example import StoredImage
-from vlm.data.images import open_image
+from vlm.data.images import ImageError, open_image
 from vlm.data.readers import SourceError, read
 from vlm.data.stream_sources import Place, in_pieces
 
@@ -166,6 +166,10 @@ def test_images_in_rows_stay_on_disk(tmp_path, name):
     assert problems == []
     assert all(isinstance(example.images[0], StoredImage) for example in examples)
     assert [open_image(example.images[0]).getpixel((0, 0))[0] for example in examples] == [10, 20, 30]
+    for changed in (b"", b"\n" * 5000):
+        (tmp_path / name).write_bytes(changed)
+        with pytest.raises(ImageError, match="its row cannot be read again"):
+            open_image(examples[-1].images[0])
 
 
 @HOW

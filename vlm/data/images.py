@@ -16,7 +16,7 @@ from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from vlm.data.example import ImageSource, StoredImage
 from vlm.data.rgb import to_rgb
-from vlm.errors import UserError
+from vlm.errors import UserError, cut
 from vlm.printing import printable_name
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte of RGB
@@ -239,7 +239,11 @@ def _name(source: ImageSource, where: str) -> str:
 
 
 def _fetch(source: ImageSource, name: str) -> str | bytes | Image.Image:
-    payload = source.fetch() if isinstance(source, StoredImage) else source
+    try:
+        payload = source.fetch() if isinstance(source, StoredImage) else source
+    except (LookupError, OSError, StopIteration, TypeError, ValueError) as error:
+        why = f"its row cannot be read again ({cut(str(error), 200)})"
+        raise ImageError(name, why, "do not change the file while it is in use") from error
     if isinstance(payload, str | bytes | Image.Image):
         return payload
     if isinstance(payload, os.PathLike):
