@@ -153,6 +153,8 @@ def _in_words(why: str) -> str | None:
     """Return what transformers says of a model of another kind, without its list of all the models that there are."""
     if match := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+?)(Config)?'>", why):
         return f"its config.json is that of another kind of model ({match[1]})"
+    if why.startswith("Unrecognized model in"):
+        return "its config.json does not say of which type it is (model_type), or is not there"
     if match := re.match(r"Can't load (image processor|feature extractor|processor|tokenizer) for", why):
         article = "an" if match[1].startswith("image") else "a"
         return f"it has no files of {article} {match[1]}; is it a model of another kind?"

@@ -91,6 +91,11 @@ def test_it_is_said_before_data_and_models_are_read(tmp_path: Path) -> None:
         run.train(made(lr_scheduler_kwargs={"x": 1}), console=Console(quiet=True), dry_run=True)
 
 
+def test_a_run_is_resumed_or_replaced() -> None:
+    with pytest.raises(UserError, match="--overwrite removes it; give one of the two"):
+        run.train(made(), console=Console(quiet=True), resume=True, overwrite=True)
+
+
 def test_a_schedule_is_tried_as_the_trainer_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(

@@ -196,3 +196,10 @@ def test_files_that_transformers_does_not_read_are_no_damage(folder: Path) -> No
     shards = {"metadata": {}, "weight_map": {"weight": "consolidated-1.safetensors"}}
     (folder / "language" / "consolidated.safetensors.index.json").write_text(json.dumps(shards))
     build(str(folder / "vision"), str(folder / "language"))
+
+
+def test_a_folder_that_is_no_checkpoint_is_named_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").touch()
+    (tmp_path / "config.json").write_text("{}")
+    found = refusal(lambda: generation.load(str(tmp_path)))
+    assert found.endswith("its config.json does not say of which type it is (model_type), or is not there")

@@ -89,6 +89,8 @@ def train(
     Raises UserError if the folder already holds a run and neither `resume` nor `overwrite` says what to do with it, or
     is in use by another process, and Stopped, with all that was done kept, after Ctrl-C or SIGTERM.
     """
+    if resume and overwrite:
+        raise UserError("--resume goes on with the run in the folder, and --overwrite removes it; give one of the two")
     require_models(recipe)
     for stage in recipe.stages:
         require_trackers(stage.train.get("report_to"))
