@@ -7,15 +7,18 @@ from typing import Any
 
 from transformers.processing_utils import MultiModalData
 
-from vlm.tiling import GLOBAL_TOKEN, Size
+from vlm.tiling import FAKE_TOKEN, GLOBAL_TOKEN, Size
 
 
-def image_types(ids: Sequence[int], image_token: int, tiles: Collection[int], whole: int | None) -> list[int]:
+def image_types(
+    ids: Sequence[int], image_tokens: Collection[int], tiles: Collection[int], whole: int | None
+) -> list[int]:
     """Return 1 for each token of an image, and 0 for others; with markers between tiles, an image is all from its first
     tile to its thumbnail.
 
     Args:
-        tiles: the markers before tiles and around images.
+        image_tokens: the image token, and the markers around images.
+        tiles: the markers before tiles.
         whole: the marker before a thumbnail, which comes last.
     """
     types, inside = [], False
@@ -24,7 +27,7 @@ def image_types(ids: Sequence[int], image_token: int, tiles: Collection[int], wh
             inside = False
         elif token in tiles:
             inside = True
-        types.append(int(inside or token in (image_token, whole)))
+        types.append(int(inside or token == whole or token in image_tokens))
     return types
 
 
@@ -32,9 +35,9 @@ def types_of(processor: Any, rows: Sequence[Any]) -> list[list[int]]:
     """Return the [types][`image_types`] of rows of ids that a processor has made."""
     markers = processor.tiler.markers() if processor.tiler is not None else {}
     tokens = {marker: processor.tokenizer.convert_tokens_to_ids(marker) for marker in markers}
-    whole = tokens.pop(GLOBAL_TOKEN, None)
+    whole, around = tokens.pop(GLOBAL_TOKEN, None), tokens.pop(FAKE_TOKEN, processor.image_token_id)
     lists = (row if isinstance(row, list) else row.tolist() for row in rows)
-    return [image_types(row, processor.image_token_id, set(tokens.values()), whole) for row in lists]
+    return [image_types(row, {processor.image_token_id, around}, set(tokens.values()), whole) for row in lists]
 
 
 def count_tokens(processor: Any, image_sizes: Sequence[Size]) -> MultiModalData:
