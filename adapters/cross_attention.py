@@ -120,9 +120,11 @@ class GatedCrossAttention(nn.Module):
             vision.keys_values[self.index] = keys_values
         return keys_values
 
-    def forward(self, hidden: Tensor, vision: VisionStates | None) -> Tensor:
-        """`vision` is None where no token has an image to see."""
+    def forward(self, hidden: Tensor, vision: VisionStates | None, states: Tensor | None = None) -> Tensor:
+        """`vision` is None where no token has an image to see. `states` are those of `vision`, as an argument of their
+        own because reentrant gradient checkpointing only follows tensors."""
         if vision is not None:
+            vision = vision if states is None else replace(vision, states=states)
             hidden, sees_any = self._attend(hidden, vision)
         elif not self.feeds_every_token:
             return hidden

@@ -17,6 +17,9 @@ REMOVED = ("cache_position",)
 OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 """Arguments of `generate` that it hands on to `forward`, with `stop_strings` and with an assistant."""
 
+OF_LOSS = ("shift_labels",)
+"""Labels that are already shifted, which the loss functions of transformers take."""
+
 OF_ATTENTION = ("tree_layout",)
 """What our attention reads of a decoder's keyword arguments (`vlm.tree_attention`)."""
 
@@ -25,7 +28,7 @@ def known_arguments(language_model: PreTrainedModel) -> frozenset[str]:
     """The names that a decoder's `forward` gives to its arguments, and those that every model of transformers takes."""
     modules: Iterable[Any] = (language_model, language_model.base_model)
     named = (name for module in modules for name in inspect.signature(module.forward).parameters)
-    return frozenset(named) | TransformersKwargs.__optional_keys__ | {*REMOVED, *OF_GENERATE, *OF_ATTENTION}
+    return frozenset(named) | TransformersKwargs.__optional_keys__ | {*REMOVED, *OF_GENERATE, *OF_LOSS, *OF_ATTENTION}
 
 
 def refuse_unknown(given: Iterable[str], known: Collection[str]) -> None:

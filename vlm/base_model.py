@@ -31,7 +31,7 @@ from vlm.adapters import (
 from vlm.arguments import known_arguments, refuse_unknown
 from vlm.cache_state import has_read, is_recurrent, num_read
 from vlm.configuration import VLMConfig
-from vlm.encoder import encode, unsplittable, vision_hidden_size
+from vlm.encoder import VisionFeatures, encode, unsplittable, vision_hidden_size
 from vlm.fusion import insert_cross_attention
 from vlm.image_attention import image_attention_masks, token_types
 from vlm.image_places import find_image_tokens, latest_image, require_whole_images
@@ -102,11 +102,18 @@ class VLMModel(VLMPreTrainedModel):
 
         This is the part that a frozen encoder computes once per image and that can be kept.
         """
+        features = self._encode(pixel_values)
+        return self._selected(features), features.grid
+
+    def _encode(self, pixel_values: Tensor, **options: Any) -> VisionFeatures:
         pixel_values = pixel_values.to(dtype_of(self.vision_tower))
-        features = encode(self.vision_tower, pixel_values, self.config.vision_feature_layer)
+        return encode(self.vision_tower, pixel_values, self.config.vision_feature_layer, **options)
+
+    def _selected(self, features: VisionFeatures) -> Tensor:
+        """Return `[images, N, D_v]` of an encoder's features, with class and register tokens if they are configured."""
         if self.config.vision_feature_select_strategy == "full":
-            return torch.cat([features.prefix, features.patches], dim=1), features.grid
-        return features.patches, features.grid
+            return torch.cat([features.prefix, features.patches], dim=1)
+        return features.patches
 
     @can_return_tuple
     def get_image_features(
@@ -117,17 +124,23 @@ class VLMModel(VLMPreTrainedModel):
         image_sizes: Tensor | None = None,
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         """Visual tokens of pixels, or of features that `get_vision_features` gave earlier.
 
         The output's `pooler_output` has the visual tokens `[M, D_t]` of each image, its `last_hidden_state` the
-        features `[images, N, D_v]` that the projector reads, with tiling of tiles.
+        features `[images, N, D_v]` that the projector reads, with tiling of tiles. Of pixels, it also has the encoder's
+        `hidden_states` and `attentions` if they are asked for.
 
         Raises ValueError if images of this size do not become the tokens that stand for an image in `input_ids`, if
         tiles and `image_sizes` do not match, and if a Q-Former that reads texts is not given one for each image.
         """
+        encoded = None
         if vision_features is None and pixel_values is not None:
-            vision_features, vision_grid = self.get_vision_features(pixel_values)  # [images, N, D_v]
+            asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+            encoded = self._encode(pixel_values, **{k: v for k, v in asked.items() if v is not None})
+            vision_features, vision_grid = self._selected(encoded), encoded.grid  # [images, N, D_v]
         if vision_features is None or vision_grid is None:
             raise ValueError("images come as pixel_values, or as vision_features together with vision_grid")
         dtype = dtype_of(self.multi_modal_projector)
@@ -145,7 +158,12 @@ class VLMModel(VLMPreTrainedModel):
             positions, merger = (getattr(self, name, None) for name in ("tile_positions", "anyres_merger"))
             images = join_tiles(tokens, sizes, self.tiler, positions, merger)
         pooled: Any = images  # as in LLaVA
-        return BaseModelOutputWithPooling(last_hidden_state=vision_features, pooler_output=pooled)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=vision_features,
+            pooler_output=pooled,
+            hidden_states=getattr(encoded, "hidden_states", None),
+            attentions=getattr(encoded, "attentions", None),
+        )
 
     @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -185,10 +203,18 @@ class VLMModel(VLMPreTrainedModel):
         input_ids, attention_mask, position_ids, token_type_ids = send_to_device(
             (input_ids, attention_mask, position_ids, token_type_ids), inputs_embeds.device
         )  # of a model that is split over devices, the embeddings may be on another one than the inputs
-        images, image_mask = None, None
+        images, image_mask, seen = None, None, None
         if pixel_values is not None or vision_features is not None:
             seen = self.get_image_features(
-                pixel_values, vision_features, vision_grid, image_sizes, qformer_input_ids, qformer_attention_mask
+                pixel_values,
+                vision_features,
+                vision_grid,
+                image_sizes,
+                qformer_input_ids,
+                qformer_attention_mask,
+                kwargs.get("output_hidden_states"),
+                kwargs.get("output_attentions"),
+                return_dict=True,
             )
             images = [tokens.to(inputs_embeds) for tokens in seen.pooler_output]  # of each image [M, D_t]
         if images is not None or input_ids is not None:
@@ -216,6 +242,7 @@ class VLMModel(VLMPreTrainedModel):
             attentions=outputs.get("attentions"),  # recurrent decoders have none
             vision_states=vision_states,
             image_hidden_states=images,
+            image_outputs=seen,
             decoder_outputs=outputs,
         )
 

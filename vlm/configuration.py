@@ -45,7 +45,12 @@ class VLMConfig(PreTrainedConfig):
     """
 
     model_type = "vlm"
-    keys_to_ignore_at_inference = ["cache", "vision_states", "image_hidden_states"]  # noqa: RUF012 - as in transformers
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - as in transformers
+        "cache",
+        "vision_states",
+        "image_hidden_states",
+        "image_outputs",
+    ]
     sub_configs_defaults = {  # noqa: RUF012 - the name and form transformers looks for
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),

@@ -41,12 +41,15 @@ class VisionFeatures:
         prefix: `[B, P, D]` class and register tokens; P is 0 for encoders that have none.
         pooled: `[B, D']` as the encoder defines it, or None.
         grid: `(h, w)`.
+        hidden_states, attentions: those of all layers, where they are asked for.
     """
 
     patches: Tensor
     prefix: Tensor
     pooled: Tensor | None
     grid: tuple[int, int]
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 def vision_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -94,21 +97,26 @@ def unsplittable(*parts: PreTrainedModel) -> list[str]:
 
 
 def encode(
-    vision_tower: PreTrainedModel, pixel_values: Tensor, feature_layer: int | Sequence[int] | None = None
+    vision_tower: PreTrainedModel,
+    pixel_values: Tensor,
+    feature_layer: int | Sequence[int] | None = None,
+    **options: Any,
 ) -> VisionFeatures:
     """Run `pixel_values [B, 3, H, W]` through any transformers or timm encoder.
 
     `feature_layer` picks a hidden state as LLaVA does (before the final norm), several of them concatenated on channels
     if it is a list; None takes `last_hidden_state`. Token encoders lose nothing here: their class and register tokens
     are in `prefix` (except that timm gives none with a `feature_layer`). Feature maps of convolutional encoders are
-    flattened row by row. Raises ValueError for a `feature_layer` that the encoder does not have, for several whose
-    grids differ, and for a size that the encoder does not take.
+    flattened row by row. `options` are `output_hidden_states` and `output_attentions`, as in transformers. Raises
+    ValueError for a `feature_layer` that the encoder does not have, for several whose grids differ, and for a size that
+    the encoder does not take.
     """
     parameters = inspect.signature(vision_tower.forward).parameters
     if "feature_layer" in parameters:  # several encoders side by side, see `vlm.vision_towers`
-        features: VisionFeatures = vision_tower(pixel_values, feature_layer=feature_layer)
+        features: VisionFeatures = vision_tower(pixel_values, feature_layer=feature_layer, **options)
         return features
     inputs: dict[str, Any] = {"pixel_values": pixel_values}
+    wants_states = options.get("output_hidden_states", getattr(vision_tower.config, "output_hidden_states", False))
     if "spatial_shapes" in parameters:
         inputs = _as_patches(pixel_values, vision_tower.config.patch_size)
     elif "aspect_ratio_ids" in parameters:
@@ -116,9 +124,9 @@ def encode(
     elif "interpolate_pos_encoding" in parameters and _needs_interpolation(vision_tower.config, pixel_values):
         inputs["interpolate_pos_encoding"] = True
     if feature_layer is not None:
-        inputs["output_hidden_states"] = True
+        options["output_hidden_states"] = True
     try:
-        outputs = vision_tower(**inputs, return_dict=True)
+        outputs = vision_tower(**inputs, **options, return_dict=True)
     except AssertionError as error:  # timm's
         raise ValueError(f"{type(vision_tower).__name__} takes images of one size: {error}") from error
     if "aspect_ratio_ids" in inputs:
@@ -142,6 +150,8 @@ def encode(
         prefix=tokens[:, :-num_patches],
         pooled=pooled.flatten(1) if pooled is not None else None,
         grid=grids[0],
+        hidden_states=getattr(outputs, "hidden_states", None) if wants_states else None,
+        attentions=getattr(outputs, "attentions", None),
     )
 
 

@@ -55,7 +55,8 @@ class FusedDecoderLayer(nn.Module):
     def forward(
         self, hidden_states: Tensor, *args: Any, vision_states: VisionStates | None = None, **kwargs: Any
     ) -> Any:
-        return self.layer(self.cross_attention(hidden_states, vision_states), *args, **kwargs)
+        states = None if vision_states is None else vision_states.states
+        return self.layer(self.cross_attention(hidden_states, vision_states, states), *args, **kwargs)
 
 
 def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:

@@ -145,6 +145,7 @@ class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             vision_states=outputs.vision_states,
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
     def create_masks_for_generate(self, config: Any, *, token_type_ids: Tensor | None = None, **kwargs: Any) -> Any:

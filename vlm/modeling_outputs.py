@@ -19,11 +19,13 @@ class VLMModelOutput(BaseModelOutputWithPast):
         last_hidden_state: `[B, L, D_t]`, after the decoder's final norm.
         vision_states: with cross-attention, what the next tokens look at.
         image_hidden_states: the visual tokens `[M, D_t]` of each image.
+        image_outputs: what `get_image_features` returned of the images.
         decoder_outputs: all that the decoder returned, for the head of its causal language model.
     """
 
     vision_states: Any = None
     image_hidden_states: Any = None
+    image_outputs: Any = None
     decoder_outputs: Any = None
 
     @property
@@ -34,7 +36,8 @@ class VLMModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class VLMOutput(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` with `vision_states` and `image_hidden_states` of [`VLMModelOutput`]."""
+    """`CausalLMOutputWithPast` with what [`VLMModelOutput`] has of the images."""
 
     vision_states: Any = None
     image_hidden_states: Any = None
+    image_outputs: Any = None

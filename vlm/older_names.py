@@ -13,15 +13,17 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.core_model_loading import PrefixChange, WeightRenaming, WeightTransform
 
 MOVED = ("vision_tower.", "multi_modal_projector.", "anyres_merger.", "tile_positions.")
 LANGUAGE = "language_model."
 IN_PEFT = "base_model.model."
 
 
-class OlderNames(WeightRenaming):
+class OlderNames(PrefixChange):
     """Renames the weights of older folders as they are loaded. Folders are always saved with the present names.
+
+    To transformers this is a change of prefixes, which it expects in older folders alone.
 
     Attributes:
         decoders: what the causal language models that there are call their decoders.
@@ -31,7 +33,7 @@ class OlderNames(WeightRenaming):
     heads: ClassVar[set[str]] = set()
 
     def __init__(self, source_patterns: Any = r"^language_model\.", target_patterns: Any = "model.language_model."):
-        super().__init__(source_patterns, target_patterns)
+        super(PrefixChange, self).__init__(source_patterns, target_patterns)
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         name = present_name(source_key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from itertools import takewhile
@@ -24,6 +25,8 @@ IMAGE_TOKEN = "<image>"
 QFORMER_TOKENIZER = "qformer_tokenizer"
 QFORMER_INPUTS = ("qformer_input_ids", "qformer_attention_mask")
 """What a Q-Former reads beside the image (InstructBLIP)."""
+MISMATCH = "The number of image tokens in the prompts should be the same as the number of images"
+"""What the processors of transformers say."""
 
 
 class VLMProcessor(ProcessorMixin):
@@ -70,13 +73,8 @@ class VLMProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(f"the tokenizer has no token {image_token!r}; add it as a special token first")
-        # Not under its own name, since transformers would write it into the JSON file of values.
-        self._qformer_tokenizer = qformer_tokenizer
+        self.qformer_tokenizer = qformer_tokenizer
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-
-    @property
-    def qformer_tokenizer(self) -> Any:
-        return self._qformer_tokenizer
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -84,8 +82,11 @@ class VLMProcessor(ProcessorMixin):
         return ["image_processor", "tokenizer"]
 
     def to_dict(self) -> dict[str, Any]:
+        """As in `ProcessorMixin`; in place of the Q-Former's tokenizer the folder that it is saved in."""
+        values = copy.copy(self)
+        del values.qformer_tokenizer
         named = {} if self.qformer_tokenizer is None else {QFORMER_TOKENIZER: QFORMER_TOKENIZER}
-        return super().to_dict() | named
+        return super(VLMProcessor, values).to_dict() | named
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         if self.qformer_tokenizer is not None:  # where `InstructBlipProcessor` has it
@@ -116,7 +117,7 @@ class VLMProcessor(ProcessorMixin):
         images: Any = None,
         text: Any = None,
         *,
-        pixels: bool = True,
+        pixels: bool | None = None,
         image_sizes: Sequence[Size] | None = None,
         qformer_text: Sequence[str] | None = None,
         **kwargs: Any,
@@ -137,7 +138,7 @@ class VLMProcessor(ProcessorMixin):
                 for sample in texts or ()
                 for _ in range(sample.count(self.image_token))
             ]
-        if pixels:
+        if pixels is not False:
             inputs = super().__call__(images=images, text=texts, **kwargs)
             return self._with_qformer_text(self._with_types(inputs), qformer_text)
         if self.tiler is None:
@@ -253,12 +254,14 @@ class VLMProcessor(ProcessorMixin):
             wanted = [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
             given = _images_per_text(images, wanted)
             if len(given) != len(wanted):
-                raise ValueError(f"{len(wanted)} texts, but {len(given)} lists of images: give each text its own list")
+                raise ValueError(
+                    f"{len(wanted)} texts, but {len(given)} lists of images: give each text its own list. {MISMATCH}"
+                )
             for index, (placeholders, got) in enumerate(zip(wanted, given, strict=True)):
                 if placeholders != got:
                     raise ValueError(
                         f"example {index}: {placeholders} {self.image_token} placeholders in its text and "
-                        f"{got} images; each image needs one placeholder"
+                        f"{got} images. {MISMATCH}"
                     )
         super().validate_inputs(images, text, *args, **kwargs)
 

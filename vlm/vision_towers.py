@@ -7,7 +7,8 @@ pixel_values [images, 3 * encoders, H, W]   each encoder's own pixels, as its ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.models.auto.image_processing_auto import get_image_processor_c
 from vlm.encoder import VisionFeatures, encode, unsplittable
 from vlm.image_processors import image_size_of
 
+_OF_THE_FILE = ("image_processor_type", "processor_class")
 _CHANGES_AS_IT_IS_SAVED = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
@@ -63,12 +65,17 @@ class VisionTowers(PreTrainedModel):
         self._no_split_modules = unsplittable(*towers)
         self.post_init()
 
-    def forward(self, pixel_values: Tensor, feature_layer: int | Sequence[int] | None = None) -> VisionFeatures:
-        """`pixel_values [B, 3 * encoders, H, W]`, smaller images in the top left corner; `feature_layer` as in
-        [`vlm.encoder.encode`], of each encoder.
+    def forward(
+        self, pixel_values: Tensor, feature_layer: int | Sequence[int] | None = None, **options: Any
+    ) -> VisionFeatures:
+        """`pixel_values [B, 3 * encoders, H, W]`, smaller images in the top left corner; `feature_layer` and `options`
+        as in [`vlm.encoder.encode`], of each encoder. Hidden states and attentions are those of the first encoder, then
+        those of the next.
 
         Raises ValueError for other pixel values, and if the grids differ.
         """
+        for name in ("output_hidden_states", "output_attentions"):
+            options.setdefault(name, getattr(self.config, name))
         towers: list[Any] = list(self.vision_towers)
         sizes = self.config.image_sizes
         if pixel_values.shape[1] != 3 * len(towers):
@@ -77,7 +84,7 @@ class VisionTowers(PreTrainedModel):
                 "own processor prepare the images"
             )
         seen = [
-            encode(tower, pixels[..., :height, :width], feature_layer)
+            encode(tower, pixels[..., :height, :width], feature_layer, **options)
             for tower, pixels, (height, width) in zip(towers, pixel_values.split(3, dim=1), sizes, strict=True)
         ]
         if len({features.grid for features in seen}) > 1:
@@ -90,7 +97,14 @@ class VisionTowers(PreTrainedModel):
             prefix=patches[:, :0],
             pooled=torch.cat(pooled, dim=-1) if len(pooled) == len(towers) else None,
             grid=seen[0].grid,
+            hidden_states=_joined(features.hidden_states for features in seen),
+            attentions=_joined(features.attentions for features in seen),
         )
+
+
+def _joined(layers: Iterable[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:
+    given = [of_encoder for of_encoder in layers if of_encoder is not None]
+    return tuple(chain.from_iterable(given)) if given else None
 
 
 def _different_grids(towers: Sequence[Any], grids: Sequence[tuple[int, int]], sizes: Sequence[Sequence[int]]) -> str:
@@ -113,8 +127,13 @@ class VisionTowersImageProcessor(BaseImageProcessor):
     model_input_names = ["pixel_values"]  # noqa: RUF012 - as in transformers
 
     def __init__(self, image_processors: Sequence[Any] = (), **kwargs: Any) -> None:
+        """Other arguments are options of image processors, set for each that has them."""
         super().__init__(**kwargs)
         self.image_processors = [_image_processor(given) for given in image_processors]
+        for name, value in kwargs.items():
+            for each in self.image_processors:
+                if hasattr(each, name) and name not in _OF_THE_FILE:
+                    setattr(each, name, value)
 
     def preprocess(self, images: Any, *, return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
         """As every image processor; other options go to each of them."""

@@ -172,11 +172,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(fusion, reentrant):
         if isinstance(module, GatedCrossAttention):
             module.q_proj.register_forward_pre_hook(lambda *_: recomputed.append(1))
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-    if reentrant and "cross" in fusion:
-        # Visual tokens reach the blocks beside the hidden states; a reentrant checkpoint cannot carry their gradients.
-        with pytest.raises(RuntimeError):
-            gradients()
-        return
     checkpointed = gradients()
     assert len(recomputed) == (2 * 2 if "cross" in fusion else 0), "two blocks, forward and once more for the gradients"
     assert plain.keys() == checkpointed.keys()
@@ -264,6 +259,33 @@ def test_projectors_with_a_fixed_number_of_tokens_take_images_of_any_size(projec
 
 
 # --- errors
+
+
+def test_labels_may_come_shifted():
+    model, processor = tiny()
+    inputs = batch(processor, (image(0), "what is it"), (image(1), "a dog ?"))
+    labels = inputs["input_ids"]
+    shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+    with torch.no_grad():
+        expected = model(**inputs, labels=labels).loss
+        assert model(**inputs, labels=torch.zeros_like(labels), shift_labels=shifted).loss == expected
+
+
+@pytest.mark.parametrize("layer", [None, -2])
+def test_hidden_states_and_attentions_are_those_of_the_encoder(layer):
+    model, processor = tiny(vision_feature_layer=layer)
+    model.set_attn_implementation("eager")
+    inputs = batch(processor, (image(0), "what is it"), (image(1), "a dog ?"))
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        expected = model.model.vision_tower(inputs["pixel_values"], **asked)
+        found = model(**inputs, **asked).image_outputs
+        unasked = model(**inputs).image_outputs
+    for name, layers in (("hidden_states", 4), ("attentions", 3)):
+        assert len(found[name]) == layers
+        assert all(map(torch.equal, found[name], expected[name]))
+        assert name not in unasked
+    assert torch.equal(torch.stack(found.pooler_output), torch.stack(unasked.pooler_output))
 
 
 def test_wrong_numbers_of_image_tokens_are_refused():

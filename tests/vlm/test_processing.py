@@ -158,7 +158,9 @@ def test_a_mismatch_of_images_and_placeholders_is_refused_before_any_work(byte_l
         raise AssertionError("images were processed first")
 
     byte_level._process_images = fail
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match=f"{message}.*tokens in the prompts should be the same as the number of images"
+    ):
         byte_level(text=texts, images=None if images is None else pictures(images))
 
 

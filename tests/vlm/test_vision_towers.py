@@ -173,3 +173,30 @@ def test_tiles_are_seen_whole_by_each_encoder(parts):
     found, grid = model.get_vision_features(made["pixel_values"])
     assert grid == (4, 4)
     assert torch.allclose(found, torch.cat(expected, dim=-1), atol=1e-4)
+
+
+def test_options_of_the_image_processor_are_set_for_each(parts, tmp_path):
+    """As `from_pretrained` is given them, against each image processor that is given them alone."""
+    _, image_processor = load_vision(names(parts, "dinov2", "siglip"), **PAIR)
+    image_processor.save_pretrained(tmp_path)
+    options = {"do_normalize": False, "rescale_factor": 1 / 510}
+    pixels = AutoImageProcessor.from_pretrained(tmp_path, **options)(image(0), return_tensors="pt")["pixel_values"][0]
+    for at, (name, side) in enumerate((("dinov2", 32), ("siglip", 64))):
+        size = {"shortest_edge": side} if name == "dinov2" else {"height": side, "width": side}
+        alone = AutoImageProcessor.from_pretrained(parts / name, size=size, **options)(image(0), return_tensors="pt")
+        torch.testing.assert_close(pixels[3 * at : 3 * at + 3, :side, :side], alone["pixel_values"][0])
+
+
+def test_hidden_states_and_attentions_are_those_of_each_encoder(parts):
+    both, image_processor = load_vision(names(parts, "dinov2", "siglip"), **PAIR)
+    both.set_attn_implementation("eager")
+    pixels = image_processor(image(0), return_tensors="pt")["pixel_values"]
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    found = both(pixels, **asked)
+    dinov2, siglip = both.vision_towers
+    alone = [dinov2(pixels[:, :3, :32, :32], **asked), siglip(pixels[:, 3:], interpolate_pos_encoding=True, **asked)]
+    for name, layers in (("hidden_states", 6), ("attentions", 4)):
+        expected = [layer for outputs in alone for layer in outputs[name]]
+        assert len(expected) == layers
+        assert all(map(torch.equal, getattr(found, name), expected))
+    assert both(pixels).hidden_states is None
