@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 # Several test processes with one thread each are faster than one with many: the models in the tests are tiny.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help quickstart test venv lint format types test-fast test-slow test-gpu test-gpu-slow clean
+.PHONY: help quickstart test venv lint format types test-fast test-slow test-gpu test-gpu-slow test-lowest constraints clean
 
 help:
 	@echo "make quickstart  install, fetch two small models and some images, train, score, and ask a question"
@@ -16,6 +16,8 @@ help:
 	@echo "make types       mypy                            make venv       the virtual environment alone"
 	@echo "make test-fast   the tests without the slow ones make test-slow  the slow ones: minutes, and downloads"
 	@echo "make test-gpu    the tests for an emulated GPU   make test-gpu-slow  its slow ones, and those of training"
+	@echo "make test-lowest  the fast tests with the oldest versions of all packages that pyproject.toml allows"
+	@echo "make constraints  write the versions of .venv, which the tests passed with, to constraints.txt"
 	@echo "make clean       remove the environment and all caches; runs/ stays"
 
 quickstart: $(VENV)/.installed-quickstart
@@ -50,6 +52,19 @@ test-gpu: $(VENV)/.installed-test
 test-gpu-slow: $(VENV)/.installed-test
 	@$(EMULATED) -m slow tests/emulated_gpu
 	@$(EMULATED) -m "not slow" -p tests.emulated_gpu.plugin tests/training
+
+# In an environment of its own, since older packages would stay in .venv.
+LOWEST = build/lowest
+test-lowest:
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check --quiet uv
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --python $(LOWEST)/bin/python --extra test \
+	  --output-file $(LOWEST)/requirements.txt pyproject.toml
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --requirement $(LOWEST)/requirements.txt
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "not slow" -n logical --maxprocesses 4
+
+constraints: $(VENV)/.installed-test
+	$(BIN)/python -m pip freeze --exclude-editable > constraints.txt
 
 venv: $(VENV)/.made
 
