@@ -151,8 +151,8 @@ def _cannot_load(name: str, part: str, kind: str, error: Exception) -> str:
 
 def _in_words(why: str) -> str | None:
     """Return what transformers says of a model of another kind, without its list of all the models that there are."""
-    if match := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+?)(Config)?'>", why):
-        return f"its config.json is that of another kind of model ({match[1]})"
+    if match := re.match(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)'>", why):
+        return f"its config.json is that of another kind of model ({match[1].removesuffix('Config')})"
     if why.startswith("Unrecognized model in"):
         return "its config.json does not say of which type it is (model_type), or is not there"
     if match := re.match(r"Can't load (image processor|feature extractor|processor|tokenizer) for", why):
