@@ -1,5 +1,6 @@
 """A checkpoint with its code loads where this package cannot be imported, and answers as it does here."""
 
+import json
 import os
 import subprocess
 import sys
@@ -62,13 +63,18 @@ import sys
 sys.modules["vlm"] = None  # any import of it fails
 import json, torch
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
 
 for folder in sys.argv[1:]:
     model = AutoModelForMultimodalLM.from_pretrained(folder + "/out", trust_remote_code=True).eval()
     base = AutoModel.from_pretrained(folder + "/out", trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(folder + "/out", trust_remote_code=True)
-    inputs = processor.apply_chat_template(json.load(open(folder + "/messages.json")), tokenize=True, return_dict=True,
+    messages = json.load(open(folder + "/messages.json"))
+    answer = pipeline("image-text-to-text", model=folder + "/out", trust_remote_code=True)
+    answered = answer(text=messages, return_full_text=False, do_sample=False, min_new_tokens=5, max_new_tokens=5)
+    with open(folder + "/answered.json", "w") as file:
+        json.dump(answered, file)
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True,
         add_generation_prompt=True, processor_kwargs={"return_tensors": "pt"})
     with torch.no_grad():
         logits = model(**inputs).logits
@@ -106,6 +112,8 @@ def test_it_answers_as_here(exported, name):
     assert torch.equal(found["input_ids"], inputs["input_ids"])
     assert (found["logits"] - logits(model, **inputs)).abs().max() < 1e-5
     assert found["said"].tolist() == continuation(model, inputs, 5)
+    [answered] = json.loads((folder / "answered.json").read_text(encoding="utf-8"))
+    assert answered["generated_text"] == processor.decode(found["said"][0], skip_special_tokens=True)
     with torch.no_grad():
         assert (found["states"] - model.model(**inputs).last_hidden_state).abs().max() < 1e-5
 
