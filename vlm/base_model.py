@@ -22,29 +22,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
-from vlm.adapters import (
-    AnyresMerger,
-    TilePositions,
-    VisionStates,
-    build_projector,
-)
+from vlm.adapters import AnyresMerger, TilePositions, VisionStates, build_projector
 from vlm.arguments import known_arguments, refuse_unknown
-from vlm.cache_state import has_read, is_recurrent, num_read
+from vlm.cache_state import is_recurrent, num_read
 from vlm.configuration import VLMConfig
 from vlm.encoder import VisionFeatures, encode, unsplittable, vision_hidden_size
 from vlm.fusion import insert_cross_attention
-from vlm.image_attention import image_attention_masks, token_types
-from vlm.image_places import find_image_tokens, latest_image, require_whole_images
+from vlm.image_attention import attention_masks
+from vlm.image_places import find_image_tokens, latest_image, require_whole_images, states_without_images
 from vlm.image_rows import image_sizes_of, join_tiles, texts_of_tiles
 from vlm.language_head import Takes, take_apart
 from vlm.modeling_outputs import VLMModelOutput
 from vlm.older_names import register_older_names
 from vlm.precision import dtype_of
-from vlm.pretrained_model import VLMPreTrainedModel
+from vlm.pretrained_model import UNQUANTIZED, VLMPreTrainedModel
 from vlm.vision_cache import keep_vision, kept_vision
-
-UNQUANTIZED = ("vision_tower", "multi_modal_projector")
-"""Parts that keep their weights in a model that is loaded in 4 or 8 bits."""
 
 
 class VLMModel(VLMPreTrainedModel):
@@ -203,7 +195,7 @@ class VLMModel(VLMPreTrainedModel):
         input_ids, attention_mask, position_ids, token_type_ids = send_to_device(
             (input_ids, attention_mask, position_ids, token_type_ids), inputs_embeds.device
         )  # of a model that is split over devices, the embeddings may be on another one than the inputs
-        images, image_mask, seen = None, None, None
+        images, seen = None, None
         if pixel_values is not None or vision_features is not None:
             seen = self.get_image_features(
                 pixel_values,
@@ -217,23 +209,18 @@ class VLMModel(VLMPreTrainedModel):
                 return_dict=True,
             )
             images = [tokens.to(inputs_embeds) for tokens in seen.pooler_output]  # of each image [M, D_t]
-        if images is not None or input_ids is not None:
-            image_mask = self.find_image_tokens(input_ids, inputs_embeds)  # [B, L]
-        types = token_types(self.config, image_mask, images is not None, cache, attention_mask, token_type_ids)
-        if types is not None:
-            attention_mask = image_attention_masks(
-                self.config, inputs_embeds, attention_mask, cache, position_ids, types
-            )
+        image_mask = self.find_image_tokens(input_ids, inputs_embeds) if images or input_ids is not None else None
+        attention_mask = attention_masks(
+            self.config, inputs_embeds, attention_mask, cache, position_ids, token_type_ids, image_mask, bool(images)
+        )
         vision_states = kept_vision(cache) if vision_states is None else vision_states
-        if images is not None and image_mask is not None:
-            image_tokens = self.image_tokens(image_sizes_of(self.tiler, image_sizes, len(images)))
+        if images and image_mask is not None:
             inputs_embeds, vision_states = self.fuse(
-                inputs_embeds, images, image_mask, image_tokens, attention_mask, cache, vision_states
+                inputs_embeds, images, image_mask, image_sizes, attention_mask, cache, vision_states
             )
-        elif vision_states is not None:
-            vision_states = vision_states.for_next_tokens(inputs_embeds.shape[1])
-        elif image_mask is not None and not torch.compiler.is_compiling() and not has_read(cache):
-            require_whole_images(image_mask, [], self.config.image_seq_length)
+        else:
+            length, image_length = inputs_embeds.shape[1], self.config.image_seq_length
+            vision_states = states_without_images(length, image_mask, image_length, cache, vision_states)
         outputs = self.decode(inputs_embeds, attention_mask, position_ids, cache, vision_states, kwargs)
         return VLMModelOutput(
             last_hidden_state=outputs.last_hidden_state,  # [B, L, D_t]
@@ -255,7 +242,7 @@ class VLMModel(VLMPreTrainedModel):
         inputs_embeds: Tensor,
         images: Sequence[Tensor],
         image_mask: Tensor,
-        image_tokens: Sequence[int],
+        image_sizes: Tensor | None,
         attention_mask: Any,
         cache: Cache | None,
         vision_states: VisionStates | None,
@@ -265,11 +252,11 @@ class VLMModel(VLMPreTrainedModel):
         Args:
             images: the visual tokens `[M, D_t]` of each image.
             image_mask: `[B, L]`, where the image tokens are.
-            image_tokens: how many of them each image has.
             vision_states: what the last token of the `cache` sees.
 
         Raises ValueError if image tokens and images do not match.
         """
+        image_tokens = self.image_tokens(image_sizes_of(self.tiler, image_sizes, len(images)))
         require_whole_images(image_mask, image_tokens, self.config.image_seq_length)
         if self.config.uses_prefix:
             inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), torch.cat([*images]))

@@ -56,29 +56,33 @@ def image_attention_masks(
     return create_masks_for_generate(**arguments, block_sequence_ids=blocks)
 
 
-def token_types(
+def attention_masks(
     config: Any,
+    inputs_embeds: Tensor,
+    attention_mask: Any,
+    cache: Cache | None,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
     image_mask: Tensor | None,
     has_images: bool,
-    cache: Cache | None,
-    attention_mask: Any,
-    token_type_ids: Tensor | None,
-) -> Tensor | None:
-    """Return `[B, L]` as [`image_attention_masks`] takes them; None if the decoder's own masks will do.
+) -> Any:
+    """Return the decoder's masks as [`image_attention_masks`], or `attention_mask` if its own masks will do.
 
     Args:
         image_mask: `[B, L]`, where the image tokens are.
-        token_type_ids: those that `forward` was given.
 
     Raises ValueError if nothing says where a prompt ends.
     """
     if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.ndim == 4):
-        return None
+        return attention_mask
+    types = None
     if config.image_attention == "bidirectional":
-        return image_mask.long() if has_images and config.uses_prefix and image_mask is not None else None
-    if config.image_attention == "causal" or has_read(cache):
-        return None
-    return require_types(token_type_ids)
+        types = image_mask.long() if has_images and config.uses_prefix and image_mask is not None else None
+    elif config.image_attention == "prefix_lm" and not has_read(cache):
+        types = require_types(token_type_ids)
+    if types is None:
+        return attention_mask
+    return image_attention_masks(config, inputs_embeds, attention_mask, cache, position_ids, types)
 
 
 def require_types(token_type_ids: Tensor | None) -> Tensor:

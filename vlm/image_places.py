@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
+
+from vlm.adapters import VisionStates
+from vlm.cache_state import has_read
 
 
 def find_image_tokens(
@@ -67,3 +71,17 @@ def latest_image(image_mask: Tensor, image_tokens: Sequence[int], attention_mask
     visible = attention_mask[:, 0, :, num_read : num_read + image_mask.shape[1]]
     visible = visible if visible.dtype == torch.bool else visible == 0
     return ordinal[:, None, :].masked_fill(~visible, -1).amax(dim=-1)
+
+
+def states_without_images(
+    length: int, image_mask: Tensor | None, image_seq_length: int, cache: Cache | None, states: VisionStates | None
+) -> VisionStates | None:
+    """Return what `length` tokens that come without images look at: what the last token of the `cache` sees, `states`.
+
+    Raises ValueError if there are image tokens, and no cache that may hold their images.
+    """
+    if states is not None:
+        return states.for_next_tokens(length)
+    if image_mask is not None and not torch.compiler.is_compiling() and not has_read(cache):
+        require_whole_images(image_mask, [], image_seq_length)
+    return None

@@ -16,7 +16,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from vlm.adapters import VisionStates
 from vlm.arguments import known_arguments, refuse_unknown
-from vlm.base_model import UNQUANTIZED, VLMModel
+from vlm.base_model import VLMModel
 from vlm.configuration import VLMConfig
 from vlm.generation_inputs import images_of_step, repeat_images
 from vlm.image_attention import image_attention_masks, require_types
@@ -25,7 +25,7 @@ from vlm.image_rows import OF_IMAGES, image_sizes_of
 from vlm.language_head import LanguageHead, take_apart
 from vlm.modeling_outputs import VLMOutput
 from vlm.older_names import register_older_names
-from vlm.pretrained_model import VLMPreTrainedModel
+from vlm.pretrained_model import UNQUANTIZED, VLMPreTrainedModel
 
 
 class VLMForConditionalGeneration(VLMPreTrainedModel, GenerationMixin):

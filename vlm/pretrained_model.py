@@ -14,6 +14,9 @@ from vlm.adapters import PROJECTORS, GatedCrossAttention
 from vlm.configuration import VLMConfig
 from vlm.tiling import Size, tiler_of
 
+UNQUANTIZED = ("vision_tower", "multi_modal_projector")
+"""Parts that keep their weights in a model that is loaded in 4 or 8 bits."""
+
 
 class VLMPreTrainedModel(PreTrainedModel):
     """What [`VLMModel`] and [`VLMForConditionalGeneration`] are to transformers."""

@@ -1,9 +1,12 @@
 """What other tools ask of a model: compiled decoding, tensor parallelism, pipelines, servers' counts of tokens."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CompileConfig, pipeline
 
 from tests.counterparts import counterpart
@@ -49,6 +52,38 @@ def test_the_plan_of_tensor_parallelism_names_modules_of_the_model(fusion):
     own = {re.sub(r"\d+", "*", f"model.language_model.{name}") for name in linear if "cross_attention" not in name}
     assert model.tp_plan.keys() == own | {"model.language_model.embed_tokens", "lm_head"}
     model.tp_plan = model.tp_plan  # which checks the styles
+
+
+IN_PARTS = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+from transformers.distributed import DistributedConfig
+import vlm
+
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(tp_size=2))
+queries = [weight for name, weight in model.named_parameters() if name.endswith("self_attn.q_proj.weight")]
+halves = [weight.to_local() for weight in queries if hasattr(weight, "to_local")]
+assert [half.shape for half in halves] == [(16, 32)] * 4, halves
+with torch.no_grad():
+    logits = model(**load_file(sys.argv[1] + "/inputs.safetensors")).logits
+if torch.distributed.get_rank() == 0:
+    save_file({"logits": logits.full_tensor() if hasattr(logits, "full_tensor") else logits}, sys.argv[1] + "/found")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
+def test_two_processes_with_half_of_each_layer(fusion, tmp_path):
+    model, processor = tiny(fusion=fusion)
+    inputs = dict(encode(processor, [[user(image(0), "what is it")], [user("a dog", image(1))]]))
+    model.save_pretrained(tmp_path)
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    (tmp_path / "worker.py").write_text(IN_PARTS)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "worker.py")]
+    subprocess.run([sys.executable, *launch, str(tmp_path)], check=True)
+    assert torch.allclose(load_file(tmp_path / "found")["logits"], logits(model, **inputs), atol=1e-4)
 
 
 # --- pipelines
