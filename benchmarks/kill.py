@@ -29,7 +29,7 @@ MODELS = {"joined, LoRA": "", "LLaVA, all weights": "llava"}
 """The models that are trained in turn: what the table calls them, and the family if they are of transformers."""
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 MOMENTS = {
-    "rotate_checkpoints": "removing an old checkpoint",
+    "remove_older": "removing an old checkpoint",
     "seal": "writing a checkpoint: manifest",
     "_name_checkpoint": "writing a checkpoint: its name",
     "_save_rng_state": "writing a checkpoint: random numbers",

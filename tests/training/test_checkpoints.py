@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint
 
 from tests.training.helpers import RATES, examples, lora_trainer, weights
 from vlm.errors import UserError
-from vlm.training.checkpoints import newest, why_broken
+from vlm.training.checkpoints import newest, remove_older, why_broken
 
 
 class Killed(BaseException):
@@ -161,15 +161,44 @@ def test_old_checkpoints_go_after_the_new_one_is_there(tmp_path, monkeypatch):
 
     seen = []
 
-    def rotate(folder, *args, **kwargs):
-        if Path(folder).name == "run":  # and not the folder beside
-            seen.append(sorted(path.name for path in Path(folder).glob("checkpoint-*") if why_broken(path) is None))
-        rotate_checkpoints(folder, *args, **kwargs)
+    def remove(folder, *args):
+        seen.append(sorted(path.name for path in folder.glob("checkpoint-*") if why_broken(path) is None))
+        remove_older(folder, *args)
 
-    monkeypatch.setattr(module, "rotate_checkpoints", rotate)
+    monkeypatch.setattr(module, "remove_older", remove)
     lora_trainer(tmp_path / "run", save_total_limit=1).train()
     assert seen == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_new_checkpoint_stays_though_files_have_later_times(tmp_path, limit):
+    """As on a machine whose clock is behind, or after the folder was copied."""
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        lora_trainer(run, [KillAt(3)]).train()
+    os.utime(run / "checkpoint-2", (4e9, 4e9))
+    lora_trainer(run, save_total_limit=limit).train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    left = ["checkpoint-6"] if limit == 1 else ["checkpoint-4", "checkpoint-6"]
+    assert sorted(path.name for path in run.iterdir()) == left
+
+
+@pytest.mark.parametrize(
+    ("names", "limit", "best", "left"),
+    [
+        ([2, 4, 6, 8], 2, None, [4, 6]),  # the run was resumed from 4: 8 is older than 6
+        ([2, 4, 6, 8, 10], 3, "old/checkpoint-2", [2, 4, 6]),
+        ([8, 10, 6], 1, None, [6]),
+        ([2, 4, 6], 1, "checkpoint-2", [2, 6]),
+        ([2, 4, 6], None, None, [2, 4, 6]),
+        ([2, "4.bak", 6], 1, None, ["4.bak", 6]),
+    ],
+)
+def test_which_checkpoints_go(tmp_path, names, limit, best, left):
+    for name in names:
+        (tmp_path / f"checkpoint-{name}").mkdir()
+    remove_older(tmp_path, 6, limit, best)
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{name}" for name in left}
 
 
 def test_a_rate_that_was_lowered_is_that_of_the_steps_to_come(whole, tmp_path, monkeypatch):

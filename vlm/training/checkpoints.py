@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,9 @@ MANIFEST = "manifest.json"
 
 DIVERGED = "diverged"
 """The key in a manifest that says in which precision the gradients after the checkpoint were not finite."""
+
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+"""The name of a checkpoint, by its step."""
 
 PICKLED = (".pt", ".pth", ".bin")
 """What torch.save writes, as zip archives, whose index stands at their end."""
@@ -156,6 +161,23 @@ def mark_diverged(folder: Path, step: int, precision: str) -> None:
     for path in map(Path, sort_checkpoints(str(folder))):
         if why_broken(path, contents=False) is None and (manifest := read_manifest(path)).get("step", 0) >= step:
             write_text(path / MANIFEST, json.dumps({**manifest, DIVERGED: precision}, indent=1))
+
+
+def remove_older(folder: Path, step: int, limit: int | None, best: str | None = None) -> None:
+    """Remove checkpoints in `folder` until there are `limit`, never that of `step`, which was just saved, nor the
+    `best`.
+
+    Those of later steps go first: the run was resumed from before them. Then the oldest go. Times of files do not
+    count: a copied folder has other ones, and the clock of another machine may be behind.
+    """
+    if not limit or limit < 0:
+        return
+    found = [Path(path) for path in sort_checkpoints(str(folder)) if CHECKPOINT.fullmatch(Path(path).name)]
+    kept = {f"checkpoint-{step}", Path(best or "").name}
+    others = [path for path in found if path.name not in kept]
+    others.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")) < step)
+    for path in others[: max(len(found) - limit, 0)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def fingerprint(items: Sequence[TreeItem] | Sequence[PairItem], outline: Sequence[Any] = ()) -> dict[str, Any]:

@@ -18,13 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
 
 from vlm.errors import UserError
 from vlm.files import DiskError, is_disk_fault, reason, sync
 from vlm.precision import frozen_layers_in
 from vlm.training.callbacks import EvaluationStopped
-from vlm.training.checkpoints import mark_diverged, read_manifest, seal, why_broken
+from vlm.training.checkpoints import mark_diverged, read_manifest, remove_older, seal, why_broken
 from vlm.training.finite import NonFiniteWeights, not_finite, some
 from vlm.training.norms import gradient_norms, parameter_norms
 from vlm.training.parts import loose_parameters, named_parts
@@ -366,7 +365,7 @@ class PartTrainer(Trainer):
         (beside / name).rename(folder / name)
         sync(folder)
         shutil.rmtree(beside)
-        rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        remove_older(folder, self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in Trainer, but at the rates of the recipe, which may be others now. Trainer takes the old ones."""
