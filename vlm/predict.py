@@ -274,6 +274,7 @@ def _run(
             loaded, processor, requests, max_new_tokens=max_new_tokens, max_batch_tokens=max_batch_tokens
         )
 
+    dtype = str(loaded.dtype).removeprefix("torch.")
     folder = existing(model)
     name = str(folder.resolve()) if folder else model
     columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -285,7 +286,7 @@ def _run(
             prompt=prompt,
             model=name,
             output=output,
-            settings={WEIGHTS: weights, "max_new_tokens": max_new_tokens},
+            settings={WEIGHTS: weights, "dtype": dtype, "max_new_tokens": max_new_tokens},
             why_refused=generation.prompt_check(loaded, processor),
             advance=lambda count: progress.advance(task, count),
         )

@@ -43,7 +43,8 @@ def fill(cache, vlm, sources, num_workers=0):
         for sha, source in zip(found, sources, strict=True)
         if not isinstance(sha, ImageError) and sha not in cache
     }
-    keep(cache, encode_images(missing, processor, encode, broken=broken, num_workers=num_workers))
+    batches = encode_images(missing, processor, encode, broken=broken, num_workers=num_workers, hashed=True)
+    keep(cache, batches)
     return found, broken, len(seen)
 
 
@@ -85,9 +86,28 @@ def test_a_changed_file_is_another_image(vlm, tmp_path, photos):
     assert not torch.equal(cache[after[0]], cache[before[0]])
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_that_changes_before_it_is_encoded_is_not_kept_as_what_it_was(vlm, tmp_path, photos, num_workers):
+    """Its features would be found by the bytes that it had, in every later run."""
+    model, processor = vlm
+    shas = hash_images(photos[:2])
+    image(99).save(photos[1])
+    broken = {}
+    batches = encode_images(
+        dict(zip(shas, photos, strict=False)), processor, model.get_vision_features, broken=broken,
+        num_workers=num_workers, hashed=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        assert [batch.images for batch in batches] == [shas[:1]]
+    assert list(broken) == shas[1:]
+    assert str(broken[shas[1]]).startswith(f"{photos[1]}: the image has changed since it was first read; ")
+
+
 def test_an_image_is_read_decoded_and_encoded_once(vlm, tmp_path, photos, monkeypatch):
     opened, hashed = [], []
-    monkeypatch.setattr(encoding, "open_image", lambda source: [opened.append(source), open_image(source)][1])
+    monkeypatch.setattr(
+        encoding, "open_image", lambda source, **kw: [opened.append(source), open_image(source, **kw)][1]
+    )
     monkeypatch.setattr(encoding, "image_sha256", lambda source: [hashed.append(source), image_sha256(source)][1])
     copy = tmp_path / "copy.png"
     copy.write_bytes(Path(photos[0]).read_bytes())

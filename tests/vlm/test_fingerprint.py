@@ -13,6 +13,7 @@ from tests.tiny import image, tiny
 from vlm import evaluate, predict
 from vlm.errors import UserError
 from vlm.fingerprint import fingerprint
+from vlm.loading import Placement
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +64,13 @@ def test_predictions_of_a_model_that_was_trained_again_are_not_continued(folder,
     image(0).save(tmp_path / "a.png")
     options = {"prompt": "what ?", "output": tmp_path / "out.jsonl", "max_new_tokens": 2}
 
-    def run():
-        return predict.run(str(folder), [str(tmp_path / "a.png")], console=Console(file=io.StringIO()), **options)
+    def run(dtype=None):
+        console, placement = Console(file=io.StringIO()), Placement(dtype=dtype)
+        return predict.run(str(folder), [str(tmp_path / "a.png")], console=console, placement=placement, **options)
 
-    assert (run().done, run().earlier) == (1, 1)
+    assert (run().done, run("float32").earlier) == (1, 1)  # the checkpoint is in float32
+    with pytest.raises(UserError, match="with dtype 'float32', and this is 'bfloat16'"):
+        run("bfloat16")
     retrain(folder)
     with pytest.raises(UserError, match="with other weights of this model"):
         run()

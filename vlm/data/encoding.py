@@ -64,17 +64,20 @@ def encode_images(
     *,
     broken: dict[str, ImageError],
     num_workers: int = 0,
+    hashed: bool = False,
 ) -> Iterator[EncodedBatch]:
     """Run `images`, by their names, through `encode` in batches, in order; those that do not open go to `broken`.
 
     `num_workers` processes open images and prepare them (0: this process). They hold neither the model nor anything on
-    its device. With tiling each tile counts as an image, under a [key of its own][`tile_keys`].
+    its device. With `hashed` the names are those of [`hash_images`], and a file that has changed since goes to
+    `broken`: its features would be those of another image. With tiling each tile counts as an image, under a
+    [key of its own][`tile_keys`].
     """
     loader: DataLoader[Any] = DataLoader(
         list(images.items()),  # type: ignore[arg-type]  # a list is a data set
         batch_size=images_per_batch(processor),
         num_workers=num_workers,
-        collate_fn=partial(_prepare, processor),
+        collate_fn=partial(_prepare, processor, hashed),
         generator=torch.Generator(),  # nothing is drawn from the one that training draws from
     )
     for opened, pixels, failed in loader:
@@ -89,13 +92,13 @@ def images_per_batch(processor: Any) -> int:
 
 
 def _prepare(
-    processor: Any, batch: list[tuple[str, ImageSource]]
+    processor: Any, hashed: bool, batch: list[tuple[str, ImageSource]]
 ) -> tuple[list[str], Tensor | None, dict[str, ImageError]]:
     opened: dict[str, Image.Image] = {}
     failed: dict[str, ImageError] = {}
     for sha, source in batch:
         try:
-            opened[sha] = open_image(source)
+            opened[sha] = open_image(source, sha256=sha if hashed else None)
         except ImageError as error:
             failed[sha] = error
     try:

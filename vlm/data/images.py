@@ -91,7 +91,12 @@ class RefusedImages(UserError):  # noqa: N818 - named for what it says
 
 
 def open_image(
-    source: ImageSource, *, where: str = "", max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+    source: ImageSource,
+    *,
+    where: str = "",
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    sha256: str | None = None,
 ) -> Image.Image:
     """Open an image as RGB: upright by its EXIF tag, alpha composited on white, 16 bits scaled to 8, first frame.
 
@@ -100,12 +105,14 @@ def open_image(
         where: the row that names the image, put before the image's own name in errors.
         max_pixels: the largest width x height; checked on the header, before any pixel is decoded.
         max_bytes: the largest file; checked before it is read.
+        sha256: what `image_sha256` gave.
 
     Raises:
-        ImageError: the image is missing, empty, too large, too thin (`MAX_ASPECT_RATIO`), truncated, or not an image.
+        ImageError: the image is missing, empty, too large, too thin (`MAX_ASPECT_RATIO`), truncated, not an image, or
+            has another `sha256`.
     """
     name = _name(source, where)
-    image = _undecoded(source, name, max_pixels, max_bytes)
+    image = _undecoded(source, name, max_pixels, max_bytes, sha256)
     _load(image, name)
     _require_bounds(image, name, max_pixels)
     orientation = _orientation(image)
@@ -131,13 +138,17 @@ def image_size(
     return (image.width, image.height) if on_its_side else (image.height, image.width)
 
 
-def _undecoded(source: ImageSource, name: str, max_pixels: int, max_bytes: int) -> Image.Image:
+def _undecoded(
+    source: ImageSource, name: str, max_pixels: int, max_bytes: int, sha256: str | None = None
+) -> Image.Image:
     """An image whose header has been read, and is within bounds."""
     payload = _fetch(source, name)
     if isinstance(payload, Image.Image):
         _require_bounds(payload, name, max_pixels)
         return payload
     data = _read(payload, name, max_bytes)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise ImageError(name, "the image has changed since it was first read", "do not change images while in use")
     if data.startswith(_ICON) and (pixels := _icon_pixels(data)) > max_pixels:  # Pillow decodes it when it opens it
         raise ImageError(name, f"an icon of {pixels:,} pixels, more than the {max_pixels:,} allowed", "save it again")
     try:

@@ -76,7 +76,7 @@ def kept_features(
     def encoded(some: Mapping[str, ImageSource]) -> Iterator[EncodedBatch]:
         workers = args.dataloader_num_workers
         encode = encoder_of(model, args)
-        return encode_images(some, processor, encode, broken=broken, num_workers=workers)
+        return encode_images(some, processor, encode, broken=broken, num_workers=workers, hashed=True)
 
     choice = [Choice(True, "none to encode")]
     if processes.is_main_process and missing:
