@@ -58,9 +58,13 @@ class VisionTowers(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: VisionTowersConfig, vision_towers: Sequence[PreTrainedModel] | None = None) -> None:
+        attention = config._attn_implementation  # None if nobody chose it
         super().__init__(config)
         configs = [AutoConfig.for_model(**spec) for spec in config.vision_configs]
         towers = vision_towers or [AutoModel.from_config(config) for config in configs]
+        for tower in towers:
+            if attention in ("eager", "sdpa") or (attention and tower._supports_flash_attn):
+                tower.set_attn_implementation(attention)
         self.vision_towers = nn.ModuleList(towers)
         self._no_split_modules = unsplittable(*towers)
         self.post_init()

@@ -187,6 +187,14 @@ def test_options_of_the_image_processor_are_set_for_each(parts, tmp_path):
         torch.testing.assert_close(pixels[3 * at : 3 * at + 3, :side, :side], alone["pixel_values"][0])
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_each_encoder_has_the_attention_that_is_asked_for(parts, attention, tmp_path):
+    both, _ = load_vision(names(parts, "dinov2", "siglip"), **PAIR)
+    both.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, attn_implementation=attention)
+    assert [tower.config._attn_implementation for tower in loaded.vision_towers] == [attention] * 2
+
+
 def test_hidden_states_and_attentions_are_those_of_each_encoder(parts):
     both, image_processor = load_vision(names(parts, "dinov2", "siglip"), **PAIR)
     both.set_attn_implementation("eager")
