@@ -219,3 +219,12 @@ def test_a_run_resumed_after_its_last_step_takes_no_other(whole, tmp_path):
     assert resumed.state.global_step == 6
     wanted, found = weights(whole.model), weights(resumed.model)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_what_is_left_of_a_checkpoint_that_was_being_removed_at_the_end_goes(tmp_path):
+    run = tmp_path / "run"
+    lora_trainer(run, save_total_limit=1).train()
+    (run / "checkpoint-4").mkdir()
+    (run / "checkpoint-4" / "optimizer.pt").touch()
+    lora_trainer(run, save_total_limit=1).train(resume_from_checkpoint=str(run / "checkpoint-6"))
+    assert [path.name for path in run.iterdir()] == ["checkpoint-6"]

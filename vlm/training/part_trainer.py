@@ -242,6 +242,8 @@ class PartTrainer(Trainer):
         """As in Trainer, which takes one step too many if it resumes after the last one in the middle of an epoch."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+            if self.is_world_process_zero():  # it may have been killed as it removed the last ones
+                self._remove_older(Path(self.args.output_dir or "."))
             return
         super()._run_epoch(*args, **kwargs)
 
@@ -365,6 +367,9 @@ class PartTrainer(Trainer):
         (beside / name).rename(folder / name)
         sync(folder)
         shutil.rmtree(beside)
+        self._remove_older(folder)
+
+    def _remove_older(self, folder: Path) -> None:
         remove_older(folder, self.state.global_step, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
