@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_MAPPING
 from transformers.models.clip.modeling_clip import CLIPOutput
 from transformers.utils import can_return_tuple
 
@@ -320,7 +320,10 @@ def tokenize(tokenizer: Any, config: Any, texts: Sequence[str]) -> Any:
 
 
 def is_dual_encoder(config: Any) -> bool:
-    """Whether it is the configuration of a model that gives images and texts vectors in one space, as CLIP does."""
+    """Return whether it is the configuration of a model that gives images and texts vectors in one space, as CLIP does.
+    A saved model that writes texts is none, although BLIP's configuration is that of both."""
+    if {*(config.architectures or ())} & {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}:
+        return False
     found: Any = MODEL_MAPPING.get(type(config), ())
     classes = found if isinstance(found, tuple) else (found,)
     return any(hasattr(each, "get_text_features") and hasattr(each, "get_image_features") for each in classes)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModel,
     BertConfig,
     BertModel,
@@ -11,11 +12,12 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from tests.dual_encoders import SAVE, save_dual, text_sizes, tokenizer
+from tests.dual_encoders import SAVE, save_clip, save_dual, text_sizes, tokenizer
 from tests.encoders import ENCODERS
+from tests.stock import stock
 from tests.tiny import image, image_processor
 from vlm.build import load_vision
-from vlm.dual_encoder import DualEncoderConfig, build_dual_encoder, pool_text
+from vlm.dual_encoder import DualEncoderConfig, build_dual_encoder, is_dual_encoder, pool_text
 from vlm.embedding import load_embedder, unit
 
 TEXTS = ["a cat", "a dog and a cat on the street", "2"]
@@ -156,3 +158,12 @@ def test_arguments_are_used_or_refused(tmp_path):
         loss, *rest = ours(**inputs, return_loss=True, return_dict=False)
     assert loss == ours(**inputs, return_loss=True).loss
     assert torch.equal(rest[0], mine.logits_per_image)
+
+
+def test_a_saved_clip_is_a_dual_encoder_and_a_model_that_writes_is_none(tmp_path):
+    """BLIP's configuration is also that of a model with vectors of images and texts."""
+    save_clip(tmp_path / "clip")
+    for family in ("blip", "blip-2", "llava"):
+        stock(family)[0].save_pretrained(tmp_path / family)
+    dual = {path.name for path in tmp_path.iterdir() if is_dual_encoder(AutoConfig.from_pretrained(path))}
+    assert dual == {"clip"}
