@@ -1,9 +1,16 @@
 """What several tests are given, and which of their cases are slow ones."""
 
 import gc
+import signal
 from collections.abc import Callable, Sequence
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Let SIGINT interrupt, also where a shell has started the tests in the background, which ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

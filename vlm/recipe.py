@@ -313,12 +313,12 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise RecipeError(f"{name}: cannot be read as text: {error}") from None
     elif existing(path):
         inside = f"; its recipe is {path / 'recipe.yaml'}" if (path / "recipe.yaml").is_file() else ""
-        raise RecipeError(f"{cut(str(name_or_path))} is {'a folder' if path.is_dir() else 'no file'}{inside}")
+        raise RecipeError(f"{cut(str(name_or_path), 300)} is {'a folder' if path.is_dir() else 'no file'}{inside}")
     elif str(name_or_path) in packaged():
         name, text, base_dir = f"{name_or_path}.yaml", packaged_text(str(name_or_path)), None
     else:
         raise RecipeError(
-            f"there is no file '{cut(str(name_or_path))}', and no recipe of that name comes with vlm; "
+            f"there is no file '{cut(str(name_or_path), 300)}', and no recipe of that name comes with vlm; "
             f"{nearest(str(name_or_path), packaged())}"
         )
     raw, places = read_yaml(text, name)
@@ -376,8 +376,9 @@ def parse_data(words: Sequence[str]) -> Data:
     if len(words) == 1 and existing_folder(words[0]):
         source = {"format": "image_folder", "path": words[0]}
     elif len(words) == 1 and (file := existing_file(words[0])) and file.suffix.lower() not in (".yaml", ".yml"):
+        name = cut(words[0], 300)
         raise RecipeError(
-            f"{cut(words[0])} is no recipe and no folder. Write path={cut(words[0])} with its format, such as "
+            f"{name} is no recipe and no folder. Write path={name} with its format, such as "
             "format=dataset and 'columns={image: image, caption: caption}'"
         )
     elif len(words) == 1 and "=" not in words[0]:

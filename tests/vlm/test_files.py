@@ -47,9 +47,9 @@ with files.atomic_write(pathlib.Path(sys.argv[1])) as file, files.atomic_folder(
 HOLDS = """
 import os
 with files.locked(pathlib.Path(sys.argv[1])):
-    if os.fork() == 0:  # like a worker that loads data
-        sys.stdin.read(); os._exit(0)
-    print("ready", flush=True); sys.stdin.read()
+    if os.fork() == 0:  # like a worker that loads data; it speaks, so that it is there when the holder is killed
+        print("ready", flush=True); sys.stdin.read(); os._exit(0)
+    sys.stdin.read()
 """
 
 

@@ -496,6 +496,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         str(tmp_path): f"is a folder; its recipe is {tmp_path / 'recipe.yaml'}",
         "/dev/null": "/dev/null is no file",
         "x" * 5000: "there is no file 'xxx",
+        f"/{'folder/' * 20}mine.yaml": "folder/mine.yaml'",
         "~no-such-user/x\x00": "there is no file",
     }.items():
         with pytest.raises(RecipeError, match=re.escape(message)):
