@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS: list[set[str]] = [
-    {"errors", "files", "paths", "printing", "standard_streams", "threads"},
+    {"errors", "files", "hashes", "paths", "printing", "standard_streams", "threads"},
     {"adapters"},
     {
         "arguments",

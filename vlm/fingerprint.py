@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from vlm.hashes import hashes
 from vlm.loading import READ_BY_TRANSFORMERS, checkpoint_of
 from vlm.paths import existing_folder
 
@@ -36,19 +36,13 @@ def fingerprint(name_or_path: str) -> str:
     if folder is None:
         return _commit(source)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_read(path))
-    with ThreadPoolExecutor(4) as pool:  # hashlib works in parallel
-        digests = list(pool.map(_sha256, files))
-    named = (f"{path.relative_to(folder).as_posix()} {digest}" for path, digest in zip(files, digests, strict=True))
+    digests = hashes(folder, [path.relative_to(folder).as_posix() for path in files])
+    named = (f"{name} {digest}" for name, digest in digests.items())
     return hashlib.sha256("\n".join(named).encode("utf-8", "surrogateescape")).hexdigest()[:DIGITS]
 
 
 def _is_read(path: Path) -> bool:
     return path.name in READ or any(path.match(pattern) for pattern in WEIGHTS)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _commit(name: str) -> str:

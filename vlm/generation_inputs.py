@@ -1,4 +1,4 @@
-"""What `generate` needs besides `forward`: images for the steps that read them, rows repeated with their images."""
+"""Inputs of the steps of `generate`: images for the steps that read them, rows repeated with their images."""
 
 from __future__ import annotations
 

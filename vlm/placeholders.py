@@ -1,4 +1,4 @@
-"""Which tokens of a text stand for images: servers put visual tokens there (vLLM)."""
+"""Image placeholders of a prompt: the tokens in whose place a server (vLLM) puts visual tokens."""
 
 from __future__ import annotations
 

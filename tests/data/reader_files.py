@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from vlm.data.example import Branch
+from vlm.data.stream_sources import Place, in_pieces
 
 
 def write(path: Path, content) -> None:
@@ -35,3 +36,14 @@ def qa(branch: Branch) -> tuple[str, str]:
 
 def lines(problems) -> list[str]:
     return [str(problem) for problem in problems]
+
+
+def read_streamed(folder: Path, /, **options):
+    """Examples and problems of a source of format `dataset`, read in pieces as a stream."""
+    pieces = in_pieces({"format": "dataset", "streaming": True, **options}, folder, lambda source: [])
+    places = [(Place(piece, n), row) for piece in range(len(pieces)) for n, row in enumerate(pieces.rows(piece))]
+    return pieces.examples(places)
+
+
+def answers(examples) -> list[str]:
+    return [branch.answer for example in examples for branch in example.branches]

@@ -9,11 +9,10 @@ import datasets
 import fsspec
 import pytest
 
-from tests.data.reader_files import images, lines, png, write
+from tests.data.reader_files import answers, images, lines, png, read_streamed, write
 from vlm.data.example import StoredImage
 from vlm.data.images import ImageError, open_image
 from vlm.data.readers import SourceError, read
-from vlm.data.stream_sources import Place, in_pieces
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +26,6 @@ COLUMNS = {"image": "image", "question": "q", "answer": "a", "question_id": "id"
 
 def read_whole(folder, /, **options):
     return read({"format": "dataset", **options}, base_dir=folder)
-
-
-def read_streamed(folder, /, **options):
-    pieces = in_pieces({"format": "dataset", "streaming": True, **options}, folder, lambda source: [])
-    places = [(Place(piece, n), row) for piece in range(len(pieces)) for n, row in enumerate(pieces.rows(piece))]
-    return pieces.examples(places)
-
-
-def answers(examples):
-    return [branch.answer for example in examples for branch in example.branches]
 
 
 def put(folder, name, content, where):

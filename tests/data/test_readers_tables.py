@@ -11,11 +11,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.data.reader_files import images, lines, png, write
+from tests.data.reader_files import answers, images, lines, png, read_streamed, write
 from vlm.data.images import open_image
 from vlm.data.readers import SourceError, read
 from vlm.data.readers_text import as_text
-from vlm.data.stream_sources import Place, in_pieces
 from vlm.recipe import parse_data
 
 NOISE = Image.effect_noise((40, 30), 80).convert("RGB")
@@ -33,16 +32,6 @@ def read_folder(folder, /, **options):
 
 def read_dataset(folder, /, **options):
     return read({"format": "dataset", **options}, base_dir=folder)
-
-
-def read_streamed(folder, /, **options):
-    pieces = in_pieces({"format": "dataset", "streaming": True, **options}, folder, lambda source: [])
-    places = [(Place(piece, n), row) for piece in range(len(pieces)) for n, row in enumerate(pieces.rows(piece))]
-    return pieces.examples(places)
-
-
-def answers(examples):
-    return [branch.answer for example in examples for branch in example.branches]
 
 
 CAPTIONS = [{"file_name": "a.png", "text": "first"}, {"file_name": "b.png", "text": "second, with a comma"}]

@@ -15,7 +15,7 @@ class Allowed:
     Attributes:
         test: its suite and name.
         reason: why its failure is no shortcoming.
-        variants: those over which it fails; empty: all of ours.
+        variants: the variants of our model that fail it; empty for all.
     """
 
     test: str

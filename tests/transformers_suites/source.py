@@ -89,7 +89,7 @@ def import_suites(folder: Path, picture: Path) -> tuple[Any, Any, type | None]:
 
     Args:
         folder: as returned by `locate`.
-        picture: an image file, which stands for every file that their tests download.
+        picture: an image file that replaces every download of transformers' tests.
 
     Their helpers for exporting models and for downloads are in neither source; empty ones take their place.
     """

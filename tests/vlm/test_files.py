@@ -81,7 +81,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_a_link_in_place_of_a_lock_is_not_followed(tmp_path):
-    """In a folder that others may write to, such a link would have a file of ours overwritten."""
+    """Whoever can write to the folder could otherwise have any file of the user overwritten."""
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "shared").mkdir()
     for name in (".scratch.00000000.writing.lock", ".out.json.lock"):

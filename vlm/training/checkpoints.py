@@ -8,8 +8,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from vlm.data.dataset import TreeItem
 from vlm.data.pairs import PairItem
 from vlm.errors import UserError
 from vlm.files import DiskError, sync, write_text
+from vlm.hashes import hashes
 
 MANIFEST = "manifest.json"
 """What a checkpoint holds: its step, the batch of a step, the data it was trained on, names, sizes and hashes of files.
@@ -50,18 +50,6 @@ def seal(folder: Path, about: dict[str, Any]) -> None:
             sync(directory)
     if why := why_broken(folder, contents=False):
         raise DiskError(f"it was written, but {why}")
-
-
-def hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the SHA-256 of each file in `folder`, by name."""
-    names = list(names)
-    with ThreadPoolExecutor(4) as pool:  # hashlib works in parallel
-        return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def changed(folder: Path, before: Mapping[str, str]) -> str | None:

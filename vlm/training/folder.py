@@ -11,8 +11,9 @@ from typing import Any
 
 from vlm.errors import UserError
 from vlm.files import atomic_folder, saving, write_text
+from vlm.hashes import hashes
 from vlm.processing import pad_left
-from vlm.training.checkpoints import changed, hashes
+from vlm.training.checkpoints import changed
 from vlm.training.finite import require_finite
 from vlm.training.quantization import merged
 
