@@ -19,9 +19,10 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from vlm.disk_faults import going_on
 from vlm.eval.metrics import Scores, bootstrap_interval, get_metric
 from vlm.eval.samples import write_samples
-from vlm.files import going_on, replacing_files
+from vlm.files import replacing_files
 from vlm.printing import json_text
 
 if TYPE_CHECKING:

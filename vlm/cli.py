@@ -10,8 +10,8 @@ import typer
 from typer.core import TyperGroup
 
 from vlm.batches import MAX_BATCH_TOKENS
+from vlm.disk_faults import NOT_WRITTEN, DiskError, reason
 from vlm.errors import UserError
-from vlm.files import NOT_WRITTEN, DiskError, reason
 from vlm.printing import SafeConsole, printable
 from vlm.standard_streams import lasting_streams
 from vlm.threads import share_processors

@@ -15,8 +15,8 @@ from vlm import recipe
 from vlm.batches import MAX_BATCH_TOKENS
 from vlm.errors import UserError, nearest
 from vlm.eval.summary import show
-from vlm.files import locked_folder, real_path
 from vlm.loading import Placement
+from vlm.locks import locked_folder, real_path
 from vlm.paths import existing, existing_folder
 from vlm.printing import json_text, printable_name
 from vlm.recipe_evaluation import Classification

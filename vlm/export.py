@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from vlm import generation, remote_code
 from vlm.errors import UserError, nearest
-from vlm.files import atomic_folder, locked, require_new
+from vlm.files import atomic_folder, require_new
 from vlm.generation_config import make_savable
 from vlm.interop import FAMILIES, REASONS, family_of, gguf, target_of, to_stock
 from vlm.loading import checkpoint_of
+from vlm.locks import locked
 from vlm.modeling import VLMForConditionalGeneration
 
 OTHERS = ("gguf", "remote_code")

@@ -12,7 +12,7 @@ from vlm.data.features import cache_key
 from vlm.data.image_files import find_images
 from vlm.embedding import Embedder, load_embedder
 from vlm.errors import UserError
-from vlm.files import locked_folder
+from vlm.locks import locked_folder
 from vlm.paths import existing
 from vlm.retrieval.index import ImageIndex, holds_content_only
 from vlm.retrieval.update import update

@@ -17,9 +17,11 @@ from vlm.batches import MAX_BATCH_TOKENS
 from vlm.data.example import Message
 from vlm.data.image_files import find_images, place_of
 from vlm.data.images import ImageError, RefusedImages, chunks, open_image
+from vlm.disk_faults import is_write_fault, saving
 from vlm.errors import UserError
-from vlm.files import atomic_write, is_write_fault, locked, saving
+from vlm.files import atomic_write
 from vlm.loading import Placement
+from vlm.locks import locked
 from vlm.paths import existing
 from vlm.printing import json_text, require_unicode
 

@@ -541,7 +541,7 @@ def test_a_run_may_be_next_to_the_files_that_its_data_names(values, tmp_path):
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(values, monkeypatch):
-    from vlm.files import locked_folder
+    from vlm.locks import locked_folder
 
     _nothing_is_loaded(monkeypatch)
     for options in ({}, {"resume": True}, {"overwrite": True}):

@@ -10,18 +10,16 @@ import pytest
 
 from vlm.errors import UserError
 from vlm.files import (
-    InUse,
     atomic_folder,
     atomic_write,
     discard,
-    locked,
-    locked_folder,
     new_file,
     remove_leftovers,
     replacing_files,
     scratch_folder,
     write_text,
 )
+from vlm.locks import InUse, locked, locked_folder
 
 
 def names(folder):
@@ -30,7 +28,7 @@ def names(folder):
 
 def process(code, *words):
     """Run Python code in another process, after it has said that it is ready."""
-    source = f"import sys, time, pathlib\nfrom vlm import files\n{code}"
+    source = f"import sys, time, pathlib\nfrom vlm import disk_faults, files, locks\n{code}"
     started = subprocess.Popen(
         [sys.executable, "-c", source, *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -46,7 +44,7 @@ with files.atomic_write(pathlib.Path(sys.argv[1])) as file, files.atomic_folder(
 
 HOLDS = """
 import os
-with files.locked(pathlib.Path(sys.argv[1])):
+with locks.locked(pathlib.Path(sys.argv[1])):
     if os.fork() == 0:  # like a worker that loads data; it speaks, so that it is there when the holder is killed
         print("ready", flush=True); sys.stdin.read(); os._exit(0)
     sys.stdin.read()
@@ -169,7 +167,7 @@ def test_a_second_process_is_refused_until_the_first_ends_even_if_it_is_killed(t
 
 
 def test_a_lock_that_is_removed_as_another_process_opens_it_is_taken_by_one_only(tmp_path, monkeypatch):
-    from vlm import files
+    from vlm import locks
 
     lock, opened = tmp_path / ".lock", os.open
 
@@ -180,10 +178,10 @@ def test_a_lock_that_is_removed_as_another_process_opens_it_is_taken_by_one_only
         return number
 
     monkeypatch.setattr(os, "open", open_as_it_goes)
-    number = files._take(lock)
+    number = locks._take(lock)
     assert os.path.samestat(os.fstat(number), os.stat(lock))
-    assert files._take(lock) is None
-    files._release(lock, number)
+    assert locks._take(lock) is None
+    locks._release(lock, number)
 
 
 FULL = """
@@ -192,15 +190,15 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 print("ready", flush=True)
 for path in map(pathlib.Path, sys.argv[1:]):
     try:
-        with files.locked(path):
+        with locks.locked(path):
             files.write_text(path, "x" * 9000)
-    except files.DiskError as error:
+    except disk_faults.DiskError as error:
         print(error, flush=True)
 try:
     with files.atomic_folder(pathlib.Path(sys.argv[1] + "-folder")) as folder:
         import numpy; from safetensors.numpy import save_file
         save_file({"a": numpy.zeros(9000)}, folder / "a.safetensors")
-except files.DiskError as error:
+except disk_faults.DiskError as error:
     print(error, flush=True)
 """
 

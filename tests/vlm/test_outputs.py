@@ -16,7 +16,7 @@ from tests.tiny import image
 from vlm import classify, encode, evaluate, export, index, predict, probe
 from vlm.cli import app
 from vlm.errors import UserError
-from vlm.files import InUse, locked, locked_folder
+from vlm.locks import InUse, locked, locked_folder
 from vlm.predict import predict as predict_rows
 from vlm.standard_streams import LastingStream
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import UserError, nearest
-from vlm.files import atomic_folder, locked, scratch_folder
+from vlm.files import atomic_folder, scratch_folder
+from vlm.locks import locked
 from vlm.quickstart import datasets, sources, weights
 from vlm.quickstart.datasets import write_stamp_splits
 from vlm.quickstart.sources import ChecksumError, Fetch, HubRepo, Package, SourceError

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from vlm.disk_faults import DiskError
 from vlm.errors import UserError, cut
-from vlm.files import DiskError
 
 try:
     import faiss

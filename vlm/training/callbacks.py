@@ -20,8 +20,9 @@ from transformers import TrainerCallback
 from vlm.data.dataset import TreeDataset
 from vlm.data.pairs import PairDataset
 from vlm.data.stream import StreamDataset
+from vlm.disk_faults import going_on
 from vlm.errors import UserError
-from vlm.files import going_on, write_text
+from vlm.files import write_text
 from vlm.printing import json_text
 from vlm.training.finite import own_share
 from vlm.training.history import read_metrics

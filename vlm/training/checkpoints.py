@@ -17,8 +17,9 @@ from transformers.trainer_utils import sort_checkpoints
 
 from vlm.data.dataset import TreeItem
 from vlm.data.pairs import PairItem
+from vlm.disk_faults import DiskError
 from vlm.errors import UserError
-from vlm.files import DiskError, sync, write_text
+from vlm.files import sync, write_text
 from vlm.hashes import hashes
 
 MANIFEST = "manifest.json"

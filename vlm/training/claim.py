@@ -13,7 +13,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from vlm.errors import UserError
-from vlm.files import InUse, discard, locked_folder, real_path, remove_leftovers
+from vlm.files import discard, remove_leftovers
+from vlm.locks import InUse, locked_folder, real_path
 from vlm.paths import existing, existing_folder
 from vlm.recipe import Recipe
 from vlm.recipe_paths import PATH_KEYS

@@ -22,10 +22,10 @@ from vlm.data.check import ProblemLog
 from vlm.data.example import Example
 from vlm.data.features import FeatureCache
 from vlm.data.pairs import PairCollator, PairDataset, PairItem, make_pairs, require_negatives
+from vlm.disk_faults import going_on
 from vlm.dual_encoder import build_dual_encoder, is_dual_encoder
 from vlm.embedding import Embedder, load_dual_encoder
 from vlm.errors import UserError
-from vlm.files import going_on
 from vlm.generation import load_config
 from vlm.loading import checkpoint_of, user_errors
 from vlm.pair_evaluation import evaluate_pairs

@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from vlm.disk_faults import saving
 from vlm.errors import UserError
-from vlm.files import atomic_folder, saving, write_text
+from vlm.files import atomic_folder, write_text
 from vlm.hashes import hashes
 from vlm.processing import pad_left
 from vlm.training.checkpoints import changed

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from vlm.disk_faults import DiskError, is_disk_fault, reason
 from vlm.errors import UserError
-from vlm.files import DiskError, is_disk_fault, reason, sync
+from vlm.files import sync
 from vlm.precision import frozen_layers_in
 from vlm.training.callbacks import EvaluationStopped
 from vlm.training.checkpoints import mark_diverged, read_manifest, remove_older, seal, why_broken

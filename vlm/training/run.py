@@ -35,10 +35,11 @@ from vlm.data.image_inputs import SizeCheck
 from vlm.data.readers import read
 from vlm.data.stream import Mixture
 from vlm.data.tree_masks import TreeMasks
+from vlm.disk_faults import going_on
 from vlm.errors import UserError
 from vlm.eval import Processes, evaluate
 from vlm.eval.summary import show
-from vlm.files import going_on, write_text
+from vlm.files import write_text
 from vlm.generation_config import make_savable
 from vlm.loading import checkpoint_of, no_loading_bar, reading, require_all_weights, user_errors
 from vlm.positions import learned_positions
