@@ -7,49 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import TrainingArguments
 
+from tests.vlm.recipe_texts import GOOD, STAGES, load, refusal
 from vlm import recipe, recipe_data, recipe_model, recipe_paths, recipe_train
 from vlm.data.readers_dataset import DatasetSource
 from vlm.recipe import RecipeError
 from vlm.recipe_contrastive import Contrastive
 from vlm.recipe_evaluation import Evaluation
-from vlm.recipe_source import parse_scalar, read_yaml, write_yaml
-
-GOOD = """\
-# A recipe for the tests.
-model:
-  vision: some/encoder
-  language: some/llm
-data:
-  train: {format: image_folder, path: images}
-trainable:
-  projector: 1e-3
-train:
-  max_steps: 5
-"""
-
-STAGES = """\
-model: {vision: some/encoder, language: some/llm}
-data:
-  train: {format: image_folder, path: images}
-stages:
-  - {name: align, trainable: {projector: 1e-3}}
-  - {name: tune, trainable: [projector], lora: {r: 8}, train: {learning_rate: 2e-4, max_steps: 5}}
-"""
-
-
-def load(tmp_path: Path, text: str, *overrides: str) -> recipe.Recipe:
-    (tmp_path / "mine.yaml").write_text(text)
-    return recipe.load(tmp_path / "mine.yaml", overrides)
-
-
-def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
-    with pytest.raises(RecipeError) as caught:
-        load(tmp_path, text, *overrides)
-    return str(caught.value).replace(f"{tmp_path}/", "")
 
 
 def test_a_recipe_with_one_stage(tmp_path: Path) -> None:
@@ -224,49 +189,6 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
     assert message in refusal(tmp_path, text)
-
-
-def test_yaml_that_explodes_is_refused(tmp_path: Path) -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
-    assert "too many values" in refusal(tmp_path, "\n".join(lines))
-
-
-def test_keys_shared_by_a_yaml_merge(tmp_path: Path) -> None:
-    text = STAGES.replace("- {name: align, ", "- &first {name: align, train: {max_steps: 7}, ").replace(
-        "- {name: tune", "- {<<: *first, name: tune"
-    )
-    assert load(tmp_path, text).stages[1].train == {"max_steps": 5}
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1e-4", 1e-4),
-        ("1.5e3", 1500.0),
-        ("-2", -2),
-        ("1_000", 1000),
-        (".5", 0.5),
-        ("010", "010"),
-        ("12:30", "12:30"),
-        ("no", "no"),
-        ("true", True),
-        ("null", None),
-        ("2024-01-01", "2024-01-01"),
-        ("e5", "e5"),
-        ("[1e-4, x]", [1e-4, "x"]),
-        ("", None),
-    ],
-)
-def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
-    assert parse_scalar(text) == value
-    assert type(parse_scalar(text)) is type(value)
-
-
-@given(st.floats(allow_nan=False, allow_infinity=False))
-def test_any_float_python_prints_is_read_back(number: float) -> None:
-    assert parse_scalar(repr(number)) == number
-    assert read_yaml(f"x: {number!r}", "f")[0]["x"] == number
 
 
 def test_overrides(tmp_path: Path) -> None:
@@ -460,34 +382,6 @@ def test_a_value_that_fails_late_is_refused(tmp_path: Path, change: str, line: i
 @pytest.mark.parametrize("key", ["trainable.projector", "data.max_bad", "evaluation.limit", "data.train.limit", "seed"])
 def test_a_number_that_is_none_on_the_command_line(tmp_path: Path, key: str) -> None:
     assert f"command line  {key}: must be a finite number, not nan" in refusal(tmp_path, GOOD, f"{key}=.nan")
-
-
-def test_a_question_mark_inside_braces(tmp_path: Path) -> None:
-    """YAML 1.2, rule 126 (ns-plain-char): only `,[]{}`, `: ` and ` #` end a plain scalar inside braces."""
-    asked = "{a: What is this?, b: [Why?, is it so ? yes], c: x?y, d: 'z?'}"
-    values = {"a": "What is this?", "b": ["Why?", "is it so ? yes"], "c": "x?y", "d": "z?"}
-    assert read_yaml(f"x: {asked}", "f")[0]["x"] == values
-    assert read_yaml("x: {? a : b}", "f")[0]["x"] == {"a": "b"}
-
-
-def test_merge_keys_of_merge_keys_are_refused(tmp_path: Path) -> None:
-    lines = ["x:", "- &a0 {k: v}"]
-    lines += [f"- &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 9)]
-    assert "too many values" in refusal(tmp_path, "\n".join([*lines, "<<: *a8"]))
-    assert "contains itself" in refusal(tmp_path, "model: &a {x: 1, <<: *a}\n")
-
-
-def test_of_merged_keys_the_first_wins_and_the_own_before_all(tmp_path: Path) -> None:
-    text = "a: &a {x: 1, y: 1}\nb: &b {x: 2, y: 2, z: 2}\nc: {y: 3, <<: [*a, *b]}\n"
-    assert read_yaml(text, "f")[0]["c"] == yaml.safe_load(text)["c"] == {"x": 1, "y": 3, "z": 2}
-
-
-@pytest.mark.parametrize(
-    "text", ["1e-4", "010", "12:30", "no", "2024-01-01", "<<", "~", "? x", "a\u2028b", " x ", "=", ""]
-)
-def test_text_that_a_run_writes_is_text_when_it_is_read(text: str) -> None:
-    values = {"a": text, "b": [text, {"c": text}], "d": 1e-5, "e": None, "f": True, "g": 1e20}
-    assert read_yaml(write_yaml(values), "f")[0] == values
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
